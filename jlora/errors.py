@@ -1,0 +1,59 @@
+"""User-facing errors: one exception class per exit status, and the words they share."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class JloraError(Exception):
+    """A failure that a user can understand and act on; printed without a traceback."""
+
+    exit_status = 1
+
+
+class UsageError(JloraError):
+    """Wrong flag, configuration or combination of them."""
+
+    exit_status = 2
+
+
+class UnsupportedError(JloraError):
+    """Valid input that jlora does not support."""
+
+    exit_status = 3
+
+
+class CorruptError(JloraError):
+    """Input that is damaged or contradicts itself."""
+
+    exit_status = 4
+
+
+class ResourceError(JloraError):
+    """Out of memory or disk."""
+
+    exit_status = 5
+
+
+class DivergedError(JloraError):
+    """Training produced non-finite numbers too often."""
+
+    exit_status = 6
+
+
+class StopRequested(JloraError):
+    """Asked to stop from outside; the state is saved."""
+
+    exit_status = 75
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns a hint such as "; did you mean 'q_proj'?", or an empty string."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def listing(items: Sequence[object], limit: int = 12) -> str:
+    """Returns the items joined by commas, capped with a count."""
+    shown = ", ".join(str(item) for item in items[:limit])
+    rest = len(items) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown
