@@ -1,0 +1,437 @@
+"""LoRA as leaves of a layer: `lora_A` [in, R], `lora_B` [R, out] and `lora_scaling` [].
+
+A module is adapted when these leaves lie beside its kernel, and is a plain dense layer
+when they do not; there is no second model. `lora_scaling` is alpha / R, a frozen scalar
+that travels with the leaves, so that merging and the forward pass need only the tree.
+
+Source: "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021); PEFT's
+`tuners/lora/layer.py` and `tuners/tuners_utils.py` for names, defaults and selection.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jlora.config import LoraConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+
+Params = dict[str, Any]
+TRAINABLE_LEAVES = ("lora_A", "lora_B")
+LORA_LEAVES = (*TRAINABLE_LEAVES, "lora_scaling")
+DEFAULT_TARGETS = ("q_proj", "v_proj")
+_TABLES = ("model.embed_tokens", "lm_head")
+
+
+def matmul(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    """Returns x @ w in `dtype`; float32 means float32 products, also on GPU and TPU."""
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.matmul(x.astype(dtype), w.astype(dtype), precision=precision)
+
+
+class LoRADense(nn.Module):
+    """y = x W (+ bias) + scaling * (dropout(x) A) B, where the leaves A and B exist.
+
+    Products run in `dtype` (float32 masters A and B are cast down, x never up).
+    Dropout acts on A's input only, when a "dropout" rng is given.
+    """
+
+    features: int
+    use_bias: bool = False
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D_in"]) -> Float[Array, "... D_out"]:
+        """Returns the layer's output in `dtype`."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.zeros_init(), shape)
+        y = matmul(x, kernel, self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y = y + bias.astype(self.dtype)
+        if not self.has_variable("params", "lora_A"):
+            return y
+        a, b, scaling = (self.get_variable("params", leaf) for leaf in LORA_LEAVES)
+        if self.dropout > 0 and self.has_rng("dropout"):
+            keep = jax.random.bernoulli(
+                self.make_rng("dropout"), 1 - self.dropout, x.shape
+            )
+            x = jnp.where(keep, x / (1 - self.dropout), 0)
+        # The scale is applied to B, the smallest operand, before it is rounded.
+        return y + matmul(matmul(x, a, self.dtype), b * scaling, self.dtype)
+
+
+def select_modules(
+    config: LoraConfig, names: Sequence[str], *, strict: bool
+) -> dict[str, tuple[int, float]]:
+    """Returns {HF module name: (rank, scaling)} of the modules that get an adapter.
+
+    Args:
+        config: what to adapt.
+        names: HF names of the adaptable modules, such as `model.layers.0.mlp.up_proj`.
+        strict: refuse list entries and patterns that match nothing, and patterns that
+            contradict each other (training); otherwise warn (loading a saved adapter).
+
+    Raises:
+        UsageError: nothing is selected, a bad regular expression or, if strict, the above.
+        UnsupportedError: an embedding table or the head is selected.
+    """
+    containers = _containers(names)
+    targets = config.target_modules
+    if targets is None:
+        targets = list(DEFAULT_TARGETS)
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = [name for name in names if name not in _TABLES]
+    used: set[str] = set()
+    selected = [
+        name
+        for name in containers
+        if not _matches(config.exclude_modules, name, used)
+        and _is_target(targets, name, config, used)
+    ]
+    wrong = [name for name in selected if name not in names]
+    if wrong:
+        raise UsageError(
+            f"lora.target_modules selects {listing(wrong)}, which is not a linear layer; "
+            f"linear layers end in {listing(sorted({n.rsplit('.')[-1] for n in names}))}"
+        )
+    if not selected:
+        first = targets if isinstance(targets, str) else listing(targets)
+        hint = nearest(first, {name.rsplit(".")[-1] for name in names})
+        raise UsageError(f"lora.target_modules={first} selects no module{hint}")
+    tables = [name for name in selected if name in _TABLES]
+    if tables:
+        raise UnsupportedError(
+            f"lora.target_modules selects {listing(tables)}; adapters on the embedding "
+            "and the head are not supported yet"
+        )
+    result = {}
+    for name in selected:
+        rank = _pattern_value(config.rank_pattern, name, config.r, used, strict)
+        alpha = _pattern_value(
+            config.alpha_pattern, name, config.lora_alpha, used, strict
+        )
+        result[name] = (int(rank), config.scaling(int(rank), alpha))
+    _report_unused(config, targets, used, names, strict)
+    return result
+
+
+def _containers(names: Sequence[str]) -> list[str]:
+    """Returns the names and every module that contains them, in order."""
+    seen: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            seen[".".join(parts[:i])] = None
+    return list(seen)
+
+
+def _fullmatch(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UsageError(
+            f"lora: {pattern!r} is not a regular expression ({error})"
+        ) from error
+
+
+def _matches(entries: list[str] | str | None, name: str, used: set[str]) -> bool:
+    if not entries:
+        return False
+    if isinstance(entries, str):
+        hit = _fullmatch(entries, name)
+        used |= {entries} if hit else set()
+        return hit
+    hits = {x for x in entries if name == x or name.endswith("." + x)}
+    used |= hits
+    return bool(hits)
+
+
+def _is_target(
+    targets: list[str] | str, name: str, config: LoraConfig, used: set[str]
+) -> bool:
+    if isinstance(targets, str):
+        return _matches(targets, name, used)
+    if name in targets:  # an exact name is not filtered by layer, as in PEFT
+        used.add(name)
+        return True
+    layers = config.layers_to_transform
+    if layers is not None and layers != []:
+        index = _layer_index(name, config.layers_pattern)
+        wanted = [layers] if isinstance(layers, int) else layers
+        if index not in wanted:
+            return False
+    return _matches(targets, name, used)
+
+
+def _layer_index(name: str, patterns: list[str] | str | None) -> int | None:
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        return int(match.group(1)) if match else None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        if match:
+            return int(match.group(1))
+    return None
+
+
+def _pattern_value(
+    patterns: Mapping[str, float],
+    name: str,
+    default: float,
+    used: set[str],
+    strict: bool,
+) -> float:
+    """Returns the value of the first pattern that matches, in the dictionary's order."""
+    hits = [key for key in patterns if _fullmatch(rf"(.*\.)?({key})", name)]
+    used |= set(hits)
+    if strict and len({patterns[key] for key in hits}) > 1:
+        raise UsageError(
+            f"lora: the patterns {listing(hits)} give {name} different values; "
+            "make them exclude each other"
+        )
+    return patterns[hits[0]] if hits else default
+
+
+def _report_unused(
+    config: LoraConfig,
+    targets: list[str] | str,
+    used: set[str],
+    names: Sequence[str],
+    strict: bool,
+) -> None:
+    excludes = config.exclude_modules or []
+    entries = {
+        "target_modules": targets if isinstance(targets, list) else [],
+        "exclude_modules": [excludes] if isinstance(excludes, str) else excludes,
+        "rank_pattern": list(config.rank_pattern),
+        "alpha_pattern": list(config.alpha_pattern),
+    }
+    known = {name.rsplit(".")[-1] for name in names} | set(names)
+    idle = [
+        f"lora.{group}: {entry!r} matches no module{nearest(entry, known)}"
+        for group, items in entries.items()
+        for entry in items
+        if entry not in used
+    ]
+    if idle and strict:
+        raise UsageError(listing(idle))
+    if idle:
+        print(f"warning: {listing(idle)}", file=sys.stderr)
+
+
+def linear_modules(params: Params) -> dict[str, tuple[int, int]]:
+    """Returns {HF module name: (in, out)} of the tree's linear layers, in model order."""
+    found: dict[str, tuple[int, int]] = {}
+
+    def visit(tree: Params, path: tuple[str, ...]) -> None:
+        if "kernel" in tree:
+            found[".".join(path)] = tree["kernel"].shape
+            return
+        for key in sorted(
+            tree, key=lambda k: (0, int(k), "") if k.isdigit() else (1, 0, k)
+        ):
+            if isinstance(tree[key], dict):
+                visit(tree[key], (*path, key))
+
+    visit(params.get("layers", {}), ("model", "layers"))
+    if "lm_head" in params:
+        visit(params["lm_head"], ("lm_head",))
+    return found
+
+
+def module_at(params: Params, name: str) -> Params:
+    """Returns the subtree of an HF module name."""
+    node = params
+    for part in name.removeprefix("model.").split("."):
+        node = node[part]
+    return node
+
+
+def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
+    """Returns the tree with new adapter leaves beside every selected kernel.
+
+    A is uniform in +-1/sqrt(in), B zero, both float32; the base leaves are shared, not
+    copied. Each module draws from its own key, so targets do not influence each other.
+
+    Raises:
+        UsageError, UnsupportedError: as `select_modules`; or adapters are there already.
+    """
+    if any(leaf in LORA_LEAVES for leaf in _leaf_names(params)):
+        raise UsageError("these parameters have an adapter already; merge it first")
+    linears = linear_modules(params)
+    selected = select_modules(config, list(linears), strict=True)
+    order = {name: i for i, name in enumerate(linears)}
+    leaves = {}
+    for name, (rank, scaling) in selected.items():
+        pair = _init_pair(
+            config, jax.random.fold_in(key, order[name]), linears[name], rank
+        )
+        leaves[name] = {**pair, "lora_scaling": jnp.float32(scaling)}
+    return with_adapter(params, leaves)
+
+
+def _init_pair(
+    config: LoraConfig, key: Array, shape: tuple[int, int], rank: int
+) -> dict[str, Array]:
+    """Returns A [in, R] and B [R, out] drawn as PEFT's `init_lora_weights` says."""
+    in_features, out_features = shape
+    key_a, key_b = jax.random.split(key)
+    a_shape, b_shape = (in_features, rank), (rank, out_features)
+    if config.init_lora_weights == "gaussian":
+        a = jax.random.normal(key_a, a_shape, jnp.float32) / rank
+    else:
+        a = _uniform(key_a, a_shape, in_features)
+    if config.init_lora_weights is False:
+        return {"lora_A": a, "lora_B": _uniform(key_b, b_shape, rank)}
+    return {"lora_A": a, "lora_B": jnp.zeros(b_shape, jnp.float32)}
+
+
+def _uniform(key: Array, shape: tuple[int, int], fan_in: int) -> Array:
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def with_adapter(params: Params, leaves: Mapping[str, Mapping[str, Any]]) -> Params:
+    """Returns the tree with the leaves of each HF module name added; nothing is copied.
+
+    Raises:
+        CorruptError: a module that the tree does not have.
+    """
+    result = _copy_structure(params)
+    for name, arrays in leaves.items():
+        try:
+            module_at(result, name).update(arrays)
+        except KeyError as error:
+            raise CorruptError(f"the model has no module {name}") from error
+    return result
+
+
+def _copy_structure(tree: Params) -> Params:
+    return {
+        key: _copy_structure(value) if isinstance(value, dict) else value
+        for key, value in tree.items()
+    }
+
+
+def _leaf_names(params: Params) -> list[str]:
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    return [path[-1].key for path, _ in paths]
+
+
+def trainable_mask(params: Params) -> Params:
+    """Returns a tree of bool: True at `lora_A` and `lora_B`, False elsewhere."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in TRAINABLE_LEAVES, params
+    )
+
+
+def split(params: Params, mask: Params) -> tuple[Params, Params]:
+    """Returns (trainable, frozen): two trees that hold only their own leaves."""
+    trainable: Params = {}
+    frozen: Params = {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            inner, outer = split(value, mask[key])
+            trainable |= {key: inner} if inner else {}
+            frozen |= {key: outer} if outer else {}
+        else:
+            (trainable if mask[key] else frozen)[key] = value
+    return trainable, frozen
+
+
+def join(trainable: Params, frozen: Params) -> Params:
+    """Returns the one tree of two that `split` made."""
+    result = dict(frozen)
+    for key, value in trainable.items():
+        result[key] = (
+            join(value, frozen.get(key, {})) if isinstance(value, dict) else value
+        )
+    return result
+
+
+def count_parameters(params: Params) -> tuple[int, int]:
+    """Returns (trainable, all) parameters; `lora_scaling` is a setting, not a parameter."""
+    trainable = total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = path[-1].key
+        size = math.prod(leaf.shape)
+        total += 0 if name == "lora_scaling" else size
+        trainable += size if name in TRAINABLE_LEAVES else 0
+    return trainable, total
+
+
+def format_parameter_count(params: Params) -> str:
+    """Returns PEFT's report: trainable params, all params and their ratio in percent."""
+    trainable, total = count_parameters(params)
+    percent = 100 * trainable / total
+    return (
+        f"trainable params: {trainable:,d} || all params: {total:,d} || "
+        f"trainable%: {percent:.4f}"
+    )
+
+
+def merge_kernel(
+    kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float
+) -> np.ndarray:
+    """Returns W + (A B) * scaling in the kernel's dtype: PEFT's default merge, bit for bit.
+
+    The product, the scale and the sum are each rounded to float32, then the result once
+    to the kernel's dtype. NumPy keeps them apart, where one XLA program would contract
+    them to a fused multiply-add.
+
+    Source: PEFT `Linear.merge` and `get_delta_weight`, safe_merge=False.
+    """
+    # PEFT computes B A in [out, in]; the same operand order gives the same sums.
+    delta = (lora_b.T.astype(np.float32) @ lora_a.T.astype(np.float32)) * np.float32(
+        scaling
+    )
+    return (kernel.astype(np.float32) + delta.T).astype(kernel.dtype)
+
+
+def merge(params: Params) -> Params:
+    """Returns the tree without adapters, each adapted kernel replaced by `merge_kernel`.
+
+    Raises:
+        CorruptError: a merged kernel is not finite.
+    """
+
+    def visit(tree: Params, path: str) -> Params:
+        result = {
+            key: visit(value, f"{path}/{key}") if isinstance(value, dict) else value
+            for key, value in tree.items()
+            if key not in LORA_LEAVES
+        }
+        if "lora_A" in tree:
+            arrays = [np.asarray(tree[leaf]) for leaf in ("kernel", *LORA_LEAVES)]
+            merged = merge_kernel(arrays[0], arrays[1], arrays[2], float(arrays[3]))
+            if not np.isfinite(merged.astype(np.float32)).all():
+                raise CorruptError(f"{path}: the merged weights are not finite")
+            result["kernel"] = _placed_like(merged, tree["kernel"])
+        return result
+
+    return visit(params, "")
+
+
+def _placed_like(array: np.ndarray, like: Any) -> Any:
+    return (
+        jax.device_put(array, like.sharding) if isinstance(like, jax.Array) else array
+    )
+
+
+LeafFunction = Callable[[tuple[str, ...], Any], Any]
+
+
+def map_leaves(function: LeafFunction, params: Params) -> Params:
+    """Returns the tree of function(path, leaf), the path as a tuple of keys."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(tuple(entry.key for entry in path), leaf), params
+    )
