@@ -115,9 +115,7 @@ class LlamaConfig:
             bos_token_id=_token_id(config, "bos_token_id"),
             eos_token_id=tuple(eos)
             if isinstance(eos, list) and all(_is_int(i) for i in eos)
-            else tuple(
-                i for i in [_token_id(config, "eos_token_id")] if i is not None
-            ),
+            else tuple(i for i in [_token_id(config, "eos_token_id")] if i is not None),
             pad_token_id=_token_id(config, "pad_token_id"),
         )
 
@@ -262,9 +260,7 @@ def _positive_int(config: dict[str, Any], key: str, default: int | None = None) 
     if value is None and default is not None:
         return default
     if not _is_int(value) or value <= 0:  # type: ignore[operator]
-        raise CorruptError(
-            f"config.json: {key}={value!r}; expected an integer above 0"
-        )
+        raise CorruptError(f"config.json: {key}={value!r}; expected an integer above 0")
     return value  # type: ignore[return-value]
 
 
@@ -324,8 +320,13 @@ class LoraConfig:
         """
         for name, rank in [("r", self.r), *self.rank_pattern.items()]:
             if not _is_int(rank) or rank < 1:
-                raise UsageError(f"lora: rank {name}={rank!r}; expected an integer >= 1")
-        for name, alpha in [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]:
+                raise UsageError(
+                    f"lora: rank {name}={rank!r}; expected an integer >= 1"
+                )
+        for name, alpha in [
+            ("lora_alpha", self.lora_alpha),
+            *self.alpha_pattern.items(),
+        ]:
             if not _is_number(alpha) or alpha <= 0:
                 raise UsageError(
                     f"lora: {name}={alpha!r}; expected a number above 0, "
@@ -335,7 +336,10 @@ class LoraConfig:
             raise UsageError(
                 f"lora.lora_dropout={self.lora_dropout!r}; expected 0 <= p < 1"
             )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+        if (
+            isinstance(self.target_modules, str)
+            and self.layers_to_transform is not None
+        ):
             raise UsageError(
                 "lora.layers_to_transform needs target_modules as a list, "
                 "not as a regular expression"

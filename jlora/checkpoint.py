@@ -1,0 +1,233 @@
+"""Saving and restoring through Orbax, with digests: what comes back is what was written.
+
+Orbax checks no array data (a flipped byte is restored as a wrong number), so the sha256
+of every leaf is kept beside the arrays and compared on the way back.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jlora.config import LoraConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+
+SCHEMA_VERSION = 1
+Tree = dict[str, Any]
+
+
+def save_tree(path: Path, tree: Tree) -> None:
+    """Writes one tree of arrays as an Orbax checkpoint at `path`, which must not exist."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+
+
+def restore_tree(path: Path, shardings: Tree | None = None) -> Tree:
+    """Returns the tree saved at `path`: NumPy arrays, or jax arrays placed by `shardings`.
+
+    Raises:
+        CorruptError: the checkpoint is incomplete or damaged.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            if shardings is None:
+                metadata = handler.metadata(path.absolute())
+                how: Any = jax.tree.map(
+                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
+                )
+            else:
+                how = jax.tree.map(
+                    lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding), shardings
+                )
+            arguments = ocp.args.PyTreeRestore(restore_args=how)
+            return checkpointer.restore(path.absolute(), args=arguments)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise CorruptError(f"{path}: not a complete checkpoint ({first})") from error
+
+
+def leaf_digest(leaf: Any) -> str:
+    """Returns the sha256 of a leaf's shape, dtype and bytes, as hexadecimal text."""
+    array = np.ascontiguousarray(leaf)
+    digest = hashlib.sha256(f"{array.shape} {array.dtype.name} ".encode())
+    digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns {dotted path: leaf}; empty nodes vanish."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@jax.jit
+def _checksum(leaf: jax.Array) -> jax.Array:
+    """Returns a position-dependent sum of the leaf's bits, modulo 2^32."""
+    unsigned = {2: jnp.uint16, 4: jnp.uint32, 1: jnp.uint8}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        # Odd weights are invertible modulo 2^32, so no single change can cancel out.
+        weight = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(2654435761 + 2 * axis)
+        shape = [size if i == axis else 1 for i in range(leaf.ndim)]
+        bits = bits * (weight.reshape(shape) | jnp.uint32(1))
+    return jnp.sum(bits, dtype=jnp.uint32)
+
+
+def fingerprint(tree: Any) -> str:
+    """Returns a digest of every leaf's path, shape, dtype and a checksum of its bits.
+
+    The checksum is integer arithmetic on the device: the same on any backend, mesh and
+    order of summation, at the cost of one read of the weights.
+    """
+    lines = [
+        f"{path} {leaf.shape} {leaf.dtype.name} {int(_checksum(leaf))}"
+        for path, leaf in sorted(flatten(tree).items())
+    ]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One restored step: its number, its arrays by path, and what was noted beside them."""
+
+    step: int
+    leaves: dict[str, np.ndarray]
+    meta: dict[str, Any]
+
+
+class RunCheckpoints:
+    """The `checkpoints/` folder of a run: numbered steps of the trainable state only."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        """Opens the folder, creating it and clearing what a killed save left."""
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=False,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+        """Writes the state as step `step`; does nothing if that step is there already."""
+        if step in saved_steps(self._folder):
+            return
+        leaves = {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
+        digests = {path: leaf_digest(leaf) for path, leaf in leaves.items()}
+        note = {"schema": SCHEMA_VERSION, "sha256": digests, **meta}
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(leaves), meta=ocp.args.JsonSave(note)
+        )
+        self._manager.save(step, args=arguments)
+
+    def close(self) -> None:
+        """Releases the manager."""
+        self._manager.close()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Returns the numbers of the step folders, newest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        (int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True
+    )
+
+
+def load_newest(folder: Path) -> tuple[Saved | None, list[str]]:
+    """Returns the newest step that restores and verifies, and why newer ones did not.
+
+    Raises:
+        CorruptError: there are steps, and none is valid; nothing is deleted.
+        UnsupportedError: a step was written by another schema of jlora.
+    """
+    problems = []
+    for step in saved_steps(folder):
+        try:
+            return _load(folder / str(step), step), problems
+        except CorruptError as error:
+            problems.append(str(error))
+    if problems:
+        raise CorruptError(f"{folder}: no valid checkpoint: {listing(problems, 3)}")
+    return None, []
+
+
+def _load(path: Path, step: int) -> Saved:
+    try:
+        text = (path / "meta" / "metadata").read_text("utf-8")
+        meta = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise CorruptError(f"{path}: the checkpoint is incomplete") from error
+    if meta.get("schema") != SCHEMA_VERSION:
+        raise UnsupportedError(
+            f"{path}: written with checkpoint schema {meta.get('schema')!r}; "
+            f"this jlora reads schema {SCHEMA_VERSION}"
+        )
+    leaves = restore_tree(path / "state")
+    digests = meta.get("sha256", {})
+    if leaves.keys() != digests.keys():
+        raise CorruptError(f"{path}: arrays and their digests do not belong together")
+    damaged = [name for name in leaves if leaf_digest(leaves[name]) != digests[name]]
+    if damaged:
+        raise CorruptError(f"{path}: damaged arrays: {listing(damaged)}")
+    return Saved(step=step, leaves=leaves, meta=meta)
+
+
+def restore_into(state: Any, saved: Saved) -> Any:
+    """Returns `state` with every leaf replaced by the saved one, placed as it was.
+
+    Raises:
+        CorruptError: paths, shapes or dtypes differ.
+    """
+    expected = flatten(state)
+    wrong = [
+        name
+        for name in sorted(expected.keys() | saved.leaves.keys())
+        if name not in expected
+        or name not in saved.leaves
+        or expected[name].shape != saved.leaves[name].shape
+        or expected[name].dtype != saved.leaves[name].dtype
+    ]
+    if wrong:
+        raise CorruptError(
+            f"checkpoint step {saved.step} does not fit: {listing(wrong)}"
+        )
+    leaves = [
+        jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, saved.leaves[name].__getitem__
+        )
+        for name, leaf in expected.items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
+    """Returns (LoRA settings, trainable tree of NumPy arrays, meta) of a run's newest step.
+
+    Raises:
+        UsageError: the run has no checkpoint.
+        CorruptError: it has some, and none is valid.
+    """
+    saved, _ = load_newest(run / "checkpoints")
+    if saved is None:
+        raise UsageError(f"{run}: neither an adapter/ folder nor a checkpoint in it")
+    tree: Tree = {}
+    for name, leaf in saved.leaves.items():
+        first, *parts = name.split(".")
+        if first == "trainable":
+            node = tree
+            for part in parts[:-1]:
+                node = node.setdefault(part, {})
+            node[parts[-1]] = leaf
+    return LoraConfig(**saved.meta["settings"]["lora"]), tree, saved.meta
