@@ -1,0 +1,149 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from convert.names import all_names
+from jlora.config import LlamaConfig
+from jlora.model import Llama, RMSNorm
+from jlora.rope import rope_angles
+
+PLAIN = {
+    "model_type": "llama",
+    "vocab_size": 53,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+CONFIGS = {
+    "mha": {},
+    "gqa": {"num_key_value_heads": 2},
+    "mqa": {"num_key_value_heads": 1},
+    "llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
+    "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "wide_heads": {"head_dim": 24, "num_key_value_heads": 2},
+}
+
+
+def random_weights(config, seed=0):
+    rng = np.random.default_rng(seed)
+    result = {}
+    for name in all_names(LlamaConfig.from_hf(config)):
+        array = rng.standard_normal(name.hf_shape) * 0.15
+        result[name.key] = (array + name.key.endswith("norm.weight")).astype(np.float32)
+    return result
+
+
+def to_params(config, weights, adapters=None):
+    params = {}
+    for name in all_names(LlamaConfig.from_hf(config)):
+        node = params
+        *parents, leaf = name.path.split("/")
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[leaf] = jnp.asarray(name.to_params(weights[name.key]))
+    for module, (a, b, scaling) in (adapters or {}).items():
+        node = params
+        for part in module.removeprefix("model.").split("."):
+            node = node[part]
+        node |= {
+            "lora_A": jnp.asarray(a),
+            "lora_B": jnp.asarray(b),
+            "lora_scaling": jnp.float32(scaling),
+        }
+    return params
+
+
+def random_adapters(config, weights, rank=3, seed=1):
+    rng = np.random.default_rng(seed)
+    result = {}
+    for key, weight in weights.items():
+        if "_proj.weight" in key:
+            out_features, in_features = weight.shape
+            a = rng.standard_normal((in_features, rank)).astype(np.float32) * 0.1
+            b = rng.standard_normal((rank, out_features)).astype(np.float32) * 0.1
+            result[key.removesuffix(".weight")] = (a, b, 1.7)
+    return result
+
+
+def random_tokens(config, batch=2, length=40, seed=2):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, config["vocab_size"], (batch, length)).astype(np.int32)
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return PLAIN | CONFIGS[request.param]
+
+
+def test_logits_equal_the_reference(config):
+    weights, tokens = random_weights(config), random_tokens(config)
+    model = Llama(LlamaConfig.from_hf(config))
+    logits = model.apply({"params": to_params(config, weights)}, jnp.asarray(tokens))
+    expected = reference.forward(config, weights, tokens)
+    # float32 against float64: measured 1e-5 at most.
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_logits_with_adapters_on_every_linear_equal_the_reference(config):
+    weights, tokens = random_weights(config), random_tokens(config)
+    adapters = random_adapters(config, weights)
+    model = Llama(LlamaConfig.from_hf(config))
+    params = to_params(config, weights, adapters)
+    expected = reference.forward(config, weights, tokens, adapters)
+    logits = model.apply({"params": params}, jnp.asarray(tokens))
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+def test_the_reference_sees_the_adapters():
+    weights, tokens = random_weights(PLAIN), random_tokens(PLAIN)
+    base = reference.forward(PLAIN, weights, tokens)
+    adapters = random_adapters(PLAIN, weights)
+    adapted = reference.forward(PLAIN, weights, tokens, adapters)
+    assert np.abs(adapted - base).max() > 0.1
+
+
+@pytest.mark.parametrize("rope", ["mha", "llama3", "wide_heads"])
+def test_rotary_angles_equal_the_reference(rope):
+    config = PLAIN | CONFIGS[rope]
+    positions = np.array([[0, 1, 2, 17, 127]], np.int32)
+    cos, sin = rope_angles(LlamaConfig.from_hf(config), jnp.asarray(positions))
+    angles = positions[:, :, None, None] * reference.rope_frequencies(config)
+    # One unit in the last place of a float32 frequency is 1e-5 radians at position 127.
+    np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=2e-5)
+
+
+def test_llama3_frequencies_cover_kept_blended_and_divided_ones():
+    config = PLAIN | CONFIGS["llama3"]
+    plain = {"rope_type": "default", "rope_theta": 500000.0}
+    scaled = reference.rope_frequencies(config)
+    ratio = reference.rope_frequencies(PLAIN | {"rope_parameters": plain}) / scaled
+    assert ratio[0] == 1
+    assert ratio[-1] == pytest.approx(8)
+    assert ((ratio > 1.01) & (ratio < 7.99)).any()
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_rms_norm_equals_the_reference(size):
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((5, 32)) * size).astype(np.float32)
+    scale = rng.standard_normal(32).astype(np.float32)
+    norm = RMSNorm(1e-5).apply({"params": {"scale": scale}}, jnp.asarray(x))
+    np.testing.assert_allclose(
+        norm, reference.rms_norm(np.float64(x), scale, 1e-5), rtol=1e-5
+    )
