@@ -30,12 +30,14 @@ class Case(NamedTuple):
             "tokens": tokens,
             "targets": np.roll(tokens, -1, axis=1),
             "loss_mask": mask,
+            "segment_ids": np.ones_like(tokens),
+            "positions": np.arange(tokens.shape[1], dtype=np.int32) + 0 * tokens,
         }
         return {key: jnp.asarray(value) for key, value in arrays.items()}
 
-    def loss(self, params, chunk=7):
+    def loss(self, params, *, packed=False, chunk=7):
         batch = self.batch
-        total = summed_loss(self.model, params, batch, chunk=chunk)
+        total = summed_loss(self.model, params, batch, packed=packed, chunk=chunk)
         return total / batch["loss_mask"].sum()
 
 
@@ -67,9 +69,9 @@ def test_logits_with_an_adapter_equal_peft(case):
     np.testing.assert_allclose(logits, case.expected["logits"], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_loss_equals_transformers(case, chunk):
-    loss = case.loss(case.base, chunk)
+@pytest.mark.parametrize(("packed", "chunk"), [(False, 1), (False, 1000), (True, 7)])
+def test_loss_equals_transformers(case, packed, chunk):
+    loss = case.loss(case.base, packed=packed, chunk=chunk)
     assert float(loss) == pytest.approx(float(case.expected["base_loss"]), abs=1e-5)
 
 

@@ -59,8 +59,7 @@ def main() -> None:
 def write_case(folder: Path, config: LlamaConfig, length: int, seed: int) -> None:
     """Writes one model and its logits, losses and adapter gradients."""
     random = np.random.RandomState(seed)
-    config._attn_implementation = "eager"
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
     with torch.no_grad():
         for key, parameter in sorted(model.named_parameters()):
             values = random.standard_normal(parameter.shape) * 0.15
@@ -69,7 +68,10 @@ def write_case(folder: Path, config: LlamaConfig, length: int, seed: int) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
-    model.float()
+    # Read back, because a cast to bfloat16 also rounds the rotary frequencies.
+    model = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
 
     tokens = random.randint(0, config.vocab_size, (2, length))
     # HF shifts the labels itself: position t of the mask is about predicting token t.
