@@ -258,7 +258,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_YAML_BYTES:
             raise UsageError(f"{file}: more than {MAX_YAML_BYTES:,} bytes of YAML")
-        document = yaml.load(file.read_text("utf-8"), _StrictLoader)  # noqa: S506
+        document = yaml.load(file.read_text("utf-8"), _StrictLoader)
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

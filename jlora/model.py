@@ -62,6 +62,29 @@ class _Call:
 jax.tree_util.register_dataclass(_Call)
 
 
+class Embed(nn.Module):
+    """The table of token vectors [V, D]; the head too, where the two are tied."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    def setup(self) -> None:
+        """Declares the table."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        self.embedding = self.param("embedding", nn.initializers.zeros_init(), shape)
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Returns each token's vector; NaN for an id outside the table."""
+        # Gathered whole over fsdp, as every weight is; looking up in a table that is cut
+        # along D would make the partitioner replicate the result instead.
+        table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
+        return jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Returns hidden @ table^T: the head of a tied model."""
+        return matmul(hidden, self.embedding.T, self.dtype)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * scale, the mean in float32."""
 
@@ -253,11 +276,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Declares the parameters under HF's names."""
         config = self.config
-        self.embed_tokens = nn.Embed(
-            config.vocab_size,
-            config.hidden_size,
-            embedding_init=nn.initializers.zeros_init(),
-        )
+        self.embed_tokens = Embed(config, self.dtype)
         self.layers = _Layers(
             config, self.dtype, self.attention, self.remat, self.lora_dropout
         )
@@ -310,14 +329,14 @@ class Llama(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         cos, sin = rope_angles(self.config, positions)
         call = _Call(cos, sin, segment_ids, None if cache is None else cache.length)
-        x = self.embed_tokens(tokens).astype(self.dtype)
+        x = self.embed_tokens(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
         x, cache = self.layers(x, call, cache)
         return self.norm(x), cache
 
     def _logits(self, hidden: Array) -> Array:
         if self.config.tie_word_embeddings:
-            logits = matmul(hidden, self.embed_tokens.embedding.T, self.dtype)
+            logits = self.embed_tokens.logits(hidden)
         else:
             logits = self.lm_head(hidden)
         return logits.astype(jnp.float32)

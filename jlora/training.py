@@ -1,0 +1,241 @@
+"""The train step: gradients of the adapter only, one global token-weighted loss.
+
+Freezing has two belts. Only the trainable part of the tree is differentiated, so no
+gradient of a frozen weight is ever computed; and the optimizer is masked besides.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jlora.lora import Params, join, split, trainable_mask
+from jlora.loss import cross_entropy, head_parameters
+from jlora.model import Llama
+from jlora.sharding import batch_sharding, tree_shardings, use_mesh
+
+Batch = dict[str, Any]
+Metrics = dict[str, Array]
+# Tokens per device whose logits exist at one time: large enough for full-speed matmuls.
+LOSS_CHUNK_TOKENS = 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes: the adapter, its optimizer state, and counters.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        trainable: the leaves under `trainable_mask`, float32.
+        opt_state: of the adapter's leaves only.
+        skipped: steps not applied because loss or gradient were not finite.
+        skipped_in_a_row: the last of them without a good step between.
+    """
+
+    step: Int[Array, ""]
+    trainable: Params
+    opt_state: optax.OptState
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+    @classmethod
+    def create(
+        cls, params: Params, optimizer: optax.GradientTransformation
+    ) -> tuple["TrainState", Params]:
+        """Returns (state at step 0, frozen parameters) of a tree with adapters.
+
+        The adapter's leaves are copied, because a step donates its state.
+        """
+        trainable, frozen = split(params, trainable_mask(params))
+        trainable = jax.tree.map(jnp.copy, trainable)
+        state = cls(
+            step=jnp.int32(0),
+            trainable=trainable,
+            opt_state=optimizer.init(params),
+            skipped=jnp.int32(0),
+            skipped_in_a_row=jnp.int32(0),
+        )
+        return state, frozen
+
+
+def summed_loss(
+    model: Llama,
+    params: Params,
+    batch: Batch,
+    *,
+    packed: bool,
+    chunk: int,
+    dropout_key: Array | None = None,
+) -> Float[Array, ""]:
+    """Returns the sum of the supervised tokens' losses, float32, in nats.
+
+    Unpacked rows need no segment ids: padding lies at the end, where causal attention
+    keeps it from every real token.
+    """
+    hidden = model.apply(
+        {"params": params},
+        batch["tokens"],
+        segment_ids=batch["segment_ids"] if packed else None,
+        positions=batch["positions"],
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+        method="hidden_states",
+    )
+    return cross_entropy(
+        hidden,  # type: ignore[arg-type]
+        head_parameters(params),
+        batch["targets"],
+        batch["loss_mask"],
+        chunk=chunk,
+    )
+
+
+def make_train_step(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    state: TrainState,
+    frozen: Params,
+    packed: bool = True,
+    grad_accum_steps: int = 1,
+    seed: int = 0,
+) -> Any:
+    """Returns the jitted, sharded step (state, frozen, batch) -> (state, metrics).
+
+    The state is donated. Loss and gradient are sums over the global batch divided by its
+    supervised tokens, whatever the mesh and the number of accumulation steps. A step
+    whose loss or gradient norm is not finite changes nothing but its counters.
+    Metrics: loss (nats per supervised token), grad_norm (before clipping),
+    supervised_tokens, tokens.
+
+    Args:
+        model: the forward pass.
+        optimizer: of the whole tree, masked; see `jlora.optimizer`.
+        mesh: devices; see `jlora.sharding`.
+        state: arrays or shapes, for their structure only.
+        frozen: likewise.
+        packed: whether rows hold several documents.
+        grad_accum_steps: parts of a batch whose activations exist one at a time.
+        seed: of dropout; the key of a step follows from (seed, step).
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def gradient(
+        trainable: Params, frozen: Params, batch: Batch, key: Array
+    ) -> tuple[Array, Params]:
+        def loss(trainable: Params, part: Batch, index: Array | int) -> Array:
+            return summed_loss(
+                model,
+                join(trainable, frozen),
+                part,
+                packed=packed,
+                chunk=_chunk(part, shards),
+                dropout_key=jax.random.fold_in(key, index),
+            )
+
+        with_gradient = jax.value_and_grad(loss)
+        if grad_accum_steps == 1:
+            return with_gradient(trainable, batch, 0)
+
+        def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, with_gradient(trainable, *part)), None
+
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        parts = jax.tree.map(lambda x: _split_rows(x, grad_accum_steps), batch)
+        return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(grad_accum_steps)))[0]
+
+    def step(
+        state: TrainState, frozen: Params, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        with use_mesh(mesh):
+            total, gradients = gradient(state.trainable, frozen, batch, key)
+        supervised = jnp.sum(batch["loss_mask"])
+        share = 1 / jnp.maximum(supervised, 1)
+        gradients = jax.tree.map(lambda g: g * share, gradients)
+        metrics = {
+            "loss": total * share,
+            "grad_norm": optax.tree.norm(gradients),
+            "supervised_tokens": supervised.astype(jnp.int32),
+            "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.int32),
+        }
+        return _advance(optimizer, state, frozen, gradients, metrics), metrics
+
+    state_shardings = tree_shardings(mesh, state)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(
+            state_shardings,
+            tree_shardings(mesh, frozen),
+            batch_sharding(mesh),
+        ),
+        out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())),
+    )
+
+
+def make_eval_step(
+    model: Llama, mesh: Mesh, *, params: Params, packed: bool = True
+) -> Any:
+    """Returns the jitted (params, batch) -> (summed loss in nats, supervised tokens)."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def step(params: Params, batch: Batch) -> tuple[Array, Array]:
+        with use_mesh(mesh):
+            total = summed_loss(
+                model, params, batch, packed=packed, chunk=_chunk(batch, shards)
+            )
+        return total, jnp.sum(batch["loss_mask"])
+
+    return jax.jit(
+        step,
+        in_shardings=(tree_shardings(mesh, params), batch_sharding(mesh)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+def _chunk(batch: Batch, shards: int) -> int:
+    """Returns the positions per row that make LOSS_CHUNK_TOKENS on one device."""
+    return max(1, LOSS_CHUNK_TOKENS * shards // batch["tokens"].shape[0])
+
+
+def _split_rows(x: Array, parts: int) -> Array:
+    """Returns [parts, B / parts, T]; every part takes rows from every device."""
+    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+
+def _advance(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    frozen: Params,
+    gradients: Params,
+    metrics: Metrics,
+) -> TrainState:
+    """Returns the next state; a step that is not finite is counted and not applied."""
+    # The zeros of the frozen leaves are never read: the mask drops them, and so does XLA.
+    updates, opt_state = optimizer.update(
+        join(gradients, jax.tree.map(jnp.zeros_like, frozen)),
+        state.opt_state,
+        join(state.trainable, frozen),
+    )
+    moved, _ = split(updates, trainable_mask(updates))
+    good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+    good &= metrics["supervised_tokens"] > 0
+
+    def keep_unless_good(new: Array, old: Array) -> Array:
+        return jnp.where(good, new, old)
+
+    trainable = optax.apply_updates(state.trainable, moved)
+    skip = 1 - good.astype(jnp.int32)
+    return TrainState(
+        step=state.step + 1,
+        trainable=jax.tree.map(keep_unless_good, trainable, state.trainable),
+        opt_state=jax.tree.map(keep_unless_good, opt_state, state.opt_state),
+        skipped=state.skipped + skip,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
+    )
