@@ -1,0 +1,441 @@
+"""GGUF files as a `Source`: names, rotary layout, block formats and tokenizer.
+
+llama.cpp's converter interleaves the rotary pairs of q and k; here the rows are put back
+in HF's order. Quantised blocks become float32, one tensor at a time.
+
+Source: llama.cpp, convert_hf_to_gguf.py and src/llama-vocab.cpp; gguf.constants.
+"""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.gguf_file import GGUFFile, Tensor, read_gguf
+from convert.names import Name, all_names
+from convert.safetensors import Spec, read_bytes, reading
+from convert.source import Source, check_names, check_values, parse_config
+from jlora.config import LlamaConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+
+_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_BLOCKS = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"),
+    *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
+    *("IQ4_NL", "IQ4_XS"),
+)
+_MODULES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_ROPE_FREQS = "rope_freqs.weight"
+_EXPERTS = re.compile(r"blk\.\d+\.ffn_(\w+_exps|\w+_shexp|gate_inp|\w+\.\d+)\..*")
+# Metadata that changes the computation, with the value that leaves a Llama a Llama.
+_MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "llama.expert_count": (None, 0),
+    "llama.logit_scale": (None, 1.0),
+    "llama.embedding_scale": (None, 1.0),
+    "llama.residual_scale": (None, 1.0),
+    "llama.attention.scale": (None, 0.0),
+    "llama.attention.sliding_window": (None, 0),
+    "llama.attention.causal": (None, True),
+    "llama.rope.scale_linear": (None, 1.0),
+    "split.count": (None, 0, 1),
+}
+_CONTROL, _USER_DEFINED = 3, 4
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def open_gguf(path: Path) -> Source:
+    """Returns the Llama of a GGUF file.
+
+    Raises:
+        UsageError: the gguf package is not installed.
+        UnsupportedError: another architecture, block format or tokenizer.
+        CorruptError: a damaged file, or tensors that do not fit the metadata.
+    """
+    gguf = _import_gguf(path)
+    file = read_gguf(path)
+    _refuse_other_models(file)
+    kinds = {name: _kind(gguf, file, name) for name in file.tensors}
+    hf_config = _hf_config(file, kinds)
+    config = parse_config(hf_config, f"{path}: its metadata as ")
+    names = {name.path: name for name in all_names(config)}
+    stored = {path: _gguf_name(name.key) for path, name in names.items()}
+    check_names(
+        str(path),
+        {k: v.shape for k, v in file.tensors.items() if k != _ROPE_FREQS},
+        {stored[path]: name.hf_shape for path, name in names.items()},
+    )
+
+    def read(path: str) -> np.ndarray:
+        name = stored[path]
+        array = _read_tensor(gguf, file.path, file.tensors[name], kinds[name])
+        check_values(array, f"{file.path}: tensor {name!r}")
+        return names[path].to_params(_restore_rows(array, names[path], config))
+
+    return Source(
+        kind="gguf",
+        location=path,
+        config=config,
+        hf_config=hf_config,
+        tensors={
+            path: Spec(
+                name.shape, np.dtype(_PLAIN.get(kinds[stored[path]], np.float32))
+            )
+            for path, name in names.items()
+        },
+        read=read,
+        files=_tokenizer_files(file),
+        provenance={
+            "format": "gguf",
+            "source": str(path),
+            "name": file.metadata.get("general.name"),
+            "tensor_types": dict(sorted(Counter(kinds.values()).items())),
+        },
+    )
+
+
+def _import_gguf(path: Path) -> ModuleType:
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError as error:
+        raise UsageError(
+            f"{path}: reading GGUF needs the gguf package: pip install jlora[gguf]"
+        ) from error
+    return gguf
+
+
+def _refuse_other_models(file: GGUFFile) -> None:
+    kind = file.metadata.get("general.type", "model")
+    architecture = file.metadata.get("general.architecture")
+    if kind != "model" or architecture != "llama":
+        raise UnsupportedError(
+            f"{file.path}: general.type={kind!r}, general.architecture="
+            f"{architecture!r}; jlora reads models of architecture 'llama' only"
+        )
+    for key, neutral in _MUST_BE_NEUTRAL.items():
+        if file.metadata.get(key) not in neutral:
+            hint = (
+                "; join the parts with llama-gguf-split --merge"
+                if key == "split.count"
+                else " is not a plain Llama; jlora does not support it"
+            )
+            raise UnsupportedError(f"{file.path}: {key}={file.metadata[key]!r}{hint}")
+    experts = [name for name in file.tensors if _EXPERTS.fullmatch(name)]
+    if experts:
+        raise UnsupportedError(
+            f"{file.path}: a mixture of experts ({listing(experts, 4)}); "
+            "jlora supports dense Llamas only"
+        )
+
+
+def _kind(gguf: ModuleType, file: GGUFFile, name: str) -> str:
+    """Returns the name of a tensor's ggml type, checking that its bytes are there."""
+    tensor = file.tensors[name]
+    known = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
+    kind = known.get(tensor.type, f"number {tensor.type}")
+    if kind not in _PLAIN and kind not in _BLOCKS:
+        raise UnsupportedError(
+            f"{file.path}: tensor {name!r} has type {kind}; jlora reads "
+            f"{listing([*_PLAIN, *_BLOCKS], 99)}"
+        )
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+    if not tensor.shape or tensor.shape[-1] % block:
+        raise CorruptError(
+            f"{file.path}: tensor {name!r} of shape {list(tensor.shape)} is no whole "
+            f"number of {kind} blocks of {block}"
+        )
+    end = tensor.offset + _num_bytes(gguf, tensor)
+    if end > file.size:
+        raise CorruptError(
+            f"{file.path}: cut: tensor {name!r} ends at byte {end:,}, the file at "
+            f"{file.size:,}; copy or download it again"
+        )
+    return kind
+
+
+def _num_bytes(gguf: ModuleType, tensor: Tensor) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+    count = 1
+    for length in tensor.shape:
+        count *= length
+    return count // block * size
+
+
+def _read_tensor(gguf: ModuleType, path: Path, tensor: Tensor, kind: str) -> np.ndarray:
+    data = read_bytes(path, tensor.offset, _num_bytes(gguf, tensor))
+    if kind in _PLAIN:
+        return data.view(_PLAIN[kind]).reshape(tensor.shape)
+    rows = data.reshape(*tensor.shape[:-1], -1)
+    with np.errstate(all="ignore"):  # a damaged scale is reported as NaN or infinity
+        values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.type))
+    return values.astype(np.float32, copy=False).reshape(tensor.shape)
+
+
+def _restore_rows(array: np.ndarray, name: Name, config: LlamaConfig) -> np.ndarray:
+    """Returns q and k in HF's row order (head, half, pair); others unchanged.
+
+    The file has (head, pair, half); forgetting this loads cleanly and computes nonsense.
+    """
+    if ".q_proj." in name.key:
+        heads = config.num_attention_heads
+    elif ".k_proj." in name.key:
+        heads = config.num_key_value_heads
+    else:
+        return array
+    pairs = array.reshape(heads, config.head_dim // 2, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+
+def _gguf_name(key: str) -> str:
+    module, _, suffix = key.rpartition(".")
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", module)
+    if layer:
+        return f"blk.{layer[1]}.{_MODULES[layer[2]]}.{suffix}"
+    return f"{_MODULES[module]}.{suffix}"
+
+
+def _hf_config(file: GGUFFile, kinds: dict[str, str]) -> dict[str, Any]:
+    """Returns the metadata as a config.json of HF."""
+    get = file.metadata.get
+    heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
+        raise CorruptError(
+            f"{file.path}: llama.attention.head_count={heads!r} and "
+            f"llama.embedding_length={hidden!r}; expected two integers above 0"
+        )
+    head_dim = get("llama.attention.key_length", hidden // heads)
+    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
+        if get(key, head_dim) != head_dim:
+            raise UnsupportedError(
+                f"{file.path}: {key}={get(key)} differs from the head size {head_dim}; "
+                "jlora does not support it"
+            )
+    embedding = file.tensors.get("token_embd.weight")
+    rows = embedding.shape[0] if embedding else None
+    dtypes = Counter(kinds[k] for k, t in file.tensors.items() if len(t.shape) == 2)
+    common = _PLAIN.get(max(dtypes, key=lambda k: dtypes[k], default=""), np.float32)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": get("tokenizer.ggml.padding_token_id"),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": get("llama.feed_forward_length"),
+        "max_position_embeddings": get("llama.context_length"),
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "model_type": "llama",
+        "num_attention_heads": heads,
+        "num_hidden_layers": get("llama.block_count"),
+        "num_key_value_heads": get("llama.attention.head_count_kv", heads),
+        "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon")),
+        "rope_scaling": _rope_scaling(file, head_dim),
+        "rope_theta": _decimal(get("llama.rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": np.dtype(common).name,
+        "vocab_size": rows,
+    }
+
+
+def _decimal(value: Any) -> Any:
+    """Returns the shortest decimal that rounds to the same float32: 1e-05, as meant."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
+    get = file.metadata.get
+    kind = get("llama.rope.scaling.type")
+    if kind not in (None, "", "none"):
+        scaling = {
+            "rope_type": kind,
+            "factor": _decimal(get("llama.rope.scaling.factor")),
+        }
+        original = get("llama.rope.scaling.original_context_length")
+        if original is not None:
+            scaling["original_max_position_embeddings"] = original
+        return scaling
+    tensor = file.tensors.get(_ROPE_FREQS)
+    if tensor is None:
+        return None
+    if tensor.shape != (head_dim // 2,) or tensor.type != 0:
+        raise CorruptError(
+            f"{file.path}: {_ROPE_FREQS} has shape {list(tensor.shape)} and type "
+            f"{tensor.type}; expected F32 of shape [{head_dim // 2}]"
+        )
+    divisors = read_bytes(file.path, tensor.offset, 2 * head_dim).view(np.float32)
+    if (divisors == 1).all():
+        return None
+    scaling = {
+        "rope_type": "llama3",
+        "factor": _decimal(float(divisors[-1])),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    theta = get("llama.rope.freq_base", 10000.0)
+    if not np.allclose(divisors, _llama3_divisors(theta, head_dim, scaling), rtol=1e-5):
+        raise UnsupportedError(
+            f"{file.path}: {_ROPE_FREQS} holds divisors that are not those of Llama 3.1 "
+            f"(factor {scaling['factor']}, 1 to 4, 8192); use the original model"
+        )
+    return scaling
+
+
+def _llama3_divisors(
+    theta: float, head_dim: int, scaling: dict[str, Any]
+) -> np.ndarray:
+    """Returns what llama.cpp's converter stores for rope type llama3."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / (kept + (1 - kept) / scaling["factor"])
+
+
+def _tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
+    """Returns tokenizer.json, tokenizer_config.json and generation_config.json."""
+    get = file.metadata.get
+    tokens = get("tokenizer.ggml.tokens") or []
+    ids = {
+        kind: _token_id(file, kind, len(tokens))
+        for kind in ("bos", "eos", "unknown", "padding", "eot")
+    }
+    add_bos = get("tokenizer.ggml.add_bos_token")
+    if add_bos is None:  # llama.cpp's defaults
+        add_bos = (
+            get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+            or get("tokenizer.ggml.model") == "llama"
+        )
+    names = {kind: None if i is None else tokens[i] for kind, i in ids.items()}
+    tokenizer_config = {
+        "add_bos_token": bool(add_bos),
+        "bos_token": names["bos"],
+        "chat_template": get("tokenizer.chat_template"),
+        "clean_up_tokenization_spaces": False,
+        "eos_token": names["eos"],
+        "model_max_length": get("llama.context_length"),
+        "pad_token": names["padding"],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": names["unknown"],
+    }
+    stops = sorted({i for i in (ids["eos"], ids["eot"]) if i is not None})
+    generation_config = {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+        "pad_token_id": ids["padding"],
+    }
+    beside = file.path.parent / "tokenizer.json"
+    if beside.is_file():
+        with reading(beside):
+            tokenizer = beside.read_bytes()
+    elif get("tokenizer.huggingface.json"):
+        tokenizer = get("tokenizer.huggingface.json", "").encode()
+    else:
+        tokenizer = _build_tokenizer(file, tokens, names["bos"] if add_bos else None)
+    return {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": _json_bytes(tokenizer_config),
+        "generation_config.json": _json_bytes(generation_config),
+    }
+
+
+def _json_bytes(document: dict[str, Any]) -> bytes:
+    present = {key: value for key, value in document.items() if value is not None}
+    return (json.dumps(present, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _token_id(file: GGUFFile, kind: str, num_tokens: int) -> int | None:
+    key = f"tokenizer.ggml.{kind}_token_id"
+    value = file.metadata.get(key)
+    if value is not None and not (isinstance(value, int) and value < num_tokens):
+        raise CorruptError(f"{file.path}: {key}={value!r}, with {num_tokens} tokens")
+    return value
+
+
+_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
+
+def _build_tokenizer(file: GGUFFile, tokens: list[str], bos: str | None) -> bytes:
+    """Returns a tokenizer.json equal in effect to the one the file was made from."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+    get = file.metadata.get
+    model, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
+    known = ("smollm", "gpt-2", *_LLAMA3_NAMES)
+    if model != "gpt2" or pre not in known:
+        raise UnsupportedError(
+            f"{file.path}: tokenizer.ggml.model={model!r}, tokenizer.ggml.pre={pre!r} "
+            "cannot be rebuilt exactly (known: model 'gpt2' with pre "
+            f"{listing(known)}); put the model's tokenizer.json beside the file"
+        )
+    types = get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges") or []]
+    if len(vocabulary) != len(tokens) or len(types) != len(tokens):
+        raise CorruptError(
+            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries, "
+            f"{len(vocabulary)} of them different, and {len(types)} types"
+        )
+    try:
+        tokenizer = Tokenizer(
+            models.BPE(
+                vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES
+            )
+        )
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise CorruptError(f"{file.path}: tokenizer.ggml.merges: {error}") from error
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    if bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"],
+            pair=[bos, "$A", f"{bos}:1", "$B:1"],
+            special_tokens=[(bos, vocabulary[bos])],
+        )
+    return tokenizer.to_str().encode()
+
+
+def _pre_tokenizer(pre: str) -> Any:
+    """Returns the splitter of a `tokenizer.ggml.pre` name; never a guess."""
+    from tokenizers import Regex, pre_tokenizers
+
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if pre == "gpt-2":
+        return gpt2
+    if pre == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, gpt2])
+    split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+    return pre_tokenizers.Sequence([split, whole])

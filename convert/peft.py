@@ -1,0 +1,610 @@
+"""PEFT LoRA adapters, read strictly and written minimally.
+
+Both directions share one value, `Adapter`, which is checked when it is made: ranks agree
+with the settings, so a scaling can be trusted. Reading refuses what PEFT lets pass with a
+warning while it serves the base model.
+
+Source: PEFT 0.21 `tuners/lora/config.py`, `utils/save_and_load.py`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.names import Params, all_names, module_name, module_path
+from convert.safetensors import (
+    Entry,
+    Spec,
+    atomic_folder,
+    read_header,
+    read_tensor,
+    write_safetensors,
+)
+from convert.source import first_non_finite, inside, read_json
+from jlora.checkpoint import flatten, newest_adapter
+from jlora.config import LlamaConfig, LoraConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.lora import linear_modules, select_modules, with_adapter
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FORM = f"{_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+_KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.(lora_[AB])(?:\.default)?\.weight")
+_TABLE_KEY = re.compile(r"(.*\.)?(embed_tokens|lm_head)\..*")
+_TABLES = ["model.embed_tokens", "lm_head"]
+_MERGE_FIRST = (
+    "merge it with PEFT (merge_and_unload) where it was trained, save the model and use "
+    "that as the base instead"
+)
+# Fields that change what an adapter computes, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "bias": ("none",),
+    "lora_bias": (False, None),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "velora_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_qalora": (False, None),
+}
+# Starting points that leave the base alone: what comes out of training is plain LoRA.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
+# Bookkeeping, settings of other starting points and of other layer types.
+_IGNORED = {
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",  # says something about adapters on the tables only
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+}
+_READ = {
+    "base_model_name_or_path",
+    "init_lora_weights",
+    "peft_type",
+    "revision",
+    "task_type",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter in jlora's layout, and where it belongs."""
+
+    config: LoraConfig
+    tensors: dict[str, dict[str, np.ndarray]]
+    """Params path of a module -> lora_A [in, R] and lora_B [R, out], float32."""
+    scalings: dict[str, float]
+    """Params path of a module -> alpha / R, or alpha / sqrt(R)."""
+    base_model_name_or_path: str | None
+    revision: str | None
+    location: Path
+    """What it was read from, for messages; never written."""
+
+    @classmethod
+    def make(
+        cls,
+        config: LoraConfig,
+        tensors: dict[str, dict[str, np.ndarray]],
+        location: Path,
+        base_model_name_or_path: str | None,
+        revision: str | None = None,
+    ) -> "Adapter":
+        """Returns the adapter of these tensors, with scalings as the settings say.
+
+        Raises:
+            CorruptError: the settings give a module another rank than its tensors have.
+        """
+        every_module = replace(
+            config,
+            target_modules=[module_name(path) for path in tensors],
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        selected = _select(every_module, every_module.target_modules, location)
+        wrong = [
+            f"{name} has rank {tensors[module_path(name)]['lora_A'].shape[1]}, the "
+            f"settings say {rank}"
+            for name, (rank, _) in selected.items()
+            if tensors[module_path(name)]["lora_A"].shape[1] != rank
+        ]
+        if wrong:
+            raise CorruptError(
+                f"{location}: r or rank_pattern disagree with the tensors: "
+                f"{listing(wrong)}"
+            )
+        scalings = {module_path(name): s for name, (_, s) in selected.items()}
+        return cls(
+            config, tensors, scalings, base_model_name_or_path, revision, location
+        )
+
+
+def _select(
+    config: LoraConfig, names: Any, location: Path
+) -> dict[str, tuple[int, float]]:
+    """Returns what `select_modules` does; for a file, a contradiction is damage."""
+    try:
+        return select_modules(config, names, strict=False)
+    except UsageError as error:
+        raise CorruptError(f"{location / CONFIG}: {error}") from error
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{location / CONFIG}: {error}; {_MERGE_FIRST}") from error
+
+
+def find_adapter(folder: str | Path) -> Path | None:
+    """Returns the folder in PEFT's form that `folder` is or, as a run, holds.
+
+    Returns:
+        None for a run that has checkpoints only.
+
+    Raises:
+        UsageError: neither an adapter nor a run.
+    """
+    folder = Path(folder)
+    for candidate in (folder, folder / "adapter"):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    if (folder / "checkpoints").is_dir():
+        return None
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give an adapter or run folder")
+    named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    hint = f"; did you mean its subfolder {listing(named)}?" if named else ""
+    raise UsageError(
+        f"{folder}: neither {CONFIG} nor a run's checkpoints in it{hint}"
+    )
+
+
+def open_adapter(folder: str | Path) -> Adapter:
+    """Returns the adapter of a PEFT folder, or of a run: its newest checkpoint if need be.
+
+    Raises:
+        UsageError: neither an adapter nor a run.
+        UnsupportedError, CorruptError: as `read_adapter`.
+    """
+    found = find_adapter(folder)
+    if found is not None:
+        return read_adapter(found)
+    config, tree, meta = newest_adapter(Path(folder))
+    base = meta["settings"]["model"]
+    return Adapter.make(config, _modules(tree), Path(folder), base)
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Returns the adapter of a PEFT folder, every value checked; all in float32.
+
+    Raises:
+        UnsupportedError: a PEFT feature that jlora does not have.
+        CorruptError: damaged, incomplete or contradicting files.
+    """
+    folder = Path(folder)
+    document = read_json(folder, CONFIG)
+    config = _read_config(document, f"{folder / CONFIG}")
+    if not (folder / WEIGHTS).exists():
+        if (folder / "adapter_model.bin").exists():
+            raise UnsupportedError(
+                f"{folder}: adapter_model.bin is a pickle, which is never opened as it "
+                "may run code; load the adapter with PEFT where you trust it and save "
+                "it again with save_pretrained(folder)"
+            )
+        raise CorruptError(f"{folder}: {CONFIG} without {WEIGHTS}; copy both")
+    pairs = _read_keys(read_header(inside(folder, WEIGHTS)), folder / WEIGHTS)
+    tensors = {
+        path: {leaf: _read_leaf(entry, folder / WEIGHTS) for leaf, entry in pair.items()}
+        for path, pair in pairs.items()
+    }
+    if not any(pair["lora_B"].any() for pair in tensors.values()):
+        _warn(f"{folder / WEIGHTS}: every lora_B is zero, so it changes nothing")
+    return Adapter.make(
+        config,
+        tensors,
+        folder,
+        document.get("base_model_name_or_path"),
+        document.get("revision"),
+    )
+
+
+def _read_config(document: dict[str, Any], where: str) -> LoraConfig:
+    """Returns the settings of an adapter_config.json; absent keys take PEFT's defaults."""
+    kind, task = document.get("peft_type"), document.get("task_type")
+    if kind is None:
+        raise CorruptError(f"{where}: no peft_type, so not a PEFT adapter's settings")
+    if kind != "LORA" or task not in (None, "CAUSAL_LM"):
+        raise UnsupportedError(
+            f"{where}: peft_type={kind!r}, task_type={task!r}; jlora supports LORA for "
+            f"CAUSAL_LM only; {_MERGE_FIRST}"
+        )
+    refused = [
+        f"{key}={document[key]!r}"
+        for key, neutral in _NEUTRAL.items()
+        if key in document and document[key] not in neutral
+    ]
+    if refused:
+        raise UnsupportedError(
+            f"{where}: jlora does not support {listing(refused)}; {_MERGE_FIRST}"
+        )
+    init = document.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise UnsupportedError(
+            f"{where}: init_lora_weights={init!r} starts from a changed base, which "
+            "jlora does not restore; save it as plain LoRA with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
+        )
+    known = {field.name for field in fields(LoraConfig)} | _NEUTRAL.keys()
+    known |= _IGNORED | _READ
+    unknown = [
+        f"{key}{nearest(key, known)}" for key in sorted(document) if key not in known
+    ]
+    if unknown:
+        _warn(f"{where}: unknown keys are ignored: {listing(unknown)}")
+    # jlora never writes another start than PEFT's default, and training is over.
+    honoured = {key: document[key] for key in _FORMS if document.get(key) is not None}
+    _check_forms(document, honoured, where)
+    try:
+        return LoraConfig(**honoured)
+    except UsageError as error:
+        raise CorruptError(f"{where}: {error}") from error
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    )
+
+
+def _is_indices(value: Any) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(i, int) and not isinstance(i, bool) for i in items)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# The honoured fields with the forms they may have; LoraConfig checks the ranges.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_number, "an integer"),
+    "lora_alpha": (_is_number, "a number"),
+    "lora_dropout": (_is_number, "a number"),
+    "target_modules": (_is_names, "a string or a list of strings"),
+    "exclude_modules": (_is_names, "a string or a list of strings"),
+    "layers_to_transform": (_is_indices, "an integer or a list of integers"),
+    "layers_pattern": (_is_names, "a string or a list of strings"),
+    "rank_pattern": (lambda value: isinstance(value, dict), "an object"),
+    "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def _check_forms(
+    document: Mapping[str, Any], honoured: Mapping[str, Any], where: str
+) -> None:
+    wrong = [
+        f"{key}={value!r} is not {_FORMS[key][1]}"
+        for key, value in honoured.items()
+        if not _FORMS[key][0](value)
+    ]
+    wrong += [
+        f"{key}={document[key]!r} is not a string"
+        for key in ("base_model_name_or_path", "revision")
+        if not isinstance(document.get(key), str | None)
+    ]
+    if wrong:
+        raise CorruptError(f"{where}: {listing(wrong)}")
+
+
+def _read_keys(entries: dict[str, Entry], where: Path) -> dict[str, dict[str, Entry]]:
+    """Returns {params path: {leaf: entry}}; all that is wrong with keys at once."""
+    tables = sorted(key for key in entries if _TABLE_KEY.fullmatch(key))
+    if tables:
+        raise UnsupportedError(
+            f"{where}: adapters and whole weights of the embedding and the head are not "
+            f"supported ({listing(tables)}); {_MERGE_FIRST}"
+        )
+    pairs: dict[str, dict[str, Entry]] = {}
+    problems, strange = [], []
+    for key, entry in sorted(entries.items()):
+        match = _KEY.fullmatch(key.replace("_orig_mod.", ""))
+        if match is None:
+            strange.append(key)
+            continue
+        pair = pairs.setdefault(module_path(match[1]), {})
+        if match[2] in pair:
+            problems.append(f"two tensors for {match[1]}.{match[2]}")
+        pair[match[2]] = entry
+    if strange:
+        known = [_key(path, leaf) for path in pairs for leaf in ("lora_A", "lora_B")]
+        problems.append(
+            f"keys that are not of the form {_FORM}: "
+            + listing([f"{key}{nearest(key, known)}" for key in strange])
+        )
+    problems += [
+        f"{_key(path, leaf)} is missing"
+        for path, pair in pairs.items()
+        for leaf in ("lora_A", "lora_B")
+        if leaf not in pair
+    ]
+    problems += [text for path, pair in pairs.items() for text in _bad_shapes(path, pair)]
+    if problems or not pairs:
+        raise CorruptError(f"{where}: {listing(problems) or 'no tensors'}")
+    return pairs
+
+
+def _bad_shapes(path: str, pair: dict[str, Entry]) -> list[str]:
+    shapes = {leaf: list(entry.shape) for leaf, entry in pair.items()}
+    bad = [
+        f"{_key(path, leaf)} {shape} is not a matrix"
+        for leaf, shape in shapes.items()
+        if len(shape) != 2
+    ]
+    if not bad and len(pair) == 2 and shapes["lora_A"][0] != shapes["lora_B"][1]:
+        bad = [
+            f"{_key(path, 'lora_A')} {shapes['lora_A']} and {_key(path, 'lora_B')} "
+            f"{shapes['lora_B']} have different ranks"
+        ]
+    return bad
+
+
+def _read_leaf(entry: Entry, where: Path) -> np.ndarray:
+    """Returns one factor in jlora's layout, contiguous float32."""
+    if entry.dtype == np.float64:
+        raise UnsupportedError(f"{where}: float64 tensors; save the adapter in float32")
+    array = read_tensor(entry)
+    index = first_non_finite(array)
+    if index is not None:
+        raise CorruptError(f"{where}: {array[index]} at {list(index)} of a tensor")
+    return np.ascontiguousarray(array.T, np.float32)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def check_fit(adapter: Adapter, config: LlamaConfig) -> None:
+    """Checks that the adapter has exactly the tensors its settings select in the model.
+
+    Raises:
+        UnsupportedError: the settings select the embedding or the head.
+        CorruptError: lists all missing, surplus and misshapen tensors.
+    """
+    shapes = {
+        name.path.removesuffix("/kernel"): name.shape
+        for name in all_names(config)
+        if name.path.endswith("/kernel")
+    }
+    linears = [module_name(path) for path in shapes]
+    # Ranks and alphas were matched when the adapter was made.
+    rules = replace(adapter.config, rank_pattern={}, alpha_pattern={})
+    names = [*(name for name in linears if name not in _TABLES), *_TABLES]
+    expected = {module_path(name) for name in _select(rules, names, adapter.location)}
+    targets = rules.target_modules
+    rule = targets if isinstance(targets, str | None) else listing(targets)
+    problems = [
+        f"target_modules={rule} selects {module_name(path)}, which has no tensors"
+        for path in sorted(expected - adapter.tensors.keys())
+    ]
+    for path, pair in sorted(adapter.tensors.items()):
+        name = module_name(path)
+        if path not in shapes:
+            problems.append(f"the model has no {name}{nearest(name, linears)}")
+        elif path not in expected:
+            problems.append(f"target_modules={rule} does not select {name}")
+        else:
+            problems += _misfits(path, pair, shapes[path])
+    if problems:
+        raise CorruptError(
+            f"{adapter.location}: does not fit the model: {listing(problems)}"
+        )
+
+
+def _misfits(
+    path: str, pair: Mapping[str, np.ndarray], shape: tuple[int, ...]
+) -> list[str]:
+    rank = pair["lora_A"].shape[1]
+    expected = {"lora_A": (shape[0], rank), "lora_B": (rank, shape[1])}
+    return [
+        f"{_key(path, leaf)} {list(pair[leaf].shape[::-1])} instead of "
+        f"{list(want[::-1])} ({path}/{leaf} {list(pair[leaf].shape)} instead of "
+        f"{list(want)})"
+        for leaf, want in expected.items()
+        if pair[leaf].shape != want
+    ]
+
+
+def attach_adapter(
+    params: Params, config: LlamaConfig, folder: str | Path | Adapter
+) -> Params:
+    """Returns the tree with an adapter's leaves beside its kernels; nothing is copied.
+
+    Args:
+        params: the base model.
+        config: its architecture.
+        folder: a PEFT folder, a run folder, or an adapter that was read from one.
+
+    Raises:
+        UsageError, UnsupportedError, CorruptError: as `open_adapter`, `check_fit`.
+    """
+    adapter = folder if isinstance(folder, Adapter) else open_adapter(folder)
+    check_fit(adapter, config)
+    leaves = {
+        module_name(path): {
+            "lora_A": jnp.asarray(pair["lora_A"]),
+            "lora_B": jnp.asarray(pair["lora_B"]),
+            "lora_scaling": jnp.float32(adapter.scalings[path]),
+        }
+        for path, pair in adapter.tensors.items()
+    }
+    return with_adapter(params, leaves)
+
+
+def write_adapter(
+    params: Params,
+    lora_config: LoraConfig,
+    folder: str | Path,
+    base_model_name_or_path: str | None,
+    revision: str | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Writes a tree's adapter as a PEFT folder; the same input gives the same bytes.
+
+    Args:
+        params: a tree with lora_A and lora_B leaves; the base's leaves may be absent.
+        lora_config: what it was trained with.
+        folder: appears whole or not at all.
+        base_model_name_or_path: where PEFT finds the base.
+        revision: of the base on the hub.
+        overwrite: replace an adapter that is there.
+
+    Raises:
+        UsageError: the tree has no adapter, or the folder cannot be written.
+    """
+    where = Path(folder)
+    tensors = _modules(params)
+    if not tensors:
+        raise UsageError(f"{where}: nothing to write, the parameters have no adapter")
+    adapter = Adapter.make(
+        lora_config, tensors, where, base_model_name_or_path, revision
+    )
+    save_adapter(
+        adapter, where, linears=list(linear_modules(params)), overwrite=overwrite
+    )
+
+
+def save_adapter(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    linears: list[str] | None = None,
+    overwrite: bool = False,
+    source: Path | None = None,
+) -> None:
+    """Writes an adapter as a PEFT folder that every PEFT since 0.6 reads.
+
+    Args:
+        adapter: what to write.
+        folder: appears whole or not at all.
+        linears: HF names of the base's linear layers, if they are known.
+        overwrite: replace an adapter that is there.
+        source: what the adapter comes from; must not lie inside `folder`.
+    """
+    text = json.dumps(_config_to_write(adapter, linears), indent=2, sort_keys=True)
+    arrays = {
+        _key(path, leaf): array
+        for path, pair in adapter.tensors.items()
+        for leaf, array in pair.items()
+    }
+    specs = {
+        key: Spec(array.shape[::-1], array.dtype) for key, array in arrays.items()
+    }
+    with atomic_folder(folder, overwrite, source) as temporary:
+        write_safetensors(temporary / WEIGHTS, specs, lambda key: arrays[key].T)
+        (temporary / CONFIG).write_text(text + "\n", "utf-8")
+
+
+def _config_to_write(adapter: Adapter, linears: list[str] | None) -> dict[str, Any]:
+    """Returns the keys PEFT 0.6 knows, and rsLoRA only where it is used.
+
+    An older PEFT stops at any key that it does not know.
+    """
+    config = adapter.config
+    ranks = {
+        _escape(path): pair["lora_A"].shape[1]
+        for path, pair in adapter.tensors.items()
+        if pair["lora_A"].shape[1] != config.r
+    }
+    alphas = {_escape(path): _alpha(adapter, path) for path in adapter.tensors}
+    return {
+        "alpha_pattern": {
+            key: _plain(alpha)
+            for key, alpha in alphas.items()
+            if alpha != config.lora_alpha
+        },
+        "auto_mapping": None,
+        "base_model_name_or_path": adapter.base_model_name_or_path,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _plain(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": ranks,
+        "revision": adapter.revision,
+        "target_modules": _targets(adapter, linears),
+        "task_type": "CAUSAL_LM",
+        **({"use_rslora": True} if config.use_rslora else {}),
+    }
+
+
+def _targets(adapter: Adapter, linears: list[str] | None) -> list[str]:
+    """Returns sorted suffixes if they select the same modules, else sorted full names."""
+    names = sorted(module_name(path) for path in adapter.tensors)
+    suffixes = sorted({name.rsplit(".")[-1] for name in names})
+    if linears:
+        matched = [name for name in linears if name.rsplit(".")[-1] in suffixes]
+        return suffixes if sorted(matched) == names else names
+    # Without the base, the settings decide: plain suffixes reach every layer.
+    config = adapter.config
+    targets = config.target_modules
+    if isinstance(targets, str):
+        uniform = targets.lower() == "all-linear"
+    else:
+        uniform = targets is None or not any("." in target for target in targets)
+    limited = config.exclude_modules or config.layers_to_transform not in (None, [])
+    return suffixes if uniform and not limited else names
+
+
+def _alpha(adapter: Adapter, path: str) -> float:
+    """Returns the module's alpha exactly as given, not as its scaling times its rank."""
+    config = adapter.config
+    rank = adapter.tensors[path]["lora_A"].shape[1]
+    given = (config.lora_alpha, *config.alpha_pattern.values())
+    return next(a for a in given if config.scaling(rank, a) == adapter.scalings[path])
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _escape(path: str) -> str:
+    return re.escape(module_name(path))
+
+
+def _key(path: str, leaf: str) -> str:
+    return f"{_PREFIX}{module_name(path)}.{leaf}.weight"
+
+
+def _modules(tree: Params) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the adapted modules of a tree by params path, contiguous float32."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for dotted, leaf in flatten(tree).items():
+        path, _, name = dotted.replace(".", "/").rpartition("/")
+        if name in ("lora_A", "lora_B"):
+            found.setdefault(path, {})[name] = np.ascontiguousarray(leaf, np.float32)
+    return found
