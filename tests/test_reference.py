@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,8 +6,11 @@ import reference
 
 from convert.names import all_names
 from jlora.config import LlamaConfig
+from jlora.lora import join, module_at, split, trainable_mask, with_adapter
+from jlora.loss import cross_entropy
 from jlora.model import Llama, RMSNorm
 from jlora.rope import rope_angles
+from jlora.training import summed_loss
 
 PLAIN = {
     "model_type": "llama",
@@ -56,16 +60,15 @@ def to_params(config, weights, adapters=None):
         for part in parents:
             node = node.setdefault(part, {})
         node[leaf] = jnp.asarray(name.to_params(weights[name.key]))
-    for module, (a, b, scaling) in (adapters or {}).items():
-        node = params
-        for part in module.removeprefix("model.").split("."):
-            node = node[part]
-        node |= {
+    leaves = {
+        module: {
             "lora_A": jnp.asarray(a),
             "lora_B": jnp.asarray(b),
             "lora_scaling": jnp.float32(scaling),
         }
-    return params
+        for module, (a, b, scaling) in (adapters or {}).items()
+    }
+    return with_adapter(params, leaves)
 
 
 def random_adapters(config, weights, rank=3, seed=1):
@@ -93,7 +96,8 @@ def config(request):
 def test_logits_equal_the_reference(config):
     weights, tokens = random_weights(config), random_tokens(config)
     model = Llama(LlamaConfig.from_hf(config))
-    logits = model.apply({"params": to_params(config, weights)}, jnp.asarray(tokens))
+    params = to_params(config, weights)
+    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens))
     expected = reference.forward(config, weights, tokens)
     # float32 against float64: measured 1e-5 at most.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
@@ -105,7 +109,7 @@ def test_logits_with_adapters_on_every_linear_equal_the_reference(config):
     model = Llama(LlamaConfig.from_hf(config))
     params = to_params(config, weights, adapters)
     expected = reference.forward(config, weights, tokens, adapters)
-    logits = model.apply({"params": params}, jnp.asarray(tokens))
+    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens))
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
 
 
@@ -147,3 +151,103 @@ def test_rms_norm_equals_the_reference(size):
     np.testing.assert_allclose(
         norm, reference.rms_norm(np.float64(x), scale, 1e-5), rtol=1e-5
     )
+
+
+def head_case(kind, seed=4):
+    rng = np.random.default_rng(seed)
+    table = rng.standard_normal((23, 8)).astype(np.float32)
+    head = {"embedding": table} if kind == "tied" else {"kernel": table.T}
+    if kind == "adapter":
+        a = rng.standard_normal((8, 3)).astype(np.float32)
+        b = rng.standard_normal((3, 23)).astype(np.float32)
+        head |= {"lora_A": a, "lora_B": b, "lora_scaling": np.float32(0.5)}
+        table = table + 0.5 * (np.float64(a) @ b).T
+    hidden = rng.standard_normal((2, 7, 8)).astype(np.float32)
+    targets = rng.integers(0, 23, (2, 7)).astype(np.int32)
+    mask = (rng.random((2, 7)) < 0.7).astype(np.float32)
+    expected = reference_loss(table, targets, mask)
+    return jax.tree.map(jnp.asarray, (hidden, head, targets, mask)), expected
+
+
+def reference_loss(table, targets, mask):
+    def loss(hidden):
+        return reference.loss(hidden @ table.T.astype(np.float64), targets, mask)
+
+    return loss
+
+
+def difference_quotients(function, x, step=1e-5):
+    result = np.empty_like(x)
+    for index in np.ndindex(x.shape):
+        high, low = x.copy(), x.copy()
+        high[index] += step
+        low[index] -= step
+        result[index] = (function(high) - function(low)) / (2 * step)
+    return result
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+@pytest.mark.parametrize("kind", ["untied", "tied", "adapter"])
+def test_chunked_loss_equals_the_reference(kind, chunk):
+    (hidden, head, targets, mask), expected = head_case(kind)
+    loss = cross_entropy(hidden, head, targets, mask, chunk=chunk) / mask.sum()
+    assert float(loss) == pytest.approx(expected(np.float64(hidden)), rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("kind", ["untied", "tied", "adapter"])
+def test_gradient_of_the_chunked_loss_equals_difference_quotients(kind, chunk):
+    (hidden, head, targets, mask), expected = head_case(kind)
+    gradient = jax.grad(
+        lambda x: cross_entropy(x, head, targets, mask, chunk=chunk) / mask.sum()
+    )(hidden)
+    quotients = difference_quotients(expected, np.float64(hidden))
+    np.testing.assert_allclose(gradient, quotients, rtol=0, atol=1e-6)
+
+
+def test_gradient_of_all_adapters_equals_the_difference_quotient(config):
+    weights, tokens = random_weights(config), random_tokens(config, length=12)
+    adapters = random_adapters(config, weights)
+    targets, mask = np.roll(tokens, -1, axis=1), np.ones(tokens.shape, np.float32)
+    mask[0, 5:] = 0
+    model = Llama(LlamaConfig.from_hf(config))
+    params = to_params(config, weights, adapters)
+    trainable, frozen = split(params, trainable_mask(params))
+    batch = {
+        "tokens": jnp.asarray(tokens),
+        "targets": jnp.asarray(targets),
+        "loss_mask": jnp.asarray(mask),
+        "segment_ids": jnp.ones(tokens.shape, jnp.int32),
+        "positions": jnp.broadcast_to(jnp.arange(12), tokens.shape),
+    }
+
+    def loss(tree):
+        total = summed_loss(model, join(tree, frozen), batch, packed=False, chunk=5)
+        return total / mask.sum()
+
+    def moved(step):
+        changed = {
+            module: (a + step * along_a, b + step * along_b, scaling)
+            for (module, (a, b, scaling)), (along_a, along_b) in zip(
+                adapters.items(), along, strict=True
+            )
+        }
+        logits = reference.forward(config, weights, tokens, changed)
+        return reference.loss(logits, targets, mask)
+
+    rng = np.random.default_rng(5)
+    along = [
+        tuple(rng.standard_normal(x.shape) for x in pair[:2])
+        for pair in adapters.values()
+    ]
+    gradients = jax.jit(jax.grad(loss))(trainable)
+    found = 0.0
+    for module, direction in zip(adapters, along, strict=True):
+        for leaf, d in zip(("lora_A", "lora_B"), direction, strict=True):
+            found += (np.asarray(module_at(gradients, module)[leaf]) * d).sum()
+    slope = (moved(1e-6) - moved(-1e-6)) / 2e-6
+    # Terms of both signs cancel in the slope: measure against the gradient's size.
+    norm = np.linalg.norm(
+        [float(jnp.linalg.norm(g)) for g in jax.tree.leaves(gradients)]
+    )
+    assert found == pytest.approx(slope, abs=1e-5 * norm)
