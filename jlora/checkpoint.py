@@ -4,8 +4,11 @@ Orbax checks no array data (a flipped byte is restored as a wrong number), so th
 of every leaf is kept beside the arrays and compared on the way back.
 """
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +139,28 @@ class RunCheckpoints:
         self._manager.close()
 
 
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the run folder for this process, creating it.
+
+    Raises:
+        UsageError: another process holds it, or it cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        raise UsageError(f"{run}: cannot be written ({error.strerror})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{run}: another run is using this folder; choose another output_dir"
+            ) from error
+        yield
+
+
 def saved_steps(folder: Path) -> list[int]:
     """Returns the numbers of the step folders, newest first, whole or not."""
     if not folder.is_dir():
@@ -210,6 +235,55 @@ def restore_into(state: Any, saved: Saved) -> Any:
         for name, leaf in expected.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
+
+
+def check_identity(saved: Saved, identity: dict[str, Any]) -> None:
+    """Refuses to continue a run with other data, weights or settings than it began with.
+
+    Raises:
+        UsageError: naming every key that differs.
+    """
+    before = saved.meta.get("identity", {})
+    differing = [
+        f"{key} (was {before.get(key)!r}, is {identity.get(key)!r})"
+        for key in sorted(before.keys() | identity.keys())
+        if before.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise UsageError(
+            f"cannot resume from step {saved.step}: {listing(differing)}; give the "
+            "settings it began with, or another output_dir"
+        )
+
+
+def resume(run: Path, state: Any, identity: dict[str, Any], *, mode: str) -> Any:
+    """Returns the state to start from: the newest valid checkpoint's, or as given.
+
+    Args:
+        run: the run folder.
+        state: a fresh state, placed on its devices.
+        identity: what has to be as it was when the run began.
+        mode: auto continues a run if there is one, must demands one, never refuses one.
+
+    Raises:
+        UsageError: the mode does not fit, or the identity differs.
+        CorruptError: there are checkpoints, and none is valid.
+    """
+    saved, problems = load_newest(run / "checkpoints")
+    for problem in problems:
+        print(f"warning: skipped a damaged checkpoint: {problem}", flush=True)
+    if saved is None and mode == "must":
+        raise UsageError(f"{run}: no checkpoint to resume from")
+    if saved is None:
+        return state
+    if mode == "never":
+        raise UsageError(
+            f"{run}: holds a run already; choose another output_dir, "
+            "or continue it with --resume auto"
+        )
+    check_identity(saved, identity)
+    print(f"resuming after step {saved.step}", flush=True)
+    return restore_into(state, saved)
 
 
 def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:

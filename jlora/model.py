@@ -28,6 +28,13 @@ from jlora.rope import apply_rope, rope_angles
 SAVED_NAMES = ("q", "k", "v", "attention", "residual", "gate", "up")
 
 
+def compute_dtype(wanted: str) -> Any:
+    """Returns the dtype of activations; auto is bfloat16 on GPU and TPU, else float32."""
+    if wanted == "auto":
+        wanted = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(wanted)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
@@ -308,15 +315,19 @@ class Llama(nn.Module):
         return self._run(tokens, positions, segment_ids, None)[0]
 
     def decode(
-        self, tokens: Int[Array, "B T"], cache: KVCache
-    ) -> tuple[Float[Array, "B T V"], KVCache]:
-        """Returns the logits of tokens that follow the cached ones, and the new cache."""
+        self, tokens: Int[Array, "B T"], cache: KVCache, count: Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], KVCache]:
+        """Returns the logits after the first `count` tokens, and the cache with them.
+
+        Tokens beyond `count` are padding: what they leave in the cache lies after its
+        length, where no query sees it before it is overwritten.
+        """
         positions = cache.length + jnp.arange(tokens.shape[1])[None, :]
         positions = jnp.broadcast_to(positions, tokens.shape)
         hidden, filled = self._run(tokens, positions, None, cache)
         assert filled is not None
-        length = cache.length + tokens.shape[1]
-        return self._logits(hidden), replace(filled, length=length)
+        last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
+        return self._logits(last)[:, 0], replace(filled, length=cache.length + count)
 
     def _run(
         self,

@@ -111,7 +111,7 @@ def make_train_step(
     supervised tokens, whatever the mesh and the number of accumulation steps. A step
     whose loss or gradient norm is not finite changes nothing but its counters.
     Metrics: loss (nats per supervised token), grad_norm (before clipping),
-    supervised_tokens, tokens.
+    supervised_tokens, tokens, and the counters skipped and in_a_row.
 
     Args:
         model: the forward pass.
@@ -164,7 +164,9 @@ def make_train_step(
             "supervised_tokens": supervised.astype(jnp.int32),
             "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.int32),
         }
-        return _advance(optimizer, state, frozen, gradients, metrics), metrics
+        after = _advance(optimizer, state, frozen, gradients, metrics)
+        counters = {"skipped": after.skipped, "in_a_row": after.skipped_in_a_row}
+        return after, {**metrics, **counters}
 
     state_shardings = tree_shardings(mesh, state)
     return jax.jit(
@@ -197,6 +199,15 @@ def make_eval_step(
         in_shardings=(tree_shardings(mesh, params), batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
+
+
+def evaluate(step: Any, params: Params, dataset: Any) -> tuple[float, int]:
+    """Returns (mean loss in nats per supervised token, tokens) over a whole data set."""
+    total = count = 0.0
+    for index in range(dataset.steps_per_epoch):
+        summed, supervised = step(params, dataset.batch(index))
+        total, count = total + float(summed), count + float(supervised)
+    return total / count, int(count)
 
 
 def _chunk(batch: Batch, shards: int) -> int:

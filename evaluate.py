@@ -1,0 +1,90 @@
+"""Loss and perplexity of a model on a file, with or without an adapter."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from convert.peft import attach_adapter
+from convert.source import load_params, open_source
+from jlora.attention import choose_attention
+from jlora.cli import run_command
+from jlora.config import DataConfig, MeshConfig
+from jlora.data import Tokenizer, load_dataset
+from jlora.errors import UsageError
+from jlora.model import Llama, compute_dtype
+from jlora.sharding import check_divisible, make_mesh, tree_shardings
+from jlora.training import evaluate, make_eval_step
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Print the loss, perplexity and supervised tokens of a data set."""
+
+    model: str
+    """HF folder, hub id, .gguf file or converted base."""
+    data: str
+    """JSONL file."""
+    adapter: str | None = None
+    """Run folder or PEFT adapter folder."""
+    format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    """Record format; auto reads it off the first record's keys."""
+    train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
+    """Which tokens the loss counts, as in train.py."""
+    seq_len: int = 512
+    """Tokens per row; longer records are cut at the end."""
+    packing: bool = False
+    """Put several records in one row; the loss is the same."""
+    batch_size: int = 8
+    """Rows at a time, over all devices."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+
+
+def main(args: Arguments) -> None:
+    """Loads the model and the data, and prints one line."""
+    if args.batch_size < 1:
+        raise UsageError(f"batch_size={args.batch_size}; expected at least 1")
+    settings = DataConfig(
+        format=args.format,
+        seq_len=args.seq_len,
+        packing=args.packing,
+        train_on=args.train_on,
+    )
+    source = open_source(args.model)
+    config = source.config
+    if args.seq_len > config.max_position_embeddings:
+        raise UsageError(
+            f"seq_len={args.seq_len} exceeds the model's "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    tokenizer = Tokenizer.from_files(source.files, config)
+    data = load_dataset(
+        args.data,
+        tokenizer,
+        settings,
+        vocab_size=config.vocab_size,
+        batch_size=args.batch_size,
+        seed=0,
+        shuffle=False,
+    )
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    check_divisible(mesh, config, batch_size=args.batch_size, grad_accum_steps=1)
+    params = load_params(source)
+    if args.adapter is not None:
+        params = attach_adapter(params, config, args.adapter)
+    params = jax.device_put(params, tree_shardings(mesh, params))
+    dtype = compute_dtype(args.dtype)
+    attention = choose_attention("auto", packed=args.packing, dtype=dtype)
+    model = Llama(config, dtype, attention)
+    step = make_eval_step(model, mesh, params=params, packed=args.packing)
+    loss, count = evaluate(step, params, data)
+    print(
+        f"loss: {loss:.6f} || perplexity: {math.exp(min(loss, 700)):.4f} || "
+        f"tokens: {count:,d}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, Arguments))

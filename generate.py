@@ -1,0 +1,112 @@
+"""Text from a model, with or without an adapter: one completion, or a chat."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from convert.peft import attach_adapter
+from convert.source import load_params, open_source
+from jlora.cli import run_command
+from jlora.data import Tokenizer
+from jlora.errors import UsageError
+from jlora.generation import generate_tokens
+from jlora.lora import Params
+from jlora.model import Llama, compute_dtype
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Complete a prompt, or chat."""
+
+    model: str
+    """HF folder, hub id, .gguf file or converted base."""
+    adapter: str | None = None
+    """Run folder or PEFT adapter folder."""
+    prompt: str | None = None
+    """Text to continue; with --chat, the one message to answer."""
+    chat: bool = False
+    """Use the chat template; without --prompt, read messages from the keyboard."""
+    max_new_tokens: int = 256
+    """Stop after this many tokens, if the model does not stop by itself."""
+    temperature: float = 0.0
+    """0 takes the most likely token; higher is more random."""
+    seed: int = 0
+    """Seed of the sampling."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        if self.prompt is None and not self.chat:
+            raise UsageError("give --prompt TEXT, or --chat")
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
+            raise UsageError(
+                f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}; "
+                "expected at least 1 token and a temperature of at least 0"
+            )
+
+
+def main(args: Arguments) -> None:
+    """Loads the model and prints what it says."""
+    source = open_source(args.model)
+    params = load_params(source)
+    if args.adapter is not None:
+        params = attach_adapter(params, source.config, args.adapter)
+    model = Llama(source.config, compute_dtype(args.dtype))
+    tokenizer = Tokenizer.from_files(source.files, source.config)
+    if args.prompt is not None and not args.chat:
+        tokens = tokenizer.encode(args.prompt, add_bos=True)
+        say(args, model, params, tokenizer, tokens)
+        return
+    messages: list[dict[str, str]] = []
+    for message in [args.prompt] if args.prompt is not None else read_messages():
+        messages.append({"role": "user", "content": message})
+        tokens = tokenizer.encode_chat(messages, add_generation_prompt=True)
+        answer = say(args, model, params, tokenizer, tokens)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def read_messages() -> Iterator[str]:
+    """Yields the lines typed, until the end of the input or an empty line."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+def say(
+    args: Arguments,
+    model: Llama,
+    params: Params,
+    tokenizer: Tokenizer,
+    tokens: list[int],
+) -> str:
+    """Prints the answer as it comes; returns it."""
+    new: list[int] = []
+    shown = ""
+    for token in generate_tokens(
+        model,
+        params,
+        tokens,
+        max_new_tokens=args.max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+        temperature=args.temperature,
+        seed=args.seed,
+    ):
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # half a character; wait for the rest
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    text = tokenizer.decode(new)
+    print(text[len(shown) :], flush=True)
+    return text
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, Arguments))

@@ -1,0 +1,91 @@
+"""Text from a model: one token at a time through a key-value cache."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jlora.errors import UsageError
+from jlora.lora import Params
+from jlora.model import KVCache, Llama
+
+# Prompts are padded to a multiple of this, so that few lengths are ever compiled.
+PROMPT_MULTIPLE = 64
+
+
+@partial(jax.jit, static_argnames=("model", "greedy"), donate_argnames="cache")
+def _next_token(
+    model: Llama,
+    params: Params,
+    tokens: Array,
+    cache: KVCache,
+    count: Array,
+    key: Array,
+    temperature: Array,
+    *,
+    greedy: bool,
+) -> tuple[Array, KVCache]:
+    logits, cache = model.apply(  # type: ignore[misc]
+        {"params": params}, tokens, cache, count, method="decode"
+    )
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+    return jax.random.categorical(key, logits / temperature).astype(jnp.int32), cache
+
+
+def generate_tokens(
+    model: Llama,
+    params: Params,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yields up to `max_new_tokens` token ids that follow the prompt.
+
+    Stops before a stop id, which is not yielded. Temperature 0 takes the most likely
+    token; above 0, token t is drawn with a key that follows from (seed, t).
+
+    Raises:
+        UsageError: no prompt, or more positions than the model was made for.
+    """
+    limit = model.config.max_position_embeddings
+    if not prompt:
+        raise UsageError("the prompt is empty; give at least one token")
+    if len(prompt) + max_new_tokens > limit:
+        raise UsageError(
+            f"the prompt's {len(prompt)} tokens and max_new_tokens={max_new_tokens} "
+            f"exceed the model's max_position_embeddings={limit}"
+        )
+    padded = _round_up(len(prompt))
+    size = _round_up(max(padded, len(prompt) + max_new_tokens))
+    cache = KVCache.empty(model.config, 1, size, model.dtype)
+    tokens = np.zeros((1, padded), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    count = len(prompt)
+    key = jax.random.key(seed)
+    for i in range(max_new_tokens):
+        new, cache = _next_token(
+            model,
+            params,
+            jnp.asarray(tokens),
+            cache,
+            jnp.int32(count),
+            jax.random.fold_in(key, i),
+            jnp.float32(temperature),
+            greedy=temperature == 0,
+        )
+        token = int(new[0])
+        if token in stop_ids:
+            return
+        yield token
+        tokens, count = np.asarray(new)[:, None], 1
+
+
+def _round_up(count: int) -> int:
+    return -(-count // PROMPT_MULTIPLE) * PROMPT_MULTIPLE

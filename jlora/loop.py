@@ -1,0 +1,101 @@
+"""What goes on around the steps of a run: the late log, and requests to stop."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from jlora.errors import DivergedError
+from jlora.plan import peak_flops, peak_memory_bytes
+from jlora.report import Report
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+def is_due(step: int, every: int, last: int = 0) -> bool:
+    """Whether something that happens every so many steps, and after the last, is due."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Yields an event that the first SIGTERM or Ctrl-C sets; the second one kills."""
+    stop = threading.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def ask(number: int, _: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    before = [signal.signal(number, ask) for number in signals]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+class StepLog:
+    """Turns the metrics of steps into lines, one step late so that no step waits."""
+
+    def __init__(
+        self,
+        report: Report,
+        schedule: Callable[[int], Any],
+        *,
+        flops_per_token: float,
+        steps_per_epoch: int,
+        log_every: int,
+    ) -> None:
+        self._report, self._schedule, self._every = report, schedule, log_every
+        self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
+        self._peak = peak_flops()
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
+
+    def add(self, step: int, metrics: dict[str, Any]) -> None:
+        """Takes the metrics of a step that may still run, and logs the one before."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Logs what is pending, waiting for its step.
+
+        Raises:
+            DivergedError: too many steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        (step, arrays), self._pending = self._pending, None
+        metrics = {name: array.item() for name, array in arrays.items()}
+        skipped, in_a_row = metrics.pop("skipped"), metrics.pop("in_a_row")
+        self._tokens, self._steps = self._tokens + metrics["tokens"], self._steps + 1
+        if in_a_row:
+            self._report.say(
+                f"step {step}: loss or gradient is not finite; nothing was changed"
+            )
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise DivergedError(
+                f"training diverged: {in_a_row} steps in a row up to step {step} were not "
+                f"finite ({skipped} in all); step {step - in_a_row} was the last good one. "
+                "Lower optim.learning_rate, or look at the data"
+            )
+        if not is_due(step, self._every):
+            return
+        now = time.perf_counter()
+        elapsed, self._since = now - self._since, now
+        rate, self._tokens = self._tokens / elapsed, 0
+        per_step, self._steps = elapsed / self._steps, 0
+        self._report.log(
+            step=step,
+            epoch=step / self._steps_per_epoch,
+            **metrics,
+            learning_rate=float(self._schedule(step - 1)),
+            skipped=skipped,
+            tokens_per_second=rate,
+            step_time_s=per_step,
+            mfu=self._flops * rate / self._peak if self._peak else None,
+            peak_memory_bytes=peak_memory_bytes(),
+        )

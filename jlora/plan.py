@@ -1,0 +1,171 @@
+"""Will it fit, and how fast can it be: bytes and floating-point operations before step 1."""
+
+import math
+import os
+import resource
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jlora.attention import choose_attention
+from jlora.config import ComputeConfig, LlamaConfig
+from jlora.lora import LORA_LEAVES, Params, count_parameters
+from jlora.model import compute_dtype
+from jlora.training import LOSS_CHUNK_TOKENS
+
+# Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+# Room left for the compiler's temporary buffers and fragmentation.
+USABLE_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one device does at a time, with everything that `auto` stood for decided."""
+
+    config: LlamaConfig
+    rows: int
+    """Rows of a part of the batch."""
+    length: int
+    """Tokens per row."""
+    weight_shards: int
+    """Devices that share one copy of the weights."""
+    dtype: Any
+    attention: str
+    remat: str
+
+
+def plan_workload(
+    config: LlamaConfig,
+    params: Params,
+    mesh: Mesh,
+    *,
+    compute: ComputeConfig,
+    rows: int,
+    length: int,
+    packed: bool,
+) -> Workload:
+    """Returns the workload of one device for a part of the batch of `rows` rows.
+
+    remat auto becomes the least recomputation that is estimated to fit.
+
+    Raises:
+        UsageError: an attention implementation that cannot run here.
+    """
+    dtype = compute_dtype(compute.dtype)
+    work = Workload(
+        config=config,
+        rows=rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        length=length,
+        weight_shards=mesh.shape["fsdp"] * mesh.shape["tensor"],
+        dtype=dtype,
+        attention=choose_attention(compute.attention, packed=packed, dtype=dtype),
+        remat=compute.remat,
+    )
+    if work.remat != "auto":
+        return work
+    for remat in ("none", "minimal"):
+        tried = replace(work, remat=remat)
+        if sum(memory_bytes(params, tried).values()) <= (
+            USABLE_SHARE * device_memory_bytes()
+        ):
+            return tried
+    return replace(work, remat="full")
+
+
+def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
+    """Returns the estimated bytes per device of each part of a training step."""
+    weights = adapter = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if path[-1].key in LORA_LEAVES:
+            adapter += size
+        else:
+            weights += size
+    return {
+        "frozen weights": weights // work.weight_shards,
+        "adapter": adapter,
+        "optimizer and gradients": 3 * adapter,
+        "activations": _activation_bytes(work),
+        "logits": 3 * 4 * LOSS_CHUNK_TOKENS * work.config.vocab_size,
+    }
+
+
+def _activation_bytes(work: Workload) -> int:
+    """Returns the bytes kept for the backward pass; see `model.SAVED_NAMES`."""
+    c, size = work.config, jnp.dtype(work.dtype).itemsize
+    d, f = c.hidden_size, c.intermediate_size
+    q, kv = (
+        heads * c.head_dim for heads in (c.num_attention_heads, c.num_key_value_heads)
+    )
+    kept = {
+        "full": d * size,
+        "minimal": (2 * d + 2 * q + 2 * kv + 2 * f) * size,
+        # Without remat the norms' float32 inputs and SwiGLU's parts stay as well.
+        "none": (8 * d + 2 * q + 2 * kv + 5 * f) * size + 8 * d,
+    }[work.remat]
+    scores = 0
+    if work.attention == "xla":  # float32 scores and weights, of one layer or of all
+        per_layer = 2 * 4 * c.num_attention_heads * work.length
+        scores = per_layer * (c.num_hidden_layers if work.remat == "none" else 1)
+    return work.rows * work.length * (c.num_hidden_layers * kept + scores)
+
+
+def device_memory_bytes() -> int:
+    """Returns the memory one device offers; on CPU, that of the machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory_bytes() -> int:
+    """Returns the most memory used so far: of the device, or of the process on CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_table(params: Params, work: Workload) -> list[str]:
+    """Returns one line per part, in GiB, and the sum against the device's memory."""
+    parts = memory_bytes(params, work)
+    lines = [f"  {name:<24} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
+    total, limit = sum(parts.values()) / 2**30, device_memory_bytes() / 2**30
+    return [
+        "memory per device:",
+        *lines,
+        f"  {'sum (estimate)':<24} {total:8.2f} GiB of {limit:.2f} GiB",
+    ]
+
+
+def flops_per_token(params: Params, config: LlamaConfig, length: int) -> float:
+    """Returns the model FLOPs of one trained token.
+
+    4 per frozen weight in a matmul (forward and input gradient; a frozen weight has no
+    gradient of its own), 6 per adapter weight, and causal attention forward and backward.
+    Recomputation does not count.
+    """
+    adapter, total = count_parameters(params)
+    tables = config.vocab_size * config.hidden_size
+    frozen = total - adapter - (0 if config.tie_word_embeddings else tables)
+    attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return 4 * frozen + 6 * adapter + 7 * attention * length
+
+
+def peak_flops() -> float | None:
+    """Returns the peak of all devices together, or None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    found = [rate for name, rate in PEAK_FLOPS.items() if name in kind]
+    return found[0] * jax.device_count() if found else None

@@ -1,0 +1,221 @@
+"""Fine-tune a Llama with LoRA: model and data in, a run folder with the adapter out."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import jax
+import yaml
+from jax.sharding import Mesh
+
+from convert.peft import attach_adapter, open_adapter, write_adapter
+from convert.source import Source, load_params, open_source
+from jlora.checkpoint import RunCheckpoints, fingerprint, locked, resume
+from jlora.cli import run_command
+from jlora.config import (
+    ComputeConfig,
+    DataConfig,
+    LlamaConfig,
+    LoraConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from jlora.data import Dataset, Tokenizer, load_dataset
+from jlora.errors import StopRequested, UsageError
+from jlora.loop import StepLog, is_due, stop_requests
+from jlora.lora import Params, add_lora, format_parameter_count, join
+from jlora.model import Llama
+from jlora.optimizer import make_optimizer, make_schedule
+from jlora.plan import flops_per_token, memory_table, plan_workload
+from jlora.report import Report, plot
+from jlora.sharding import (
+    check_divisible,
+    make_mesh,
+    parameter_sharding,
+    tree_shardings,
+)
+from jlora.training import TrainState, evaluate, make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fine-tune a Llama with LoRA."""
+
+    model: str
+    """HF folder, hub id, .gguf file or converted base."""
+    output_dir: str
+    """Run folder: checkpoints, metrics.jsonl, adapter/ and report.png."""
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    seed: int = 0
+    """Seed of the adapter's start, the order of the data and dropout."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Continue from the newest checkpoint in output_dir: if there is one, never, or always."""
+    init_adapter: str | None = None
+    """PEFT adapter to continue from; its settings replace the lora group's."""
+    plan: bool = False
+    """Print what would be trained and whether it fits, then stop."""
+
+
+def main(args: Arguments) -> None:
+    """Runs the whole fine-tune, in the order things happen."""
+    if args.data.train is None:
+        raise UsageError("--data.train is missing; give a JSONL file to train on")
+    mesh = make_mesh(args.mesh)
+    source, base, params, lora = load_model(args, mesh)
+    print(format_parameter_count(params), flush=True)
+    tokenizer = Tokenizer.from_files(source.files, source.config)
+    data, held_out = load_data(args, source.config, tokenizer)
+    epochs = args.train.num_epochs
+    total_steps = args.train.max_steps or math.ceil(epochs * data.steps_per_epoch)
+    work = plan_workload(
+        source.config,
+        params,
+        mesh,
+        compute=args.compute,
+        rows=args.train.batch_size // args.train.grad_accum_steps,
+        length=data.row_length,
+        packed=args.data.packing,
+    )
+    print(
+        f"{total_steps} steps of {args.train.batch_size} x {data.row_length} tokens on "
+        f"{mesh.size} {jax.devices()[0].device_kind}: {work.dtype.name}, "
+        f"attention {work.attention}, remat {work.remat}",
+        flush=True,
+    )
+    if args.plan:
+        print("\n".join(memory_table(params, work)))
+        return
+    model = Llama(
+        source.config, work.dtype, work.attention, work.remat, lora.lora_dropout
+    )
+
+    schedule = make_schedule(args.optim, total_steps)
+    optimizer = make_optimizer(args.optim, schedule)
+    state, frozen = TrainState.create(params, optimizer)
+    state = jax.device_put(state, tree_shardings(mesh, state))
+    frozen = jax.device_put(frozen, tree_shardings(mesh, frozen))
+    step = make_train_step(
+        model,
+        optimizer,
+        mesh,
+        state=state,
+        frozen=frozen,
+        packed=args.data.packing,
+        grad_accum_steps=args.train.grad_accum_steps,
+        seed=args.seed,
+    )
+    eval_step = make_eval_step(model, mesh, params=params, packed=args.data.packing)
+
+    run = Path(args.output_dir)
+    settings = {**dataclasses.asdict(args), "lora": dataclasses.asdict(lora)}
+    identity = {
+        "base": fingerprint(base),
+        "tokenizer": tokenizer.fingerprint,
+        "data": data.fingerprint,
+        "lora": settings["lora"],
+        "seed": args.seed,
+        "batch_size": args.train.batch_size,
+    }
+    versions = {name: version(name) for name in ("jax", "flax", "optax")}
+    meta = {"settings": settings, "identity": identity, "versions": versions}
+    with locked(run), stop_requests() as stop:
+        state = resume(run, state, identity, mode=args.resume)
+        start = int(state.step)
+        (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        checkpoints = RunCheckpoints(run / "checkpoints", args.train.keep)
+        flops = flops_per_token(params, source.config, data.row_length)
+        with Report(run, total_steps=total_steps, start_step=start) as report:
+            log = StepLog(
+                report,
+                schedule,
+                flops_per_token=flops,
+                steps_per_epoch=data.steps_per_epoch,
+                log_every=args.train.log_every,
+            )
+            for done in range(start + 1, total_steps + 1):
+                state, metrics = step(state, frozen, data.batch(done - 1))
+                log.add(done, metrics)
+                stopping = stop.is_set() and done < total_steps
+                save = done == total_steps or stopping
+                if save or is_due(done, args.train.save_every):
+                    log.flush()
+                    checkpoints.save(done, state, meta)
+                if stopping:
+                    raise StopRequested(f"stopped after step {done}; it is saved")
+                if held_out and is_due(done, args.train.eval_every, total_steps):
+                    log.flush()
+                    whole = join(state.trainable, frozen)
+                    eval_loss, _ = evaluate(eval_step, whole, held_out)
+                    report.log(step=done, eval_loss=eval_loss)
+        checkpoints.close()
+        write_adapter(
+            state.trainable, lora, run / "adapter", args.model, overwrite=True
+        )
+        plot(run)
+    print(f"adapter written to {run / 'adapter'}")
+
+
+def load_model(
+    args: Arguments, mesh: Mesh
+) -> tuple[Source, Params, Params, LoraConfig]:
+    """Returns (source, base on the mesh, base with adapter, the adapter's settings)."""
+    source = open_source(args.model)
+    config, train = source.config, args.train
+    if args.data.seq_len > config.max_position_embeddings:
+        raise UsageError(
+            f"data.seq_len={args.data.seq_len} exceeds the model's "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    check_divisible(
+        mesh,
+        config,
+        batch_size=train.batch_size,
+        grad_accum_steps=train.grad_accum_steps,
+    )
+    base = load_params(
+        source,
+        dtype=args.compute.base_dtype,  # type: ignore[arg-type]
+        sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
+    )
+    if args.init_adapter is None:
+        params = add_lora(base, args.lora, jax.random.key(args.seed))
+        return source, base, params, args.lora
+    adapter = open_adapter(args.init_adapter)
+    dropout = args.lora.lora_dropout
+    lora = dataclasses.replace(adapter.config, lora_dropout=dropout)
+    return source, base, attach_adapter(base, config, adapter), lora
+
+
+def load_data(
+    args: Arguments, config: LlamaConfig, tokenizer: Tokenizer
+) -> tuple[Dataset, Dataset | None]:
+    """Returns the training data and the held-out data, and says what is in them."""
+    found = [
+        load_dataset(
+            path,
+            tokenizer,
+            args.data,
+            vocab_size=config.vocab_size,
+            batch_size=args.train.batch_size,
+            seed=args.seed,
+            shuffle=path == args.data.train,
+        )
+        for path in (args.data.train, args.data.eval)
+        if path
+    ]
+    for data in found:
+        print("\n".join(data.summary), flush=True)
+    return found[0], found[1] if len(found) > 1 else None
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main, Arguments))
