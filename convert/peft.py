@@ -27,7 +27,7 @@ from convert.safetensors import (
     read_tensor,
     write_safetensors,
 )
-from convert.source import first_non_finite, inside, read_json
+from convert.source import _inside, first_non_finite, read_json
 from jlora.checkpoint import flatten, newest_adapter
 from jlora.config import LlamaConfig, LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
@@ -149,7 +149,9 @@ def _select(
     except UsageError as error:
         raise CorruptError(f"{location / CONFIG}: {error}") from error
     except UnsupportedError as error:
-        raise UnsupportedError(f"{location / CONFIG}: {error}; {_MERGE_FIRST}") from error
+        raise UnsupportedError(
+            f"{location / CONFIG}: {error}; {_MERGE_FIRST}"
+        ) from error
 
 
 def find_adapter(folder: str | Path) -> Path | None:
@@ -171,9 +173,7 @@ def find_adapter(folder: str | Path) -> Path | None:
         raise UsageError(f"{folder}: no such folder; give an adapter or run folder")
     named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = f"; did you mean its subfolder {listing(named)}?" if named else ""
-    raise UsageError(
-        f"{folder}: neither {CONFIG} nor a run's checkpoints in it{hint}"
-    )
+    raise UsageError(f"{folder}: neither {CONFIG} nor a run's checkpoints in it{hint}")
 
 
 def open_adapter(folder: str | Path) -> Adapter:
@@ -209,9 +209,12 @@ def read_adapter(folder: str | Path) -> Adapter:
                 "it again with save_pretrained(folder)"
             )
         raise CorruptError(f"{folder}: {CONFIG} without {WEIGHTS}; copy both")
-    pairs = _read_keys(read_header(inside(folder, WEIGHTS)), folder / WEIGHTS)
+    pairs = _read_keys(read_header(_inside(folder, WEIGHTS)), folder / WEIGHTS)
     tensors = {
-        path: {leaf: _read_leaf(entry, folder / WEIGHTS) for leaf, entry in pair.items()}
+        path: {
+            leaf: _read_leaf(entry, f"{folder / WEIGHTS}: {_key(path, leaf)}")
+            for leaf, entry in pair.items()
+        }
         for path, pair in pairs.items()
     }
     if not any(pair["lora_B"].any() for pair in tensors.values()):
@@ -247,8 +250,8 @@ def _read_config(document: dict[str, Any], where: str) -> LoraConfig:
     init = document.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise UnsupportedError(
-            f"{where}: init_lora_weights={init!r} starts from a changed base, which "
-            "jlora does not restore; save it as plain LoRA with PEFT: "
+            f"{where}: init_lora_weights={init!r} is not supported, as it may need a "
+            "changed base; save the adapter as plain LoRA with PEFT: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
         )
     known = {field.name for field in fields(LoraConfig)} | _NEUTRAL.keys()
@@ -345,7 +348,9 @@ def _read_keys(entries: dict[str, Entry], where: Path) -> dict[str, dict[str, En
         for leaf in ("lora_A", "lora_B")
         if leaf not in pair
     ]
-    problems += [text for path, pair in pairs.items() for text in _bad_shapes(path, pair)]
+    problems += [
+        text for path, pair in pairs.items() for text in _bad_shapes(path, pair)
+    ]
     if problems or not pairs:
         raise CorruptError(f"{where}: {listing(problems) or 'no tensors'}")
     return pairs
@@ -366,14 +371,16 @@ def _bad_shapes(path: str, pair: dict[str, Entry]) -> list[str]:
     return bad
 
 
-def _read_leaf(entry: Entry, where: Path) -> np.ndarray:
+def _read_leaf(entry: Entry, where: str) -> np.ndarray:
     """Returns one factor in jlora's layout, contiguous float32."""
     if entry.dtype == np.float64:
-        raise UnsupportedError(f"{where}: float64 tensors; save the adapter in float32")
+        raise UnsupportedError(f"{where}: float64; save the adapter in float32")
     array = read_tensor(entry)
     index = first_non_finite(array)
     if index is not None:
-        raise CorruptError(f"{where}: {array[index]} at {list(index)} of a tensor")
+        raise CorruptError(
+            f"{where}: {array[index]} at {list(index)}; train or copy the adapter again"
+        )
     return np.ascontiguousarray(array.T, np.float32)
 
 
@@ -433,19 +440,20 @@ def _misfits(
 
 
 def attach_adapter(
-    params: Params, config: LlamaConfig, folder: str | Path | Adapter
+    params: Params, config: LlamaConfig, adapter: str | Path | Adapter
 ) -> Params:
     """Returns the tree with an adapter's leaves beside its kernels; nothing is copied.
 
     Args:
         params: the base model.
         config: its architecture.
-        folder: a PEFT folder, a run folder, or an adapter that was read from one.
+        adapter: a PEFT folder, a run folder, or what `open_adapter` returned.
 
     Raises:
         UsageError, UnsupportedError, CorruptError: as `open_adapter`, `check_fit`.
     """
-    adapter = folder if isinstance(folder, Adapter) else open_adapter(folder)
+    if not isinstance(adapter, Adapter):
+        adapter = open_adapter(adapter)
     check_fit(adapter, config)
     leaves = {
         module_name(path): {
@@ -515,9 +523,7 @@ def save_adapter(
         for path, pair in adapter.tensors.items()
         for leaf, array in pair.items()
     }
-    specs = {
-        key: Spec(array.shape[::-1], array.dtype) for key, array in arrays.items()
-    }
+    specs = {key: Spec(array.shape[::-1], array.dtype) for key, array in arrays.items()}
     with atomic_folder(folder, overwrite, source) as temporary:
         write_safetensors(temporary / WEIGHTS, specs, lambda key: arrays[key].T)
         (temporary / CONFIG).write_text(text + "\n", "utf-8")
