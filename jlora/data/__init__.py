@@ -1,0 +1,8 @@
+"""Records to fixed-shape batches; the only owner of tokenizers and jinja2."""
+
+from jlora.data.batches import Dataset
+from jlora.data.dataset import load_dataset
+from jlora.data.jsonl import RowError
+from jlora.data.tokenizer import Tokenizer
+
+__all__ = ["Dataset", "RowError", "Tokenizer", "load_dataset"]

@@ -1,0 +1,171 @@
+"""Fixed-shape batches: a pure function of the data, the seed and the step."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jlora.data.packing import pack_documents
+from jlora.data.tokens import Example
+
+# Rows are rounded up to this many tokens, so that similar files share a compiled step.
+_ROW_MULTIPLE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Tokenised records, laid out in rows of `row_length` tokens."""
+
+    tokens: np.ndarray
+    """int32, all records one after the other."""
+    loss_mask: np.ndarray
+    """uint8, 1 where the token is to be learnt; 0 at the start of every record."""
+    starts: np.ndarray
+    """int64 [num_records + 1], where each record starts in `tokens`."""
+    rows: list[list[int]]
+    """The records of each row, as ranks in the order of an epoch (see `_plan`)."""
+    row_length: int
+    batch_size: int
+    pad_id: int
+    seed: int
+    shuffle: bool
+    packing: bool
+    summary: list[str] = field(default_factory=list)
+    """Lines for the log."""
+    # The plan of the epoch asked for last: a memo, no state.
+    _plans: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def num_records(self) -> int:
+        """Records that are trained on."""
+        return len(self.starts) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows per epoch."""
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per epoch, without padding."""
+        return len(self.tokens)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens per epoch that the loss counts."""
+        return int(self.loss_mask.sum(dtype=np.int64))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches that hold every record once."""
+        return -(-self.num_rows // self.batch_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """A sha256 over tokens, masks and borders."""
+        digest = hashlib.sha256()
+        for array, dtype in (
+            (self.starts, "<i8"),
+            (self.tokens, "<i4"),
+            (self.loss_mask, "u1"),
+        ):
+            digest.update(np.ascontiguousarray(array, dtype).tobytes())
+        return digest.hexdigest()
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Returns batch `step` (0, 1, ...), each array [batch_size, row_length].
+
+        tokens and targets int32, loss_mask float32 (1 where the target counts),
+        segment_ids int32 (0 for padding, documents 1, 2, ...), positions int32 (from 0
+        in every document). The last batch of an epoch ends in rows of padding.
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        records, order = self._plan(epoch)
+        shape = (self.batch_size, self.row_length)
+        batch = {
+            "tokens": np.full(shape, self.pad_id, np.int32),
+            "targets": np.full(shape, self.pad_id, np.int32),
+            "loss_mask": np.zeros(shape, np.float32),
+            "segment_ids": np.zeros(shape, np.int32),
+            "positions": np.zeros(shape, np.int32),
+        }
+        first = index * self.batch_size
+        for at, row in enumerate(order[first : first + self.batch_size]):
+            column = 0
+            for segment, rank in enumerate(self.rows[row], 1):
+                column = self._put(batch, at, column, segment, int(records[rank]))
+        return batch
+
+    def _put(
+        self,
+        batch: dict[str, np.ndarray],
+        row: int,
+        column: int,
+        segment: int,
+        record: int,
+    ) -> int:
+        """Writes one record into a row; returns the column after it."""
+        start, end = self.starts[record], self.starts[record + 1]
+        stop = column + int(end - start)
+        batch["tokens"][row, column:stop] = self.tokens[start:end]
+        # The record's last position predicts nothing: its target would be the first
+        # token of the next one.
+        batch["targets"][row, column : stop - 1] = self.tokens[start + 1 : end]
+        batch["loss_mask"][row, column : stop - 1] = self.loss_mask[start + 1 : end]
+        batch["segment_ids"][row, column:stop] = segment
+        batch["positions"][row, column:stop] = np.arange(stop - column)
+        return stop
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns rank -> record and the order of the rows in this epoch."""
+        if epoch not in self._plans:
+            records = np.arange(self.num_records)
+            order = np.arange(self.num_rows)
+            if self.shuffle:
+                rng = np.random.default_rng([self.seed, epoch])
+                records = rng.permutation(self.num_records)
+                order = rng.permutation(self.num_rows)
+            if self.packing:
+                # Which rank shares a row with which depends on the sorted lengths
+                # alone; which record has which rank among equals differs by epoch.
+                lengths = np.diff(self.starts)[records]
+                records = records[np.argsort(-lengths, kind="stable")]
+            self._plans.clear()
+            self._plans[epoch] = records, order
+        return self._plans[epoch]
+
+
+def make_dataset(
+    examples: Sequence[Example],
+    *,
+    seq_len: int,
+    packing: bool,
+    batch_size: int,
+    pad_id: int,
+    seed: int,
+    shuffle: bool,
+    summary: list[str],
+) -> Dataset:
+    """Returns the rows of examples that are at most `seq_len` tokens long."""
+    lengths = np.array([len(example.tokens) for example in examples])
+    row_length = seq_len
+    rows = [[rank] for rank in range(len(examples))]
+    if packing:
+        rows = pack_documents(sorted(lengths.tolist(), reverse=True), seq_len)
+    else:
+        longest = int(lengths.max())
+        row_length = min(seq_len, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    return Dataset(
+        tokens=np.concatenate([example.tokens for example in examples]),
+        loss_mask=np.concatenate([example.loss_mask for example in examples]),
+        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        rows=rows,
+        row_length=row_length,
+        batch_size=batch_size,
+        pad_id=pad_id,
+        seed=seed,
+        shuffle=shuffle,
+        packing=packing,
+        summary=summary,
+    )

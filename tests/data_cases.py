@@ -1,0 +1,85 @@
+"""Tokenizers and data sets that several tests of the data pipeline make."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jlora.config import DataConfig, LlamaConfig, RopeParameters
+from jlora.data import Dataset, Tokenizer, load_dataset
+
+GOLDEN = Path(__file__).parent / "golden" / "chat"
+TEMPLATES = json.loads((GOLDEN / "cases.json").read_text())["templates"]
+CONFIG = LlamaConfig(
+    vocab_size=400,
+    hidden_size=8,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=1,
+    num_key_value_heads=1,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_parameters=RopeParameters(rope_theta=10000.0),
+    max_position_embeddings=128,
+)
+CHATML = TEMPLATES["chatml"]["template"]
+
+
+def make_files(name: str = "chatml", **settings: Any) -> dict[str, bytes]:
+    """A model's files with the tokenizer and template `name`; settings override."""
+    case = TEMPLATES[name]
+    merged = {
+        "bos_token": case["bos_token"],
+        "eos_token": case["eos_token"],
+        "chat_template": case["template"],
+        **settings,
+    }
+    return {
+        "tokenizer.json": (GOLDEN / f"{case['tokenizer']}.json").read_bytes(),
+        "tokenizer_config.json": json.dumps(merged).encode(),
+    }
+
+
+def make_tokenizer(name: str = "chatml", **settings: Any) -> Tokenizer:
+    return Tokenizer.from_files(make_files(name, **settings), CONFIG)
+
+
+def write_rows(path: Path, rows: Sequence[object]) -> Path:
+    """Writes JSONL; strings and bytes are written as they are."""
+    with path.open("wb") as file:
+        for row in rows:
+            raw = row.encode() if isinstance(row, str) else row
+            file.write(raw if isinstance(raw, bytes) else json.dumps(raw).encode())
+            file.write(b"\n")
+    return path
+
+
+def load(
+    path: Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    vocab_size: int = 500,
+    batch_size: int = 2,
+    seed: int = 0,
+    shuffle: bool = False,
+    **config: Any,
+) -> Dataset:
+    return load_dataset(
+        path,
+        tokenizer or make_tokenizer(),
+        DataConfig(**config),
+        vocab_size=vocab_size,
+        batch_size=batch_size,
+        seed=seed,
+        shuffle=shuffle,
+    )
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    """A messages record: user and assistant in turns."""
+    roles = ("user", "assistant")
+    return {
+        "messages": [
+            {"role": roles[i % 2], "content": text} for i, text in enumerate(contents)
+        ]
+    }
