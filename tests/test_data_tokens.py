@@ -154,7 +154,13 @@ def test_prompt_and_completion_that_share_a_token_are_encoded_apart(tmp_path):
     head = tokenizer.encode("the s", add_bos=True)
     assert data.tokens[: len(head)].tolist() == head
     assert learnt(data, tokenizer) == ["um<|im_end|>"]
-    assert any("encoded apart in 1 records" in line for line in data.summary)
+    assert any("encoded apart in 1 record" in line for line in data.summary)
+
+
+def test_text_that_would_confuse_the_encoder_is_a_bad_line(tmp_path):
+    row = {"prompt": "the s", "completion": "um\ufdd0\ufdd1\ufdd0"}
+    with pytest.raises(CorruptError, match=r"line 1: .* noncharacters"):
+        learn(tmp_path, row)
 
 
 def test_answer_that_shares_a_token_with_its_header_is_refused(tmp_path):
@@ -257,7 +263,7 @@ def test_special_tokens_beyond_the_embedding_are_refused(tmp_path):
 
 def test_nothing_to_learn_is_a_usage_error(tmp_path):
     path = write_rows(tmp_path / "data.jsonl", [{"messages": [USER]}])
-    with pytest.raises(UsageError, match="nothing to learn in 1 records"):
+    with pytest.raises(UsageError, match="nothing to learn with"):
         load(path)
 
 
@@ -265,14 +271,14 @@ def test_record_without_an_answer_is_dropped_and_named(tmp_path):
     path = write_rows(tmp_path / "data.jsonl", [{"messages": [USER]}, chat("a", "b")])
     data = load(path)
     assert data.num_records == 1
-    assert any("dropped 1 records" in x and "(line 1)" in x for x in data.summary)
+    assert any("dropped 1 record" in x and "(line 1)" in x for x in data.summary)
 
 
 def test_long_record_is_cut_at_its_end_and_named(tmp_path):
     rows = [{"text": "x" * 50}, {"text": "x"}]
     data = load(write_rows(tmp_path / "data.jsonl", rows), seq_len=16)
     assert data.batch(0)["segment_ids"].sum(axis=1).tolist() == [16, 2]
-    assert any("cut 1 records" in x and "35 tokens lost" in x for x in data.summary)
+    assert any("cut 1 record" in x and "35 tokens lost" in x for x in data.summary)
 
 
 def test_record_whose_answer_is_cut_off_is_dropped_and_named(tmp_path):

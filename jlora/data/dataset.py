@@ -51,7 +51,7 @@ def load_dataset(
     kept, notes = _fit(tokenized.examples, config.seq_len)
     if not kept:
         raise UsageError(
-            f"{path}: nothing to learn in {total} records with data.train_on={train_on}"
+            f"{path}: nothing to learn with data.train_on={train_on}"
             + "".join(f"; {note}" for note in notes)
         )
     dataset = make_dataset(
@@ -116,7 +116,7 @@ def _fit(examples: Sequence[Example], seq_len: int) -> tuple[list[Example], list
     notes = []
     if cut:
         notes.append(
-            f"cut {len(cut)} records at data.seq_len={seq_len}, {lost:,} tokens lost "
+            f"cut {_count(cut)} at data.seq_len={seq_len}, {lost:,} tokens lost "
             f"({_line_list(cut)})"
         )
     if emptied:
@@ -126,8 +126,7 @@ def _fit(examples: Sequence[Example], seq_len: int) -> tuple[list[Example], list
         )
     if empty:
         notes.append(
-            f"dropped {len(empty)} records that have nothing to learn "
-            f"({_line_list(empty)})"
+            f"dropped {_count(empty)} with nothing to learn ({_line_list(empty)})"
         )
     return kept, notes
 
@@ -149,15 +148,19 @@ def _remarks(tokenized: Tokenized) -> list[str]:
     remarks = []
     if lines := tokenized.encoded_apart:
         remarks.append(
-            f"prompt and completion encoded apart in {len(lines)} records, where they "
+            f"prompt and completion encoded apart in {_count(lines)}, where they "
             f"would share a token ({_line_list(lines)})"
         )
     if lines := tokenized.without_end:
         remarks.append(
-            f"no control token ends the answer in {len(lines)} records; the model may "
+            f"no control token ends the answer in {_count(lines)}; the model may "
             f"not learn to stop ({_line_list(lines)})"
         )
     return remarks
+
+
+def _count(lines: Sequence[int]) -> str:
+    return f"{len(lines):,} record{'s' * (len(lines) != 1)}"
 
 
 def _line_list(lines: Sequence[int]) -> str:

@@ -112,15 +112,18 @@ def _tokenize_texts(
     for record, ids, head in zip(usable, wholes, heads, strict=True):
         if ids[: len(head)] != head:
             # At inference the prompt is encoded by itself, so that is what to train on.
-            ids = head + tokenizer.encode_continuation(record.completion)
+            try:
+                ids = head + tokenizer.encode_continuation(record.completion)
+            except RowError as error:
+                result.problems.append(Problem(record.line, str(error)))
+                continue
             result.encoded_apart.append(record.line)
-        start = 0 if train_on == "all" else len(head)
-        with_bos = tokenizer.with_bos(ids)
-        start += len(with_bos) - len(ids) if start else 0
-        if with_bos[-1] != tokenizer.eos_id:
-            with_bos = [*with_bos, tokenizer.eos_id]
-        example = _example(record.line, with_bos, [(start, len(with_bos))])
-        result.examples.append(example)
+        tokens = tokenizer.with_bos(ids)
+        start = len(head) + len(tokens) - len(ids)
+        if tokens[-1:] != [tokenizer.eos_id]:
+            tokens = [*tokens, tokenizer.eos_id]
+        span = (0 if train_on == "all" else start, len(tokens))
+        result.examples.append(_example(record.line, tokens, [span]))
 
 
 def _tokenize_chats(
