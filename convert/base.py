@@ -48,7 +48,7 @@ def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
         for part, paths in _parts(list(source.tensors)).items():
             tree: Params = {}
             for path in paths:
-                array = read_as(source, path, dtype)
+                array = np.ascontiguousarray(read_as(source, path, dtype))
                 leaves[path] = {
                     "dtype": array.dtype.name,
                     "shape": list(array.shape),

@@ -256,7 +256,7 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            array = np.ascontiguousarray(read(name))
+            array = np.asarray(read(name), order="C")
             if (array.shape, array.dtype) != (specs[name].shape, specs[name].dtype):
                 raise ValueError(
                     f"{name}: promised {specs[name]}, got {array.dtype}{array.shape}"

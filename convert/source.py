@@ -505,7 +505,7 @@ def stored_dtype(spec: Spec, dtype: Dtype) -> np.dtype[Any]:
 
 
 def read_as(source: Source, path: str, dtype: Dtype) -> np.ndarray:
-    """Returns one tensor, C-contiguous, in the dtype asked for.
+    """Returns one tensor in the dtype asked for; a kernel may be a transposed view.
 
     Raises:
         CorruptError: a value does not fit the dtype.
@@ -513,7 +513,7 @@ def read_as(source: Source, path: str, dtype: Dtype) -> np.ndarray:
     array = source.read(path)
     target = stored_dtype(source.tensors[path], dtype)
     with np.errstate(over="ignore", under="ignore"):
-        result = array.astype(target, order="C", copy=False)
+        result = array.astype(target, copy=False)
     if float(ml_dtypes.finfo(target).max) < float(ml_dtypes.finfo(array.dtype).max):
         index = first_non_finite(result)
         if index is not None:
@@ -538,14 +538,15 @@ def load_params(
     for path, spec in source.tensors.items():
         array = read_as(source, path, dtype)
         if sharding is None:
-            leaf = jnp.asarray(array)
+            leaf = jnp.asarray(array)  # XLA transposes a view faster than NumPy
         else:
             leaf = jax.make_array_from_callback(
                 spec.shape,
                 sharding(path, spec.shape),
                 lambda index, array=array: np.array(array[index], order="C"),
             )
-        set_leaf(params, path, leaf)
+        # Copies are asynchronous: without waiting, many tensors would be held twice.
+        set_leaf(params, path, leaf.block_until_ready())
     return params
 
 

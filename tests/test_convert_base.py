@@ -1,0 +1,268 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from tiny import CONFIG, EMBEDDING, Q_PROJ, tensors, write_hf, write_sharded
+
+from convert.base import open_base, write_base
+from convert.from_hf import Arguments, main
+from convert.info import describe
+from convert.names import all_names
+from convert.safetensors import Spec, write_safetensors
+from convert.source import Dtype, load_params, open_source
+from jlora.cli import run_command
+from jlora.config import LlamaConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError
+
+
+@pytest.fixture
+def hf(tmp_path):
+    arrays = tensors(CONFIG, ml_dtypes.bfloat16)
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.float32)
+    folder = write_hf(tmp_path / "hf", CONFIG, arrays)
+    (folder / "tokenizer.json").write_bytes(b'{"a": "\xc3\xa9"}\r\n')
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_bytes(b"x")
+    return folder
+
+
+def convert_to(hf, out, dtype: Dtype = "keep", overwrite=False):
+    return write_base(open_source(str(hf)), out, dtype, overwrite)
+
+
+def command(*words):
+    return run_command(main, Arguments, positional=("src", "out"), argv=words)
+
+
+@pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16", "float16"])
+def test_base_gives_the_params_of_its_source(hf, tmp_path, dtype):
+    convert_to(hf, tmp_path / "out", dtype)
+    base = load_params(open_source(str(tmp_path / "out")))
+    direct = load_params(open_source(str(hf)), dtype=dtype)
+    equal = jax.tree.map(
+        lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), base, direct
+    )
+    assert jax.tree.all(equal)
+
+
+def test_base_keeps_side_files_verbatim_and_the_configuration(hf, tmp_path):
+    convert_to(hf, tmp_path / "out")
+    source, base = open_source(str(hf)), open_source(str(tmp_path / "out"))
+    assert base.files == source.files
+    assert list(base.hf_config.items()) == list(source.hf_config.items())
+    assert base.config == source.config
+
+
+def test_base_can_be_converted_again_with_the_same_digest(hf, tmp_path):
+    first = convert_to(hf, tmp_path / "out")
+    assert convert_to(tmp_path / "out", tmp_path / "again") == first
+
+
+def test_digest_depends_neither_on_place_nor_on_shards(tmp_path):
+    arrays = tensors(CONFIG)
+    one = write_hf(tmp_path / "one", CONFIG, arrays)
+    keys = sorted(arrays)
+    shards = [{key: arrays[key] for key in keys[i::2]} for i in range(2)]
+    two = write_sharded(tmp_path / "elsewhere" / "two", CONFIG, shards)
+    assert convert_to(one, tmp_path / "a") == convert_to(two, tmp_path / "b")
+
+
+def test_digest_changes_with_one_bit(hf, tmp_path):
+    first = convert_to(hf, tmp_path / "a")
+    arrays = tensors(CONFIG, ml_dtypes.bfloat16)
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.float32)
+    arrays[Q_PROJ].view(np.uint16)[0, 0] ^= 1
+    write_hf(hf, CONFIG, arrays)
+    assert convert_to(hf, tmp_path / "b") != first
+
+
+def flip_a_byte(folder, part):
+    data = [p for p in (folder / "params" / part).rglob("d/*") if p.is_file()]
+    file = max(data, key=lambda p: p.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_flipped_byte_is_refused_with_the_leaf(tmp_path):
+    # Random bits do not compress, so that the flipped byte is one of the values.
+    hf = write_hf(tmp_path / "hf", CONFIG, tensors(CONFIG))
+    convert_to(hf, tmp_path / "out")
+    flip_a_byte(tmp_path / "out", "embed_tokens")
+    with pytest.raises(CorruptError, match="embed_tokens"):
+        load_params(open_base(tmp_path / "out"))
+
+
+def test_missing_part_is_refused(hf, tmp_path):
+    convert_to(hf, tmp_path / "out")
+    (tmp_path / "out" / "params" / "norm").rename(tmp_path / "moved")
+    with pytest.raises(CorruptError, match="norm"):
+        load_params(open_base(tmp_path / "out"))
+
+
+def edit(folder, change):
+    record = json.loads((folder / "jlora.json").read_text())
+    change(record)
+    (folder / "jlora.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda r: r.update(schema=2), UnsupportedError, "schema 2; this jlora reads"),
+        (lambda r: r.pop("leaves"), CorruptError, "leaves is not an object"),
+        (lambda r: r["leaves"].pop("norm/scale"), CorruptError, "content_digest"),
+        (
+            lambda r: r["leaves"]["norm/scale"].update(dtype="int8"),
+            CorruptError,
+            "norm/scale: expected dtype",
+        ),
+        (
+            lambda r: r["leaves"]["norm/scale"].update(shape=[4]),
+            CorruptError,
+            r"norm/scale \[4\] instead of \[16\]",
+        ),
+    ],
+)
+def test_edited_record_is_refused(hf, tmp_path, change, error, message):
+    convert_to(hf, tmp_path / "out")
+    edit(tmp_path / "out", change)
+    with pytest.raises(error, match=message):
+        open_base(tmp_path / "out")
+
+
+def test_nan_leaves_no_target(tmp_path):
+    arrays = tensors(CONFIG)
+    arrays[EMBEDDING][1, 2] = np.nan
+    hf = write_hf(tmp_path / "hf", CONFIG, arrays)
+    with pytest.raises(CorruptError, match=r"at \[1, 2\]"):
+        convert_to(hf, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_target_equal_to_the_source_is_refused(hf):
+    with pytest.raises(UsageError, match="is or holds the source"):
+        convert_to(hf, hf, overwrite=True)
+
+
+def test_command_converts_and_prints_the_facts(hf, tmp_path, capsys):
+    assert command(str(hf), str(tmp_path / "out"), "--dtype", "bfloat16") == 0
+    printed = capsys.readouterr().out
+    digest = open_base(tmp_path / "out").provenance["content_digest"]
+    for fact in ("4,560", "bfloat16 (21)", "default, theta 10,000", digest):
+        assert fact in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["--quantize", "nf4"], 3, "not supported yet"),
+        (["--dtype", "int8"], 2, "dtype"),
+        (["--overwite"], 2, "did you mean '--overwrite'"),
+    ],
+)
+def test_command_refuses_with_the_exit_status(
+    hf, tmp_path, capsys, words, status, message
+):
+    assert command(str(hf), str(tmp_path / "out"), *words) == status
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_looks_at_the_target_before_the_source(hf, capsys):
+    assert command("no/such/model", str(hf)) == 2
+    assert "add --overwrite" in capsys.readouterr().err
+
+
+def test_second_conversion_needs_overwrite(hf, tmp_path, capsys):
+    words = (str(hf), str(tmp_path / "out"))
+    assert [command(*words), command(*words), command(*words, "--overwrite")] == [
+        0,
+        2,
+        0,
+    ]
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_description_of_a_source_reads_no_weights(hf):
+    (hf / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    lines = "\n".join(describe(open_source(str(hf))))
+    for fact in ("2 layers of 16", "4 heads and 2 kv heads of 4", "own head", "yes"):
+        assert fact in lines
+
+
+PROGRAM = """
+import resource, sys
+from convert.from_hf import Arguments, main
+from convert.source import load_params, open_source
+
+folder, load = sys.argv[1], sys.argv[2] == "load"
+
+def work(name):
+    if load:
+        load_params(open_source(f"{folder}/{name}"))
+    else:
+        main(Arguments(f"{folder}/{name}", f"{folder}/base-{name}"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = work("small")  # what the libraries take whatever the model's size
+print("peak", (work("large") - before) * 1024)
+"""
+
+
+def write_large(folder: Path) -> dict[str, int]:
+    config = CONFIG | {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 1000,
+    }
+    rng = np.random.default_rng(0)
+    specs = {
+        name.key: Spec(name.hf_shape, np.dtype(np.float32))
+        for name in all_names(LlamaConfig.from_hf(config))
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(
+        folder / "model.safetensors",
+        specs,
+        lambda key: rng.random(specs[key].shape, np.float32),
+    )
+    sizes = {key: spec.nbytes for key, spec in specs.items()}
+    layer = sum(size for key, size in sizes.items() if "layers.0." in key)
+    return {
+        "total": sum(sizes.values()),
+        "layer": layer,
+        "tensor": max(sizes.values()),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["convert", "load"])
+def test_peak_memory_stays_small(tmp_path, work):
+    write_hf(tmp_path / "small", CONFIG, tensors(CONFIG))
+    size = write_large(tmp_path / "large")
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), work],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent.parent,
+        # Freed arrays go back at once, so that what is held is measured, not what the
+        # allocator keeps for later.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )
+    peak = int(result.stdout.split("peak ")[1])
+    if work == "convert":  # a layer, and two that Orbax makes of it
+        assert peak < 3.5 * size["layer"] < size["total"]
+    else:
+        assert peak < size["total"] + 3 * size["tensor"]
