@@ -362,7 +362,8 @@ def _disk_errors(out: Path) -> Iterator[None]:
         if any(words in str(error) for words in _DISK_FULL):
             free = shutil.disk_usage(_existing(out)).free
             raise ResourceError(
-                f"{out}: the disk is full ({free:,} bytes free); nothing was written"
+                f"{out}: the disk is full: {free:,} bytes free are not enough; nothing "
+                "was written"
             ) from error
         if isinstance(error, OSError) and error.errno in (
             errno.EACCES,

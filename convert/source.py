@@ -187,6 +187,7 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
     entries = _find_tensors(folder)
     names = {name.path: name for name in all_names(config)}
     stored = _match(folder, entries, config, list(names.values()))
+    _check_dtype(folder, hf_config, {stored[n.key].dtype for n in names.values()})
 
     def read(path: str) -> np.ndarray:
         name = names[path]
@@ -207,6 +208,21 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
         files=read_side_files(folder),
         provenance=provenance,
     )
+
+
+def _check_dtype(
+    folder: Path, hf_config: dict[str, Any], stored: set[np.dtype[Any]]
+) -> None:
+    """Warns if config.json names a dtype that no tensor has; the tensors are believed."""
+    declared = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    found = sorted(str(dtype) for dtype in stored)
+    if declared is not None and declared not in found:
+        _log.warning(
+            "%s: config.json says dtype %s, the tensors are %s",
+            folder,
+            declared,
+            ", ".join(found),
+        )
 
 
 def parse_config(hf_config: dict[str, Any], where: str) -> LlamaConfig:

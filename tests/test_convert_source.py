@@ -240,6 +240,12 @@ def test_wrong_total_size_is_a_warning(folder, caplog):
     assert "total_size is 1" in caplog.text
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_of_the_config_that_no_tensor_has_is_a_warning(folder, caplog, key):
+    open_source(str(write_hf(folder, CONFIG | {key: "bfloat16"}, tensors(CONFIG))))
+    assert "config.json says dtype bfloat16, the tensors are float32" in caplog.text
+
+
 def test_link_out_of_the_folder_is_refused(folder, tmp_path):
     write_hf(folder, CONFIG, tensors(CONFIG))
     (folder / "model.safetensors").rename(tmp_path / "elsewhere")
