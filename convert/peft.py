@@ -276,18 +276,21 @@ def _is_names(value: Any) -> bool:
     )
 
 
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_indices(value: Any) -> bool:
-    items = value if isinstance(value, list) else [value]
-    return all(isinstance(i, int) and not isinstance(i, bool) for i in items)
+    return all(_is_int(i) for i in (value if isinstance(value, list) else [value]))
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return _is_int(value) or isinstance(value, float)
 
 
 # The honoured fields with the forms they may have; LoraConfig checks the ranges.
 _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_number, "an integer"),
+    "r": (_is_int, "an integer"),
     "lora_alpha": (_is_number, "a number"),
     "lora_dropout": (_is_number, "a number"),
     "target_modules": (_is_names, "a string or a list of strings"),
@@ -323,7 +326,8 @@ def _read_keys(entries: dict[str, Entry], where: Path) -> dict[str, dict[str, En
     if tables:
         raise UnsupportedError(
             f"{where}: adapters and whole weights of the embedding and the head are not "
-            f"supported ({listing(tables)}); {_MERGE_FIRST}"
+            f"supported ({listing(tables)}); {_MERGE_FIRST} (if the base ties its head "
+            "to the embedding, untie it first, as PEFT merges such adapters wrongly)"
         )
     pairs: dict[str, dict[str, Entry]] = {}
     problems, strange = [], []

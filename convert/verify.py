@@ -106,7 +106,8 @@ def _logits(config: LlamaConfig, params: Params) -> np.ndarray:
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.vocab_size, (ROWS, length), np.int32)
     # Not jitted: three runs of a few tokens take less time than one compilation.
-    logits = Llama(config).apply({"params": params}, jnp.asarray(tokens))
+    model = Llama(config, dtype=jnp.dtype("float32"))
+    logits = model.apply({"params": params}, jnp.asarray(tokens))
     return np.asarray(logits, np.float64)
 
 
