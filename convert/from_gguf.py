@@ -3,6 +3,8 @@
 llama.cpp's converter interleaves the rotary pairs of q and k; here the rows are put back
 in HF's order. Quantised blocks become float32, one tensor at a time.
 
+One format, one file: tensors, configuration and tokenizer are read off the same metadata.
+
 Source: llama.cpp, convert_hf_to_gguf.py and src/llama-vocab.cpp; gguf.constants.
 """
 

@@ -1,0 +1,281 @@
+"""Hugging Face folders as a `Source`: which files count, and whether they agree.
+
+The index decides, else model.safetensors; nothing else is ever opened. Names, shapes
+and dtypes are compared with config.json before a byte of weights is read.
+"""
+
+import fnmatch
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.names import Name, all_names
+from convert.safetensors import Entry, Spec, read_bytes, read_header, read_tensor
+from convert.source import (
+    INDEX,
+    SINGLE,
+    Source,
+    _inside,
+    check_names,
+    check_values,
+    parse_config,
+    read_json,
+    read_side_files,
+)
+from jlora.config import LlamaConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+
+MAX_INDEX_BYTES = 64 << 20
+_QUANTISED = re.compile(
+    r".*\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax"
+    r"|quant_map|quant_state\..*|SCB)"
+)
+_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
+_SAVE_AS = (
+    "load the model with transformers where you trust it and save it again with "
+    "save_pretrained(folder), which writes safetensors"
+)
+OTHER_WEIGHTS = {
+    "consolidated*.pth": "Meta's layout, whose rotary pairs are interleaved; use HF's "
+    "conversion script (transformers, convert_llama_weights_to_hf.py)",
+    "*.bin": f"pickled weights, which are never opened as they may run code; {_SAVE_AS}",
+    "*.pth": f"pickled weights, which are never opened as they may run code; {_SAVE_AS}",
+    "*.pt": f"pickled weights, which are never opened as they may run code; {_SAVE_AS}",
+    "*.ckpt": f"pickled weights, which are never opened as they may run code; {_SAVE_AS}",
+    "*.msgpack": f"Flax weights; {_SAVE_AS}",
+    "*.h5": f"TensorFlow weights; {_SAVE_AS}",
+    "*.ggml": "an obsolete format; use a .gguf file or the original model",
+    "*.gguf": "GGUF weights; give the path of the .gguf file itself",
+    "adapter_model.safetensors": "an adapter, not a model; give the base model here and "
+    "this folder as the adapter",
+    "consolidated*.safetensors": "Meta's tensor names; use the model.safetensors files "
+    "of the same repository",
+}
+_log = logging.getLogger(__name__)
+
+
+def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
+    """Returns the model of a Hugging Face folder.
+
+    Raises:
+        UsageError: not a model folder.
+        UnsupportedError: not a plain Llama in safetensors.
+        CorruptError: files that are damaged or contradict each other.
+    """
+    _require_config(folder)
+    hf_config = read_json(folder, "config.json")
+    config = parse_config(hf_config, f"{folder}/")
+    entries = _find_tensors(folder)
+    names = {name.path: name for name in all_names(config)}
+    stored = _match(folder, entries, config, list(names.values()))
+    _check_dtype(folder, hf_config, {stored[n.key].dtype for n in names.values()})
+
+    def read(path: str) -> np.ndarray:
+        name = names[path]
+        array = read_tensor(stored[name.key])
+        check_values(array, f"{stored[name.key].file}: tensor {name.key!r}")
+        return name.to_params(array)
+
+    return Source(
+        kind="hf",
+        location=folder,
+        config=config,
+        hf_config=hf_config,
+        tensors={
+            path: Spec(name.shape, stored[name.key].dtype)
+            for path, name in names.items()
+        },
+        read=read,
+        files=read_side_files(folder),
+        provenance=provenance,
+    )
+
+
+def _check_dtype(
+    folder: Path, hf_config: dict[str, Any], stored: set[np.dtype[Any]]
+) -> None:
+    """Warns if config.json names a dtype that no tensor has; the tensors are believed."""
+    declared = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    found = sorted(str(dtype) for dtype in stored)
+    if declared is not None and declared not in found:
+        _log.warning(
+            "%s: config.json says dtype %s, the tensors are %s",
+            folder,
+            declared,
+            ", ".join(found),
+        )
+
+
+def _require_config(folder: Path) -> None:
+    if (folder / "config.json").exists():
+        return
+    if (folder / "params.json").exists():
+        raise UnsupportedError(
+            f"{folder}: params.json without config.json is "
+            f"{OTHER_WEIGHTS['consolidated*.pth']}"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise UsageError(f"{folder}: {OTHER_WEIGHTS['adapter_model.safetensors']}")
+    if (folder / "checkpoints").is_dir():
+        raise UsageError(
+            f"{folder}: a run folder, which holds an adapter, not a model; give the base "
+            "model here and this folder as the adapter"
+        )
+    raise UsageError(f"{folder}: holds no config.json, so it is not a model folder")
+
+
+def _find_tensors(folder: Path) -> dict[str, Entry]:
+    """Returns every stored tensor: the index decides, else model.safetensors."""
+    if (folder / INDEX).exists():
+        return _read_index(folder)
+    if (folder / SINGLE).exists():
+        return read_header(_inside(folder, SINGLE))
+    files = sorted(path.name for path in folder.iterdir())
+    if any(_SHARD.fullmatch(name) for name in files):
+        raise CorruptError(
+            f"{folder}: safetensors shards without {INDEX}; download it as well"
+        )
+    for pattern, what in OTHER_WEIGHTS.items():
+        found = fnmatch.filter(files, pattern)
+        if found:
+            raise UnsupportedError(f"{folder}: only {listing(found)} found: {what}")
+    raise UsageError(f"{folder}: holds no weights; expected {SINGLE} or {INDEX}")
+
+
+def _read_index(folder: Path) -> dict[str, Entry]:
+    index = read_json(folder, INDEX, MAX_INDEX_BYTES)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptError(f"{folder / INDEX}: expected a non-empty weight_map")
+    refuse_quantised(f"{folder / INDEX}", list(weight_map))
+    bad = sorted(
+        {repr(name) for name in weight_map.values() if not _is_plain_name(name)}
+    )
+    if bad:
+        raise CorruptError(
+            f"{folder / INDEX}: not plain .safetensors file names: {listing(bad)}"
+        )
+    shards = sorted(set(weight_map.values()))
+    problems = []
+    missing = sorted({*_gaps(shards), *shards} - set(_existing(folder, shards)))
+    if missing:
+        problems.append(f"missing files: {listing(missing)}")
+    entries: dict[str, Entry] = {}
+    for shard in _existing(folder, shards):
+        tensors = read_header(_inside(folder, shard))
+        twice = [
+            f"{key} ({entries[key].file.name} and {shard})"
+            for key in tensors
+            if key in entries
+        ]
+        unlisted = sorted(key for key in tensors if key not in weight_map)
+        absent = sorted(
+            key
+            for key, file in weight_map.items()
+            if file == shard and key not in tensors
+        )
+        for text, keys in (
+            ("tensors in two shards", twice),
+            (f"tensors of {shard} that the index does not name", unlisted),
+            (f"tensors the index expects in {shard}", absent),
+        ):
+            if keys:
+                problems.append(f"{text}: {listing(keys)}")
+        entries.update(tensors)
+    if problems:
+        raise CorruptError(
+            f"{folder}: {INDEX} and the shards disagree; {'; '.join(problems)}; "
+            "download the model again"
+        )
+    _check_total_size(folder, index, entries)
+    return entries
+
+
+def _is_plain_name(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not name.startswith(".")
+        and not set(name) & set("/\\:\0")
+    )
+
+
+def _existing(folder: Path, names: list[str]) -> list[str]:
+    return [name for name in names if (folder / name).exists()]
+
+
+def _gaps(shards: list[str]) -> set[str]:
+    """Returns every name that the numbering of the shards implies."""
+    implied = set()
+    for match in filter(None, map(_SHARD.fullmatch, shards)):
+        stem, total = match[1], match[3]
+        # 10,000 is far above any real model; a wild number must not fill the memory.
+        for i in range(1, min(int(total), 10_000) + 1):
+            implied.add(f"{stem}-{i:05d}-of-{total}.safetensors")
+    return implied
+
+
+def _check_total_size(
+    folder: Path, index: dict[str, Any], entries: dict[str, Entry]
+) -> None:
+    metadata = index.get("metadata")
+    declared = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = sum(entry.nbytes for entry in entries.values())
+    if declared is not None and declared != total:
+        _log.warning(
+            "%s: total_size is %s, the tensors take %d bytes",
+            folder / INDEX,
+            declared,
+            total,
+        )
+
+
+def refuse_quantised(where: str, names: list[str]) -> None:
+    """Raises UnsupportedError if tensor names belong to a quantised checkpoint."""
+    found = sorted(name for name in names if _QUANTISED.fullmatch(name))
+    if found:
+        raise UnsupportedError(
+            f"{where}: a quantised checkpoint ({listing(found, 4)}); use the original "
+            "bfloat16, float16 or float32 model"
+        )
+
+
+def _match(
+    folder: Path, entries: dict[str, Entry], config: LlamaConfig, names: list[Name]
+) -> dict[str, Entry]:
+    """Returns the stored tensor of every HF key; all mismatches are raised at once."""
+    refuse_quantised(str(folder), list(entries))
+    stored = {k: v for k, v in entries.items() if not k.endswith("rotary_emb.inv_freq")}
+    if not any(key.startswith("model.") for key in stored):  # saved as a LlamaModel
+        stored = {
+            key if key.startswith("lm_head.") else f"model.{key}": entry
+            for key, entry in stored.items()
+        }
+    head = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    check_names(
+        str(folder),
+        {key: entry.shape for key, entry in stored.items()},
+        {name.key: name.hf_shape for name in names},
+    )
+    if head is not None and not _same_bytes(head, stored["model.embed_tokens.weight"]):
+        raise CorruptError(
+            f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from "
+            "model.embed_tokens.weight; if both are meant, set tie_word_embeddings to "
+            "false in config.json"
+        )
+    return stored
+
+
+def _same_bytes(a: Entry, b: Entry, chunk: int = 16 << 20) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return all(
+        np.array_equal(
+            read_bytes(a.file, a.offset + i, min(chunk, a.nbytes - i)),
+            read_bytes(b.file, b.offset + i, min(chunk, a.nbytes - i)),
+        )
+        for i in range(0, a.nbytes, chunk)
+    )
