@@ -38,7 +38,7 @@ def loss(logits: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
         log_sum = highest + math.log(np.exp(row - highest).sum())
         total += mask[b, t] * (log_sum - row[targets[b, t]])
         count += mask[b, t]
-    return total / count
+    return float(total / count)
 
 
 def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:

@@ -16,6 +16,7 @@ ROWS = (
     {"loss", "optimizer", "checkpoint", "data", "report", "cli", "generation"},
     {"training"},
     {"plan"},
+    {"loop"},
 )
 OWNERS = {
     "flax": ("jlora.lora", "jlora.model", "jlora.sharding"),

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from convert.names import all_names
 from convert.peft import write_adapter
 
 EVERY = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
-ADAPTERS = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "alpha_over_r": {"r": 4, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
     "all_linear": {"r": 3, "target_modules": "all-linear"},

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert
 from convert.source import open_source
 from jlora.data.tokenizer import Tokenizer
+from jlora.generation import generate_tokens
 
 PROMPTS = [
     "The capital of France is",
@@ -41,9 +42,7 @@ def their_tokenizer(gguf):
 
 @pytest.fixture(scope="module")
 def ours(gguf):
-    model, params = convert.load(str(gguf))
-    apply = jax.jit(model.apply)
-    return lambda tokens: np.asarray(apply({"params": params}, jnp.asarray(tokens)))
+    return convert.load(str(gguf))
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +71,11 @@ def test_chat_template_renders_as_in_transformers(our_tokenizer, their_tokenizer
 
 def test_logits_equal_transformers(ours, theirs):
     tokens = np.random.default_rng(0).integers(0, 49152, (2, 64)).astype(np.int32)
-    np.testing.assert_allclose(
-        ours(tokens), tiny.torch_logits(theirs, tokens), rtol=0, atol=2e-3
-    )
+    model, params = ours
+    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens))
+    expected = tiny.torch_logits(theirs, tokens)
+    # 30 layers in float32, summed in another order: measured 3e-4 at most.
+    np.testing.assert_allclose(np.asarray(logits), expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -88,11 +89,6 @@ def test_greedy_tokens_equal_transformers(prompt, ours, theirs, their_tokenizer)
             min_new_tokens=NEW_TOKENS,
             do_sample=False,
         )[0, len(ids) :].tolist()
-    # One shape for every step, so one compile: padding on the right is never seen.
-    row = np.zeros((1, 64), np.int32)
-    row[0, : len(ids)] = ids
-    found = []
-    for length in range(len(ids), len(ids) + NEW_TOKENS):
-        found.append(int(ours(row)[0, length - 1].argmax()))
-        row[0, length] = found[-1]
-    assert found == expected
+    model, params = ours
+    found = generate_tokens(model, params, ids, max_new_tokens=NEW_TOKENS)
+    assert list(found) == expected
