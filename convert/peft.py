@@ -1,17 +1,17 @@
-"""PEFT LoRA adapters, read strictly and written minimally.
+"""PEFT LoRA adapters: folders and runs in, trees with adapters out, and back.
 
 Both directions share one value, `Adapter`, which is checked when it is made: ranks agree
 with the settings, so a scaling can be trusted. Reading refuses what PEFT lets pass with a
-warning while it serves the base model.
+warning while it serves the base model. The file is long because every fault of a key or
+a shape has its own sentence.
 
-Source: PEFT 0.21 `tuners/lora/config.py`, `utils/save_and_load.py`.
+Source: PEFT 0.21 `utils/save_and_load.py`.
 """
 
 import json
 import re
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.names import Params, all_names, module_name, module_path
+from convert.peft_config import MERGE_FIRST, config_to_write, read_config, warn
 from convert.safetensors import (
     Entry,
     Spec,
@@ -40,51 +41,6 @@ _FORM = f"{_PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.(lora_[AB])(?:\.default)?\.weight")
 _TABLE_KEY = re.compile(r"(.*\.)?(embed_tokens|lm_head)\..*")
 _TABLES = ["model.embed_tokens", "lm_head"]
-_MERGE_FIRST = (
-    "merge it with PEFT (merge_and_unload) where it was trained, save the model and use "
-    "that as the base instead"
-)
-# Fields that change what an adapter computes, with the values that change nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "bias": ("none",),
-    "lora_bias": (False, None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "velora_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "use_qalora": (False, None),
-}
-# Starting points that leave the base alone: what comes out of training is plain LoRA.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
-# Bookkeeping, settings of other starting points and of other layer types.
-_IGNORED = {
-    "auto_mapping",
-    "corda_config",
-    "ensure_weight_tying",  # says something about adapters on the tables only
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-}
-_READ = {
-    "base_model_name_or_path",
-    "init_lora_weights",
-    "peft_type",
-    "revision",
-    "task_type",
-}
 
 
 @dataclass(frozen=True)
@@ -150,7 +106,7 @@ def _select(
         raise CorruptError(f"{location / CONFIG}: {error}") from error
     except UnsupportedError as error:
         raise UnsupportedError(
-            f"{location / CONFIG}: {error}; {_MERGE_FIRST}"
+            f"{location / CONFIG}: {error}; {MERGE_FIRST}"
         ) from error
 
 
@@ -200,7 +156,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     """
     folder = Path(folder)
     document = read_json(folder, CONFIG)
-    config = _read_config(document, f"{folder / CONFIG}")
+    config = read_config(document, f"{folder / CONFIG}")
     if not (folder / WEIGHTS).exists():
         if (folder / "adapter_model.bin").exists():
             raise UnsupportedError(
@@ -218,7 +174,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         for path, pair in pairs.items()
     }
     if not any(pair["lora_B"].any() for pair in tensors.values()):
-        _warn(f"{folder / WEIGHTS}: every lora_B is zero, so it changes nothing")
+        warn(f"{folder / WEIGHTS}: every lora_B is zero, so it changes nothing")
     return Adapter.make(
         config,
         tensors,
@@ -228,105 +184,13 @@ def read_adapter(folder: str | Path) -> Adapter:
     )
 
 
-def _read_config(document: dict[str, Any], where: str) -> LoraConfig:
-    """Returns the settings of an adapter_config.json; absent keys take PEFT's defaults."""
-    kind, task = document.get("peft_type"), document.get("task_type")
-    if kind is None:
-        raise CorruptError(f"{where}: no peft_type, so not a PEFT adapter's settings")
-    if kind != "LORA" or task not in (None, "CAUSAL_LM"):
-        raise UnsupportedError(
-            f"{where}: peft_type={kind!r}, task_type={task!r}; jlora supports LORA for "
-            f"CAUSAL_LM only; {_MERGE_FIRST}"
-        )
-    refused = [
-        f"{key}={document[key]!r}"
-        for key, neutral in _NEUTRAL.items()
-        if key in document and document[key] not in neutral
-    ]
-    if refused:
-        raise UnsupportedError(
-            f"{where}: jlora does not support {listing(refused)}; {_MERGE_FIRST}"
-        )
-    init = document.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
-        raise UnsupportedError(
-            f"{where}: init_lora_weights={init!r} is not supported, as it may need a "
-            "changed base; save the adapter as plain LoRA with PEFT: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
-        )
-    known = {field.name for field in fields(LoraConfig)} | _NEUTRAL.keys()
-    known |= _IGNORED | _READ
-    unknown = [
-        f"{key}{nearest(key, known)}" for key in sorted(document) if key not in known
-    ]
-    if unknown:
-        _warn(f"{where}: unknown keys are ignored: {listing(unknown)}")
-    # jlora never writes another start than PEFT's default, and training is over.
-    honoured = {key: document[key] for key in _FORMS if document.get(key) is not None}
-    _check_forms(document, honoured, where)
-    try:
-        return LoraConfig(**honoured)
-    except UsageError as error:
-        raise CorruptError(f"{where}: {error}") from error
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(item, str) for item in value)
-    )
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_indices(value: Any) -> bool:
-    return all(_is_int(i) for i in (value if isinstance(value, list) else [value]))
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or isinstance(value, float)
-
-
-# The honoured fields with the forms they may have; LoraConfig checks the ranges.
-_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_int, "an integer"),
-    "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (_is_number, "a number"),
-    "target_modules": (_is_names, "a string or a list of strings"),
-    "exclude_modules": (_is_names, "a string or a list of strings"),
-    "layers_to_transform": (_is_indices, "an integer or a list of integers"),
-    "layers_pattern": (_is_names, "a string or a list of strings"),
-    "rank_pattern": (lambda value: isinstance(value, dict), "an object"),
-    "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-}
-
-
-def _check_forms(
-    document: Mapping[str, Any], honoured: Mapping[str, Any], where: str
-) -> None:
-    wrong = [
-        f"{key}={value!r} is not {_FORMS[key][1]}"
-        for key, value in honoured.items()
-        if not _FORMS[key][0](value)
-    ]
-    wrong += [
-        f"{key}={document[key]!r} is not a string"
-        for key in ("base_model_name_or_path", "revision")
-        if not isinstance(document.get(key), str | None)
-    ]
-    if wrong:
-        raise CorruptError(f"{where}: {listing(wrong)}")
-
-
 def _read_keys(entries: dict[str, Entry], where: Path) -> dict[str, dict[str, Entry]]:
     """Returns {params path: {leaf: entry}}; all that is wrong with keys at once."""
     tables = sorted(key for key in entries if _TABLE_KEY.fullmatch(key))
     if tables:
         raise UnsupportedError(
             f"{where}: adapters and whole weights of the embedding and the head are not "
-            f"supported ({listing(tables)}); {_MERGE_FIRST} (if the base ties its head "
+            f"supported ({listing(tables)}); {MERGE_FIRST} (if the base ties its head "
             "to the embedding, untie it first, as PEFT merges such adapters wrongly)"
         )
     pairs: dict[str, dict[str, Entry]] = {}
@@ -386,10 +250,6 @@ def _read_leaf(entry: Entry, where: str) -> np.ndarray:
             f"{where}: {array[index]} at {list(index)}; train or copy the adapter again"
         )
     return np.ascontiguousarray(array.T, np.float32)
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def check_fit(adapter: Adapter, config: LlamaConfig) -> None:
@@ -521,7 +381,16 @@ def save_adapter(
         overwrite: replace an adapter that is there.
         source: what the adapter comes from; must not lie inside `folder`.
     """
-    text = json.dumps(_config_to_write(adapter, linears), indent=2, sort_keys=True)
+    names = {module_name(path): path for path in adapter.tensors}
+    settings = config_to_write(
+        adapter.config,
+        {name: adapter.tensors[names[name]]["lora_A"].shape[1] for name in names},
+        {name: adapter.scalings[names[name]] for name in names},
+        linears,
+    )
+    settings["base_model_name_or_path"] = adapter.base_model_name_or_path
+    settings["revision"] = adapter.revision
+    text = json.dumps(settings, indent=2, sort_keys=True)
     arrays = {
         _key(path, leaf): array
         for path, pair in adapter.tensors.items()
@@ -531,79 +400,6 @@ def save_adapter(
     with atomic_folder(folder, overwrite, source) as temporary:
         write_safetensors(temporary / WEIGHTS, specs, lambda key: arrays[key].T)
         (temporary / CONFIG).write_text(text + "\n", "utf-8")
-
-
-def _config_to_write(adapter: Adapter, linears: list[str] | None) -> dict[str, Any]:
-    """Returns the keys PEFT 0.6 knows, and rsLoRA only where it is used.
-
-    An older PEFT stops at any key that it does not know.
-    """
-    config = adapter.config
-    ranks = {
-        _escape(path): pair["lora_A"].shape[1]
-        for path, pair in adapter.tensors.items()
-        if pair["lora_A"].shape[1] != config.r
-    }
-    alphas = {_escape(path): _alpha(adapter, path) for path in adapter.tensors}
-    return {
-        "alpha_pattern": {
-            key: _plain(alpha)
-            for key, alpha in alphas.items()
-            if alpha != config.lora_alpha
-        },
-        "auto_mapping": None,
-        "base_model_name_or_path": adapter.base_model_name_or_path,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": _plain(config.lora_alpha),
-        "lora_dropout": config.lora_dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": ranks,
-        "revision": adapter.revision,
-        "target_modules": _targets(adapter, linears),
-        "task_type": "CAUSAL_LM",
-        **({"use_rslora": True} if config.use_rslora else {}),
-    }
-
-
-def _targets(adapter: Adapter, linears: list[str] | None) -> list[str]:
-    """Returns sorted suffixes if they select the same modules, else sorted full names."""
-    names = sorted(module_name(path) for path in adapter.tensors)
-    suffixes = sorted({name.rsplit(".")[-1] for name in names})
-    if linears:
-        matched = [name for name in linears if name.rsplit(".")[-1] in suffixes]
-        return suffixes if sorted(matched) == names else names
-    # Without the base, the settings decide: plain suffixes reach every layer.
-    config = adapter.config
-    targets = config.target_modules
-    if isinstance(targets, str):
-        uniform = targets.lower() == "all-linear"
-    else:
-        uniform = targets is None or not any("." in target for target in targets)
-    limited = config.exclude_modules or config.layers_to_transform not in (None, [])
-    return suffixes if uniform and not limited else names
-
-
-def _alpha(adapter: Adapter, path: str) -> float:
-    """Returns the module's alpha exactly as given, not as its scaling times its rank."""
-    config = adapter.config
-    rank = adapter.tensors[path]["lora_A"].shape[1]
-    given = (config.lora_alpha, *config.alpha_pattern.values())
-    return next(a for a in given if config.scaling(rank, a) == adapter.scalings[path])
-
-
-def _plain(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _escape(path: str) -> str:
-    return re.escape(module_name(path))
 
 
 def _key(path: str, leaf: str) -> str:

@@ -1,0 +1,226 @@
+"""adapter_config.json: PEFT's settings, read strictly and written minimally.
+
+Source: PEFT 0.21 `tuners/lora/config.py`.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from jlora.config import LoraConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+
+MERGE_FIRST = (
+    "merge it with PEFT (merge_and_unload) where it was trained, save the model and use "
+    "that as the base instead"
+)
+# Fields that change what an adapter computes, with the values that change nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "bias": ("none",),
+    "lora_bias": (False, None),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "velora_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_qalora": (False, None),
+}
+# Starting points that leave the base alone: what comes out of training is plain LoRA.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
+# Bookkeeping, settings of other starting points and of other layer types.
+_IGNORED = {
+    "auto_mapping",
+    "corda_config",
+    "ensure_weight_tying",  # says something about adapters on the tables only
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+}
+_READ = {
+    "base_model_name_or_path",
+    "init_lora_weights",
+    "peft_type",
+    "revision",
+    "task_type",
+}
+
+
+def read_config(document: dict[str, Any], where: str) -> LoraConfig:
+    """Returns the settings of an adapter_config.json; absent keys take PEFT's defaults."""
+    kind, task = document.get("peft_type"), document.get("task_type")
+    if kind is None:
+        raise CorruptError(f"{where}: no peft_type, so not a PEFT adapter's settings")
+    if kind != "LORA" or task not in (None, "CAUSAL_LM"):
+        raise UnsupportedError(
+            f"{where}: peft_type={kind!r}, task_type={task!r}; jlora supports LORA for "
+            f"CAUSAL_LM only; {MERGE_FIRST}"
+        )
+    refused = [
+        f"{key}={document[key]!r}"
+        for key, neutral in _NEUTRAL.items()
+        if key in document and document[key] not in neutral
+    ]
+    if refused:
+        raise UnsupportedError(
+            f"{where}: jlora does not support {listing(refused)}; {MERGE_FIRST}"
+        )
+    init = document.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise UnsupportedError(
+            f"{where}: init_lora_weights={init!r} is not supported, as it may need a "
+            "changed base; save the adapter as plain LoRA with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
+        )
+    known = {field.name for field in fields(LoraConfig)} | _NEUTRAL.keys()
+    known |= _IGNORED | _READ
+    unknown = [
+        f"{key}{nearest(key, known)}" for key in sorted(document) if key not in known
+    ]
+    if unknown:
+        warn(f"{where}: unknown keys are ignored: {listing(unknown)}")
+    # jlora never writes another start than PEFT's default, and training is over.
+    honoured = {key: document[key] for key in _FORMS if document.get(key) is not None}
+    _check_forms(document, honoured, where)
+    try:
+        return LoraConfig(**honoured)
+    except UsageError as error:
+        raise CorruptError(f"{where}: {error}") from error
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_indices(value: Any) -> bool:
+    return all(_is_int(i) for i in (value if isinstance(value, list) else [value]))
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+# The honoured fields with the forms they may have; LoraConfig checks the ranges.
+_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_int, "an integer"),
+    "lora_alpha": (_is_number, "a number"),
+    "lora_dropout": (_is_number, "a number"),
+    "target_modules": (_is_names, "a string or a list of strings"),
+    "exclude_modules": (_is_names, "a string or a list of strings"),
+    "layers_to_transform": (_is_indices, "an integer or a list of integers"),
+    "layers_pattern": (_is_names, "a string or a list of strings"),
+    "rank_pattern": (lambda value: isinstance(value, dict), "an object"),
+    "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+}
+
+
+def _check_forms(
+    document: Mapping[str, Any], honoured: Mapping[str, Any], where: str
+) -> None:
+    wrong = [
+        f"{key}={value!r} is not {_FORMS[key][1]}"
+        for key, value in honoured.items()
+        if not _FORMS[key][0](value)
+    ]
+    wrong += [
+        f"{key}={document[key]!r} is not a string"
+        for key in ("base_model_name_or_path", "revision")
+        if not isinstance(document.get(key), str | None)
+    ]
+    if wrong:
+        raise CorruptError(f"{where}: {listing(wrong)}")
+
+
+def warn(text: str) -> None:
+    """Prints a warning for what still works."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def config_to_write(
+    config: LoraConfig,
+    ranks: Mapping[str, int],
+    scalings: Mapping[str, float],
+    linears: list[str] | None,
+) -> dict[str, Any]:
+    """Returns the keys that every PEFT since 0.6 knows; an older one stops at others.
+
+    Args:
+        config: what the adapter was trained with.
+        ranks: HF module name -> rank, of every adapted module.
+        scalings: HF module name -> scaling, of the same modules.
+        linears: HF names of the base's linear layers, if they are known.
+    """
+    alphas = {name: _alpha(config, ranks[name], scalings[name]) for name in ranks}
+    return {
+        "alpha_pattern": {
+            re.escape(name): _plain(alpha)
+            for name, alpha in alphas.items()
+            if alpha != config.lora_alpha
+        },
+        "auto_mapping": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": _plain(config.lora_alpha),
+        "lora_dropout": config.lora_dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": {
+            re.escape(name): rank for name, rank in ranks.items() if rank != config.r
+        },
+        "target_modules": _targets(config, sorted(ranks), linears),
+        "task_type": "CAUSAL_LM",
+        **({"use_rslora": True} if config.use_rslora else {}),
+    }
+
+
+def _targets(
+    config: LoraConfig, names: list[str], linears: list[str] | None
+) -> list[str]:
+    """Returns sorted suffixes if they select the same modules, else sorted full names."""
+    suffixes = sorted({name.rsplit(".")[-1] for name in names})
+    if linears:
+        matched = [name for name in linears if name.rsplit(".")[-1] in suffixes]
+        return suffixes if sorted(matched) == names else names
+    # Without the base, the settings decide: plain suffixes reach every layer.
+    targets = config.target_modules
+    if isinstance(targets, str):
+        uniform = targets.lower() == "all-linear"
+    else:
+        uniform = targets is None or not any("." in target for target in targets)
+    limited = config.exclude_modules or config.layers_to_transform not in (None, [])
+    return suffixes if uniform and not limited else names
+
+
+def _alpha(config: LoraConfig, rank: int, scaling: float) -> float:
+    """Returns the alpha exactly as given, not as scaling times rank."""
+    given = (config.lora_alpha, *config.alpha_pattern.values())
+    return next(alpha for alpha in given if config.scaling(rank, alpha) == scaling)
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
