@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import llamas
 import ml_dtypes
 import numpy as np
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -51,9 +51,9 @@ def randomise(model, *, on_a_grid=False):
 def make(tmp_path, *, base="gqa", dtype=torch.float32, on_a_grid=False, **settings):
     """Writes base and adapter; returns the PEFT model and the two folders."""
     folders = tmp_path / "base", tmp_path / "adapter"
-    tiny.save(folders[0], base, dtype)
+    llamas.save(folders[0], base, dtype)
     config = LoraConfig(**({"task_type": "CAUSAL_LM"} | settings))
-    theirs = get_peft_model(tiny.load(folders[0], dtype), config).eval()
+    theirs = get_peft_model(llamas.load(folders[0], dtype), config).eval()
     randomise(theirs, on_a_grid=on_a_grid)
     theirs.save_pretrained(folders[1])
     return theirs, *map(str, folders)
@@ -94,11 +94,11 @@ def differing_bits(model, params, theirs):
 def test_logits_with_a_peft_adapter_equal_peft(name, tmp_path):
     theirs, base, adapter = make(tmp_path, **ADAPTERS[name])
     model, params = convert.load(base, adapter=adapter)
-    tokens = tiny.random_tokens()
+    tokens = llamas.random_tokens()
     plain = convert.load(base)[1]
     ours = apply(model, params, tokens)
     assert np.abs(ours - apply(model, plain, tokens)).max() > 0.1
-    expected = tiny.torch_logits(theirs, tokens)
+    expected = llamas.torch_logits(theirs, tokens)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
@@ -106,8 +106,8 @@ def test_logits_with_a_peft_adapter_equal_peft(name, tmp_path):
 def test_logits_with_an_adapter_on_every_kind_of_base_equal_peft(base, tmp_path):
     theirs, base, adapter = make(tmp_path, base=base, **ADAPTERS["all_linear"])
     model, params = convert.load(base, adapter=adapter)
-    tokens = tiny.random_tokens()
-    expected = tiny.torch_logits(theirs, tokens)
+    tokens = llamas.random_tokens()
+    expected = llamas.torch_logits(theirs, tokens)
     np.testing.assert_allclose(
         apply(model, params, tokens), expected, rtol=0, atol=1e-4
     )
@@ -154,7 +154,7 @@ def test_exported_merged_folder_has_the_bits_of_peft(base, dtype, tmp_path):
     )
     out = tmp_path / "merged"
     to_hf.main(to_hf.Arguments(out=str(out), model=base, adapter=adapter))
-    exported = tiny.load(out, dtype).state_dict()
+    exported = llamas.load(out, dtype).state_dict()
     expected = theirs.merge_and_unload().state_dict()
     assert exported.keys() == expected.keys()
     assert [k for k in expected if not torch.equal(exported[k], expected[k])] == []
@@ -172,13 +172,13 @@ def test_exported_merged_folder_has_the_bits_of_peft(base, dtype, tmp_path):
 )
 def test_an_exported_adapter_gives_the_same_logits_in_peft(settings, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    theirs = tiny.save(base)
+    theirs = llamas.save(base)
     config = jlora.LoraConfig(init_lora_weights=False, **settings)
     model, params = convert.load(str(base))
     params = jlora.add_lora(params, config, jax.random.key(3))
     write_adapter(params, config, adapter, str(base))
-    tokens = tiny.random_tokens()
-    expected = tiny.torch_logits(PeftModel.from_pretrained(theirs, adapter), tokens)
+    tokens = llamas.random_tokens()
+    expected = llamas.torch_logits(PeftModel.from_pretrained(theirs, adapter), tokens)
     ours = apply(model, params, tokens)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
@@ -194,7 +194,7 @@ def test_an_exported_adapter_names_every_tensor_as_peft_does(tmp_path):
     )
     out = tmp_path / "again"
     write_adapter(params, config, out, base)
-    again = PeftModel.from_pretrained(tiny.load(base), out)
+    again = PeftModel.from_pretrained(llamas.load(base), out)
     expected = theirs.state_dict()
     found = again.state_dict()
     assert [k for k in expected if not torch.equal(found[k], expected[k])] == []

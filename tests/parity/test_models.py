@@ -1,8 +1,8 @@
 import jax
 import jax.numpy as jnp
+import llamas
 import numpy as np
 import pytest
-import tiny
 import torch
 
 import convert
@@ -13,13 +13,13 @@ def jax_logits(path, tokens, **options):
     return np.asarray(jax.jit(model.apply)({"params": params}, jnp.asarray(tokens)))
 
 
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("name", llamas.CONFIGS)
 def test_logits_equal_transformers(name, tmp_path):
-    theirs = tiny.save(tmp_path, name)
-    tokens = tiny.random_tokens()
+    theirs = llamas.save(tmp_path, name)
+    tokens = llamas.random_tokens()
     np.testing.assert_allclose(
         jax_logits(tmp_path, tokens),
-        tiny.torch_logits(theirs, tokens),
+        llamas.torch_logits(theirs, tokens),
         rtol=0,
         atol=1e-4,
     )
@@ -27,11 +27,11 @@ def test_logits_equal_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_a_half_precision_checkpoint_equal_transformers(dtype, tmp_path):
-    theirs = tiny.save(tmp_path, "gqa", dtype)
-    tokens = tiny.random_tokens()
+    theirs = llamas.save(tmp_path, "gqa", dtype)
+    tokens = llamas.random_tokens()
     np.testing.assert_allclose(
         jax_logits(tmp_path, tokens),
-        tiny.torch_logits(theirs, tokens),
+        llamas.torch_logits(theirs, tokens),
         rtol=0,
         atol=1e-4,
     )
@@ -39,12 +39,12 @@ def test_logits_of_a_half_precision_checkpoint_equal_transformers(dtype, tmp_pat
 
 @pytest.mark.parametrize("name", ["mha", "tied"])
 def test_logits_of_a_sharded_checkpoint_equal_transformers(name, tmp_path):
-    theirs = tiny.save(tmp_path, name, max_shard_size="100KB")
+    theirs = llamas.save(tmp_path, name, max_shard_size="100KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    tokens = tiny.random_tokens()
+    tokens = llamas.random_tokens()
     np.testing.assert_allclose(
         jax_logits(tmp_path, tokens),
-        tiny.torch_logits(theirs, tokens),
+        llamas.torch_logits(theirs, tokens),
         rtol=0,
         atol=1e-4,
     )

@@ -2,9 +2,9 @@ from importlib.metadata import files
 
 import jax
 import jax.numpy as jnp
+import llamas
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -73,7 +73,7 @@ def test_logits_equal_transformers(ours, theirs):
     tokens = np.random.default_rng(0).integers(0, 49152, (2, 64)).astype(np.int32)
     model, params = ours
     logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens))
-    expected = tiny.torch_logits(theirs, tokens)
+    expected = llamas.torch_logits(theirs, tokens)
     # 30 layers in float32, summed in another order: measured 3e-4 at most.
     np.testing.assert_allclose(np.asarray(logits), expected, rtol=0, atol=2e-3)
 

@@ -1,13 +1,13 @@
 import jax
+import llamas
 import numpy as np
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
 import convert
-from jlora.config import MeshConfig, OptimConfig
 from jlora.optimizer import make_optimizer, make_schedule
+from jlora.settings import MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
 
@@ -18,7 +18,7 @@ RATE = 1e-2
 def random_batches():
     rng = np.random.default_rng(7)
     for step in range(STEPS):
-        tokens = tiny.random_tokens(rows=8, length=24, seed=step)
+        tokens = llamas.random_tokens(rows=8, length=24, seed=step)
         mask = (rng.random(tokens.shape) < 0.6).astype(np.float32)
         mask[:, -1] = 0
         yield tokens, mask
@@ -89,7 +89,7 @@ def test_five_steps_equal_torch_and_peft(
         r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
     torch.manual_seed(5)
-    theirs = get_peft_model(tiny.save(tmp_path / "base"), config)
+    theirs = get_peft_model(llamas.save(tmp_path / "base"), config)
     theirs.save_pretrained(adapter)
     options = {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
     expected = train_with_torch(theirs, **options)
