@@ -10,10 +10,10 @@ from convert.peft import attach_adapter
 from convert.source import load_params, open_source
 from jlora.attention import choose_attention
 from jlora.cli import run_command
-from jlora.config import DataConfig, MeshConfig
 from jlora.data import Tokenizer, load_dataset
 from jlora.errors import UsageError
 from jlora.model import Llama, compute_dtype
+from jlora.settings import DataConfig, MeshConfig
 from jlora.sharding import check_divisible, make_mesh, tree_shardings
 from jlora.training import evaluate, make_eval_step
 
@@ -54,11 +54,7 @@ def main(args: Arguments) -> None:
     )
     source = open_source(args.model)
     config = source.config
-    if args.seq_len > config.max_position_embeddings:
-        raise UsageError(
-            f"seq_len={args.seq_len} exceeds the model's "
-            f"max_position_embeddings={config.max_position_embeddings}"
-        )
+    config.check_length(args.seq_len, "seq_len")
     tokenizer = Tokenizer.from_files(source.files, config)
     data = load_dataset(
         args.data,
@@ -70,7 +66,7 @@ def main(args: Arguments) -> None:
         shuffle=False,
     )
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    check_divisible(mesh, config, batch_size=args.batch_size, grad_accum_steps=1)
+    check_divisible(mesh, config, args.batch_size)
     params = load_params(source)
     if args.adapter is not None:
         params = attach_adapter(params, config, args.adapter)

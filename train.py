@@ -1,8 +1,7 @@
 """Fine-tune a Llama with LoRA: model and data in, a run folder with the adapter out."""
 
-import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -15,15 +14,7 @@ from convert.peft import attach_adapter, open_adapter, write_adapter
 from convert.source import Source, load_params, open_source
 from jlora.checkpoint import RunCheckpoints, fingerprint, locked, resume
 from jlora.cli import run_command
-from jlora.config import (
-    ComputeConfig,
-    DataConfig,
-    LlamaConfig,
-    LoraConfig,
-    MeshConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from jlora.config import LlamaConfig, LoraConfig
 from jlora.data import Dataset, Tokenizer, load_dataset
 from jlora.errors import StopRequested, UsageError
 from jlora.loop import StepLog, is_due, stop_requests
@@ -32,12 +23,14 @@ from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import flops_per_token, memory_table, plan_workload
 from jlora.report import Report, plot
-from jlora.sharding import (
-    check_divisible,
-    make_mesh,
-    parameter_sharding,
-    tree_shardings,
+from jlora.settings import (
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
 )
+from jlora.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.training import TrainState, evaluate, make_eval_step, make_train_step
 
 
@@ -100,9 +93,7 @@ def main(args: Arguments) -> None:
 
     schedule = make_schedule(args.optim, total_steps)
     optimizer = make_optimizer(args.optim, schedule)
-    state, frozen = TrainState.create(params, optimizer)
-    state = jax.device_put(state, tree_shardings(mesh, state))
-    frozen = jax.device_put(frozen, tree_shardings(mesh, frozen))
+    state, frozen = TrainState.create(params, optimizer, mesh)
     step = make_train_step(
         model,
         optimizer,
@@ -116,8 +107,8 @@ def main(args: Arguments) -> None:
     eval_step = make_eval_step(model, mesh, params=params, packed=args.data.packing)
 
     run = Path(args.output_dir)
-    settings = {**dataclasses.asdict(args), "lora": dataclasses.asdict(lora)}
-    identity = {
+    settings = {**asdict(args), "lora": asdict(lora)}
+    identity = {  # what a resumed run has to share with the one it continues
         "base": fingerprint(base),
         "tokenizer": tokenizer.fingerprint,
         "data": data.fingerprint,
@@ -145,16 +136,15 @@ def main(args: Arguments) -> None:
                 state, metrics = step(state, frozen, data.batch(done - 1))
                 log.add(done, metrics)
                 stopping = stop.is_set() and done < total_steps
-                save = done == total_steps or stopping
-                if save or is_due(done, args.train.save_every):
+                if stopping or is_due(done, args.train.save_every, total_steps):
                     log.flush()
                     checkpoints.save(done, state, meta)
                 if stopping:
                     raise StopRequested(f"stopped after step {done}; it is saved")
                 if held_out and is_due(done, args.train.eval_every, total_steps):
                     log.flush()
-                    whole = join(state.trainable, frozen)
-                    eval_loss, _ = evaluate(eval_step, whole, held_out)
+                    tuned = join(state.trainable, frozen)
+                    eval_loss, _ = evaluate(eval_step, tuned, held_out)
                     report.log(step=done, eval_loss=eval_loss)
         checkpoints.close()
         write_adapter(
@@ -169,18 +159,9 @@ def load_model(
 ) -> tuple[Source, Params, Params, LoraConfig]:
     """Returns (source, base on the mesh, base with adapter, the adapter's settings)."""
     source = open_source(args.model)
-    config, train = source.config, args.train
-    if args.data.seq_len > config.max_position_embeddings:
-        raise UsageError(
-            f"data.seq_len={args.data.seq_len} exceeds the model's "
-            f"max_position_embeddings={config.max_position_embeddings}"
-        )
-    check_divisible(
-        mesh,
-        config,
-        batch_size=train.batch_size,
-        grad_accum_steps=train.grad_accum_steps,
-    )
+    config = source.config
+    config.check_length(args.data.seq_len, "data.seq_len")
+    check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
     base = load_params(
         source,
         dtype=args.compute.base_dtype,  # type: ignore[arg-type]
@@ -190,8 +171,7 @@ def load_model(
         params = add_lora(base, args.lora, jax.random.key(args.seed))
         return source, base, params, args.lora
     adapter = open_adapter(args.init_adapter)
-    dropout = args.lora.lora_dropout
-    lora = dataclasses.replace(adapter.config, lora_dropout=dropout)
+    lora = replace(adapter.config, lora_dropout=args.lora.lora_dropout)
     return source, base, attach_adapter(base, config, adapter), lora
 
 

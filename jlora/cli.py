@@ -51,7 +51,8 @@ def run_command(
         argv: the words of the command line; None takes them from sys.argv.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax logs tracebacks of what is told below in one message.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         check_versions()
         main(parse(arguments_class, words, positional=positional))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from jlora.config import OptimConfig
 from jlora.lora import trainable_mask
+from jlora.settings import OptimConfig
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jlora.attention import choose_attention
-from jlora.config import ComputeConfig, LlamaConfig
+from jlora.config import LlamaConfig
 from jlora.lora import LORA_LEAVES, Params, count_parameters
 from jlora.model import compute_dtype
+from jlora.settings import ComputeConfig
 from jlora.training import LOSS_CHUNK_TOKENS
 
 # Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.

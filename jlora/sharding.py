@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jlora.config import LlamaConfig, MeshConfig
+from jlora.config import LlamaConfig
 from jlora.errors import UsageError, listing
+from jlora.settings import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -72,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 
 
 def check_divisible(
-    mesh: Mesh, config: LlamaConfig, *, batch_size: int, grad_accum_steps: int
+    mesh: Mesh, config: LlamaConfig, batch_size: int, grad_accum_steps: int = 1
 ) -> None:
     """Raises UsageError, listing all of it, where the mesh cuts through something whole."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

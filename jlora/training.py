@@ -45,9 +45,9 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, params: Params, optimizer: optax.GradientTransformation
+        cls, params: Params, optimizer: optax.GradientTransformation, mesh: Mesh
     ) -> tuple["TrainState", Params]:
-        """Returns (state at step 0, frozen parameters) of a tree with adapters.
+        """Returns (state at step 0, frozen parameters), placed on the mesh.
 
         The adapter's leaves are copied, because a step donates its state.
         """
@@ -60,7 +60,8 @@ class TrainState:
             skipped=jnp.int32(0),
             skipped_in_a_row=jnp.int32(0),
         )
-        return state, frozen
+        placed = jax.device_put(state, tree_shardings(mesh, state))
+        return placed, jax.device_put(frozen, tree_shardings(mesh, frozen))
 
 
 def summed_loss(
@@ -229,6 +230,7 @@ def _advance(
 ) -> TrainState:
     """Returns the next state; a step that is not finite is counted and not applied."""
     # The zeros of the frozen leaves are never read: the mask drops them, and so does XLA.
+    updates: Any
     updates, opt_state = optimizer.update(
         join(gradients, jax.tree.map(jnp.zeros_like, frozen)),
         state.opt_state,

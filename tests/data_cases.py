@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.config import DataConfig, LlamaConfig, RopeParameters
+from jlora.config import LlamaConfig, RopeParameters
 from jlora.data import Dataset, Tokenizer, load_dataset
+from jlora.settings import DataConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "chat"
 TEMPLATES = json.loads((GOLDEN / "cases.json").read_text())["templates"]

@@ -9,8 +9,8 @@ COMMANDS = ("train", "generate", "evaluate")
 # A module may import rows above its own; `data` is a package whose files import each other.
 ROWS = (
     {"errors"},
-    {"strict_json", "config"},
-    {"rope", "attention", "sharding", "quantize"},
+    {"strict_json", "config", "settings"},
+    {"rope", "attention", "sharding", "targets", "quantize"},
     {"lora"},
     {"model"},
     {"loss", "optimizer", "checkpoint", "data", "report", "cli", "generation"},

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jlora.config import DataConfig
 from jlora.data.batches import Dataset, make_dataset
 from jlora.data.jsonl import refuse
 from jlora.data.records import Records, read_records
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example, Tokenized, resolve_train_on, tokenize
 from jlora.errors import CorruptError, UsageError, listing
+from jlora.settings import DataConfig
 
 _LEARNT = {
     "assistant": "every assistant turn",

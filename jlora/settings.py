@@ -1,0 +1,148 @@
+"""The flag groups: one frozen dataclass each, the only source of their defaults and help."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from jlora.errors import UnsupportedError, UsageError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on."""
+
+    train: str | None = None
+    """JSONL file to train on."""
+    eval: str | None = None
+    """JSONL file with held-out records, evaluated every train.eval_every steps."""
+    format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    """Record format; auto reads it off the first record's keys."""
+    seq_len: int = 512
+    """Tokens per row; longer records are cut at the end."""
+    packing: bool = False
+    """Put several records in one row (each sees only itself)."""
+    train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
+    """Which tokens the loss counts; auto: assistant turns, completions, or all of a text."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        if self.seq_len < 2:
+            raise UsageError(f"data.seq_len={self.seq_len}; expected at least 2 tokens")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """How to step: AdamW on the adapter, everything inside the optax mask."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay after warm-up; linear and cosine end at 0."""
+    warmup_ratio: float = 0.03
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of lora_A and lora_B."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm; 0 turns clipping off."""
+    adam_b1: float = 0.9
+    """Decay of the first moment."""
+    adam_b2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the denominator of the update."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_eps"):
+            _at_least("optim", self, name, 0)
+        for name in ("warmup_ratio", "adam_b1", "adam_b2"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (name != "warmup_ratio" and value == 1):
+                raise UsageError(f"optim.{name}={value}; expected a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at a time, and what to write when."""
+
+    max_steps: int = 0
+    """Optimizer steps; 0 means num_epochs decides."""
+    num_epochs: float = 1.0
+    """Passes over the data when max_steps is 0."""
+    batch_size: int = 8
+    """Rows per optimizer step, over all devices and accumulation steps."""
+    grad_accum_steps: int = 1
+    """Split each batch into this many parts to save memory; the result is the same."""
+    save_every: int = 100
+    """Steps between checkpoints; 0 saves at the end only."""
+    eval_every: int = 0
+    """Steps between evaluations on data.eval; 0 evaluates at the end only."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    keep: int = 2
+    """Checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        for name in ("max_steps", "save_every", "eval_every"):
+            _at_least("train", self, name, 0)
+        for name in ("batch_size", "grad_accum_steps", "log_every", "keep"):
+            _at_least("train", self, name, 1)
+        if not self.max_steps and not self.num_epochs > 0:
+            raise UsageError(
+                f"train.num_epochs={self.num_epochs}; expected a number above 0"
+            )
+        if self.batch_size % self.grad_accum_steps:
+            raise UsageError(
+                f"train.batch_size={self.batch_size} is not a multiple of "
+                f"train.grad_accum_steps={self.grad_accum_steps}"
+            )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; one axis may be 0, which takes all that are left."""
+
+    data: int = 0
+    """Devices that hold a copy of the weights and a share of the batch."""
+    fsdp: int = 1
+    """Devices that share both the weights and the batch."""
+    tensor: int = 1
+    """Devices that split heads and MLP."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        for name in ("data", "fsdp", "tensor"):
+            _at_least("mesh", self, name, 0)
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """Number formats and implementations."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    base_dtype: Literal["keep", "float32", "bfloat16", "fp8", "int8", "nf4"] = "keep"
+    """Storage of the frozen weights; keep: as in the checkpoint. fp8, int8, nf4: not yet."""
+    remat: Literal["auto", "none", "minimal", "full"] = "auto"
+    """What the backward pass recomputes to save memory."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention kernel; auto: cudnn on GPU where it applies, else xla."""
+
+    def __post_init__(self) -> None:
+        """Raises UnsupportedError for choices that are not built yet."""
+        if self.base_dtype in ("fp8", "int8", "nf4"):
+            raise UnsupportedError(
+                f"compute.base_dtype={self.base_dtype} is not supported yet; "
+                "use keep, bfloat16 or float32"
+            )
+        if self.attention == "splash":
+            raise UnsupportedError(
+                "compute.attention=splash is not supported yet; use auto, xla or cudnn"
+            )
+
+
+def _at_least(prefix: str, config: object, name: str, low: int) -> None:
+    value = getattr(config, name)
+    if not low <= value < math.inf:  # NaN fails, too
+        raise UsageError(f"{prefix}.{name}={value!r}; expected at least {low}")
