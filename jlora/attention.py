@@ -4,6 +4,8 @@
 kernel on NVIDIA GPUs; it takes no segment ids, and asking it to is an error.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -44,7 +46,7 @@ def attend(
     return _reference(q, k, v, segment_ids, offset)
 
 
-def choose_attention(wanted: str, *, packed: bool, dtype: jnp.dtype) -> str:
+def choose_attention(wanted: str, *, packed: bool, dtype: Any) -> str:
     """Returns the implementation that `auto` stands for here.
 
     Raises:

@@ -27,9 +27,9 @@ TRAINABLE_LEAVES = ("lora_A", "lora_B")
 LORA_LEAVES = (*TRAINABLE_LEAVES, "lora_scaling")
 
 
-def matmul(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+def matmul(x: Array, w: Array, dtype: Any) -> Array:
     """Returns x @ w in `dtype`; float32 means float32 products, also on GPU and TPU."""
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
     return jnp.matmul(x.astype(dtype), w.astype(dtype), precision=precision)
 
 

@@ -37,12 +37,9 @@ def select_modules(
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = [name for name in names if name not in TABLES]
     used: set[str] = set()
-    selected = [
-        name
-        for name in containers
-        if not _matches(config.exclude_modules, name, used)
-        and _is_target(targets, name, config, used)
-    ]
+    excluded = {n for n in containers if _matches(config.exclude_modules, n, used)}
+    targeted = [n for n in containers if _is_target(targets, n, config, used)]
+    selected = [name for name in targeted if name not in excluded]
     wrong = [name for name in selected if name not in names]
     if wrong:
         raise UsageError(
