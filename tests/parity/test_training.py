@@ -52,8 +52,8 @@ def train_with_jax(base, adapter, *, weight_decay, max_grad_norm, accumulate):
         max_grad_norm=max_grad_norm,
     )
     optimizer = make_optimizer(config, make_schedule(config, STEPS))
-    state, frozen = TrainState.create(params, optimizer, mesh)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    state, frozen = TrainState.create(params, optimizer, mesh)
     step = make_train_step(
         model,
         optimizer,
