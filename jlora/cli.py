@@ -4,35 +4,59 @@ A command is a dataclass (fields are flags, docstrings are help) and a `main` th
 an instance of it. Flags beat the file given by `--config`.
 """
 
-import argparse
 import dataclasses
+import difflib
 import errno
 import importlib.metadata
-import json
 import logging
 import re
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import docstring_parser
 import jsonargparse
-import yaml
 
-from jlora.errors import JloraError, ResourceError, UsageError, nearest
+from jlora.errors import JloraError, ResourceError, UsageError, listing
+from jlora.flags import (
+    Setting,
+    all_settings,
+    as_text,
+    describe,
+    help_text,
+    nearest_setting,
+    summary_of,
+)
+from jlora.strict_yaml import read_yaml
 
-MAX_YAML_BYTES = 1 << 20
+# What a path of the user's can be guilty of, wherever it is found out.
+_PATH_ERRORS = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
 T = TypeVar("T")
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Raises UsageError, with the nearest name for an unknown flag or key."""
+    """Raises what it refuses, and prints help of one line per flag."""
+
+    help_text = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UsageError(" ".join(str(ex or message).split())) from ex
+        raise _Refused(str(ex or message)) from ex
+
+    def format_help(self, formatter: Any = None) -> str:
+        return self.help_text
+
+
+class _Refused(Exception):
+    """What jsonargparse has to say; `_explain` puts it in the user's words."""
 
 
 def run_command(
@@ -63,10 +87,12 @@ def run_command(
     except MemoryError:
         return _fail("out of memory", ResourceError.exit_status)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         where = f" at {error.filename}" if error.filename else ""
-        return _fail(f"no space left on the disk{where}", ResourceError.exit_status)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"no space left on the disk{where}", ResourceError.exit_status)
+        if not isinstance(error, _PATH_ERRORS) or not where:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", UsageError.exit_status)
     except RuntimeError as error:  # XLA's out of memory has no class of its own
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -109,54 +135,93 @@ def parse(cls: type[T], words: Sequence[str], *, positional: Sequence[str] = ())
     Raises:
         UsageError: an unknown flag or key, a value of the wrong type, or one missing.
     """
-    parser = _make_parser(cls, positional)
-    flags = {
-        option: action
-        for action in parser._actions
-        for option in action.option_strings
-        if option.startswith("--") and action.help != argparse.SUPPRESS
-    }
-    words = _check_flags(list(words), flags)
-    words, file = _take_config_file(words)
-    if file is not None:
-        words = _words_from_file(file, flags, words) + words
-    values = parser.instantiate(parser.parse_args(words)).as_dict()
-    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
+    settings = {s.key: s for s in all_settings(cls)}
+    flags = {key: s for key, s in settings.items() if key not in positional}
+    parser = _make_parser(cls, positional, settings)
+    words, file = _take_config_file(_check_flags(words, flags))
+    from_file = {} if file is None else _read_config(file, flags, words)
+    try:
+        values = parser.parse_args([*from_file.values(), *words])
+    except _Refused as error:
+        where = {key: f"{file}: {key}" for key in from_file}
+        raise UsageError(_explain(str(error), settings, positional, where)) from error
+    fields = parser.instantiate(values).as_dict()
+    return cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
-def _make_parser(cls: type, positional: Sequence[str]) -> _Parser:
+def _make_parser(
+    cls: type, positional: Sequence[str], settings: dict[str, Setting]
+) -> _Parser:
     main = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {main.name}" if main else Path(sys.argv[0]).name
-    summary = (cls.__doc__ or "").strip().splitlines()[0]
-    parser = _Parser(prog=f"python {program}", description=summary, allow_abbrev=False)
-    documents = docstring_parser.parse_from_object(cls).params
-    helps = {document.arg_name: document.description for document in documents}
+    program = f"python {f'-m {main.name}' if main else Path(sys.argv[0]).name}"
+    parser = _Parser(prog=program, allow_abbrev=False)
     for name in positional:
-        parser.add_argument(name, type=str, help=helps.get(name))
+        parser.add_argument(name, type=str)
     parser.add_class_arguments(cls, skip=set(positional))
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with the same keys; flags beat it."
-    )
-    for action in parser._actions:  # a group takes no file of its own: one way only
-        if type(action).__name__ == "_ActionConfigLoad":
-            action.help = argparse.SUPPRESS
-        # A field that would be a Python keyword ends in "_"; its flag does not.
+    for action in parser._actions:  # as in `all_settings`: no "_" at the end
         action.option_strings = [
             option.rstrip("_") for option in action.option_strings if option[-1] != "+"
         ]
         for option in action.option_strings:
             parser._option_string_actions[option] = action
+    parser.help_text = help_text(program, summary_of(cls), positional, settings)
     return parser
 
 
-def _check_flags(words: list[str], flags: dict[str, argparse.Action]) -> list[str]:
+def _explain(
+    message: str,
+    settings: dict[str, Setting],
+    positional: Sequence[str],
+    where: dict[str, str],
+) -> str:
+    """Returns a refusal of jsonargparse's as: where, what came, what was expected."""
+    message = " ".join(message.split())
+    if match := re.match(
+        r'Parser key "([\w.]+?)_?": .*(?:Got|Given) value: (.*)', message
+    ):
+        key, value = match.groups()
+        kind = settings[key].kind
+        known = [str(part) for part in typing.get_args(kind)]
+        close = difflib.get_close_matches(value, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return (
+            f"{where.get(key, f'--{key}')} is {value!r}; "
+            f"expected {describe(kind)}{hint}"
+        )
+    if match := re.search(r"arguments are required: (.*)", message):
+        missing = [settings[key.rstrip("_")] for key in match[1].split(", ")]
+        names = [
+            f"{s.key.upper() if s.key in positional else s.flag} ({s.help.rstrip('.')})"
+            for s in missing
+        ]
+        return f"missing: {listing(names)}; --help lists all"
+    if match := re.match(r"argument (\S+): expected one argument", message):
+        setting = settings[match[1].removeprefix("--")]
+        return (
+            f"{match[1]} needs a value: {describe(setting.kind)} (one that starts "
+            f"with a dash is written {match[1]}=VALUE)"
+        )
+    if match := re.match(r"[Uu]nrecognized arguments: (.*)", message):
+        return (
+            f"unexpected: {match[1]}; a flag starts with --, a switch takes true or "
+            "false, a list is one word: [q_proj,v_proj]"
+        )
+    return message
+
+
+def _check_flags(words: Sequence[str], flags: dict[str, Setting]) -> list[str]:
     """Refuses unknown flags, and spells out bare switches as `--flag=true`."""
+    known = {s.flag: s for s in flags.values()}
     checked = []
     for i, word in enumerate(words):
         name = word.split("=", 1)[0]
-        if word.startswith("--") and name not in flags:
-            raise UsageError(f"unknown flag {name}{nearest(name, flags)}")
-        if word in flags and _is_switch(flags[word]):
+        if word.startswith("--") and name not in (*known, "--config", "--help"):
+            hint = nearest_setting(name[2:], flags)
+            raise UsageError(
+                f"unknown flag {name}"
+                + (f"; did you mean --{hint}?" if hint else "; --help lists all")
+            )
+        if word in known and known[word].is_switch:
             following = words[i + 1] if i + 1 < len(words) else "--"
             if following.lower() not in ("true", "false"):
                 word += "=true"
@@ -164,110 +229,62 @@ def _check_flags(words: list[str], flags: dict[str, argparse.Action]) -> list[st
     return checked
 
 
-def _is_switch(action: argparse.Action) -> bool:
-    return getattr(action, "_typehint", action.type) is bool
-
-
 def _take_config_file(words: list[str]) -> tuple[list[str], Path | None]:
-    rest, file = [], None
+    rest, files = [], []
     remaining = iter(words)
     for word in remaining:
         if word == "--config":
-            file = Path(next(remaining, ""))
+            files.append(next(remaining, ""))
         elif word.startswith("--config="):
-            file = Path(word.removeprefix("--config="))
+            files.append(word.removeprefix("--config="))
         else:
             rest.append(word)
-    return rest, file
+    if len(files) > 1:
+        raise UsageError(f"--config is given {len(files)} times; give one file")
+    if files and (not files[0] or files[0].startswith("--")):
+        raise UsageError("--config needs a YAML file")
+    return rest, Path(files[0]) if files else None
 
 
-def _words_from_file(
-    file: Path, flags: dict[str, argparse.Action], given: list[str]
-) -> list[str]:
-    """Returns the file's settings as flags, without those that the command line has."""
+def _read_config(
+    file: Path, flags: dict[str, Setting], given: list[str]
+) -> dict[str, str]:
+    """Returns {key: flag with value} of the file, without what `given` has already."""
     taken = {word.split("=", 1)[0] for word in given if word.startswith("--")}
-    words = []
-    for key, value in _flatten(read_yaml(file), flags).items():
-        flag = f"--{key}"
-        if flag not in flags or key in ("config", "help"):
-            raise UsageError(f"{file}: unknown key {key!r}{nearest(flag, flags)}")
-        kind = getattr(flags[flag], "_typehint", flags[flag].type)
+    words = {}
+    for key, value in _flatten(read_yaml(file), flags, file).items():
+        if key not in flags:
+            close = nearest_setting(key, flags)
+            hint = f"; did you mean {close!r}?" if close else ""
+            raise UsageError(f"{file}: unknown key {key!r}{hint}")
+        kind = flags[key].kind
         if isinstance(value, str) and kind in (int, float, bool):
             raise UsageError(
-                f"{file}: {key} is the string {value!r}; "
-                f"expected a plain {kind.__name__}, without quotes"
+                f"{file}: {key} is the text {value!r}; "
+                f"expected {describe(kind)}, without quotes"
             )
-        if flag not in taken:
-            text = value if isinstance(value, str) else json.dumps(value)
-            words.append(f"{flag}={text}")
+        if f"--{key}" not in taken:
+            words[key] = f"--{key}={as_text(value)}"
     return words
 
 
 def _flatten(
-    tree: dict[str, Any], flags: dict[str, argparse.Action], prefix: str = ""
+    tree: dict[str, Any], flags: dict[str, Setting], file: Path, prefix: str = ""
 ) -> dict[str, Any]:
-    """Returns dotted keys; a mapping that is itself a flag's value stays whole."""
+    """Returns dotted keys; a mapping that is itself a setting's value stays whole."""
     result = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and f"--{name}" not in flags:
-            result |= _flatten(value, flags, f"{name}.")
+        members = [
+            k.removeprefix(f"{name}.") for k in flags if k.startswith(f"{name}.")
+        ]
+        if members and not isinstance(value, dict | None):
+            raise UsageError(
+                f"{file}: {name} is {value!r}; expected keys below it: "
+                f"{listing(members)}"
+            )
+        if members or (isinstance(value, dict) and name not in flags):
+            result |= _flatten(value or {}, flags, file, f"{name}.")
         else:
             result[name] = value
     return result
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML 1.2's null, booleans and numbers; no anchors, tags or duplicate keys."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent) or self.peek_event().anchor:
-            raise yaml.YAMLError("anchors and aliases are not read")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} occurs twice")
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"null|~|", ["n", "~", ""]),
-    ("bool", r"true|false", list("tf")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
-        list("-+.0123456789"),
-    ),
-):
-    _StrictLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
-    )
-
-
-def read_yaml(file: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file.
-
-    Raises:
-        UsageError: missing, too large, not YAML, not a mapping, duplicate keys.
-    """
-    try:
-        if file.stat().st_size > MAX_YAML_BYTES:
-            raise UsageError(f"{file}: more than {MAX_YAML_BYTES:,} bytes of YAML")
-        document = yaml.load(file.read_text("utf-8"), _StrictLoader)
-    except OSError as error:
-        raise UsageError(f"{file}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{file}: not valid: {' '.join(str(error).split())}"
-        ) from error
-    except RecursionError as error:
-        raise UsageError(f"{file}: nested too deeply") from error
-    if not isinstance(document, dict):
-        raise UsageError(f"{file}: expected keys and values")
-    return document

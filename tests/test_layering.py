@@ -9,7 +9,7 @@ COMMANDS = ("train", "generate", "evaluate")
 # A module may import rows above its own; `data` is a package whose files import each other.
 ROWS = (
     {"errors"},
-    {"strict_json", "config", "settings"},
+    {"strict_json", "strict_yaml", "flags", "config", "settings"},
     {"rope", "attention", "sharding", "targets", "quantize"},
     {"lora"},
     {"model"},
