@@ -37,7 +37,7 @@ def restore_tree(path: Path, shardings: Tree | None = None) -> Tree:
     Raises:
         CorruptError: the checkpoint is incomplete or damaged.
     """
-    handler = ocp.PyTreeCheckpointHandler()
+    handler: Any = ocp.PyTreeCheckpointHandler()  # it types paths as its own class
     try:
         with ocp.Checkpointer(handler) as checkpointer:
             if shardings is None:

@@ -6,7 +6,7 @@ adapter_config.json, which are the schemas. Validation lives here and nowhere el
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
@@ -255,11 +255,11 @@ def _rope_type(group: dict[str, Any]) -> str:
     return kinds.pop() if kinds else "default"
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
@@ -267,9 +267,9 @@ def _positive_int(config: dict[str, Any], key: str, default: int | None = None) 
     value = config.get(key)
     if value is None and default is not None:
         return default
-    if not _is_int(value) or value <= 0:  # type: ignore[operator]
+    if not _is_int(value) or value <= 0:
         raise CorruptError(f"config.json: {key}={value!r}; expected an integer above 0")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def _boolean(config: dict[str, Any], key: str) -> bool:

@@ -146,7 +146,7 @@ class Attention(nn.Module):
         v = project("v_proj", config.num_key_value_heads)
         q, k, v = (checkpoint_name(x, n) for x, n in ((q, "q"), (k, "k"), (v, "v")))
         if past is not None:
-            start = (0, call.offset, 0, 0)
+            start = (0, 0 if call.offset is None else call.offset, 0, 0)
             k = jax.lax.dynamic_update_slice(past[0], k.astype(past[0].dtype), start)
             v = jax.lax.dynamic_update_slice(past[1], v.astype(past[1].dtype), start)
         out = attend(
