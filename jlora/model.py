@@ -85,7 +85,10 @@ class Embed(nn.Module):
         # Gathered whole over fsdp, as every weight is; looking up in a table that is cut
         # along D would make the partitioner replicate the result instead.
         table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
-        return jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
+        rows = table.at[tokens].get(
+            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+        )
+        return rows.astype(self.dtype)
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Returns hidden @ table^T: the head of a tied model."""

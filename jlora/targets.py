@@ -47,8 +47,13 @@ def select_modules(
             f"linear layers end in {listing(sorted({n.rsplit('.')[-1] for n in names}))}"
         )
     if not selected:
-        first = targets if isinstance(targets, str) else listing(targets)
-        hint = nearest(first, {name.rsplit(".")[-1] for name in names})
+        known = {name.rsplit(".")[-1] for name in names}
+        if isinstance(targets, str):
+            first, hint = targets, "; a string is a regular expression for whole names"
+            hint += f", so write [{targets}]" if targets in known else ""
+        else:
+            first = listing(targets)
+            hint = nearest(first, known)
         raise UsageError(f"lora.target_modules={first} selects no module{hint}")
     tables = [name for name in selected if name in TABLES]
     if tables:

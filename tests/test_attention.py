@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.attention import attend, choose_attention
+from jlora.errors import UsageError
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 2, 3, 3, 3, 0, 0]], np.int32)
+
+
+def random_heads(length, heads, seed):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((2, length, heads, 4)).astype(np.float32)
+
+
+def case(*, queries=8, keys=8, heads=6, kv_heads=2):
+    q = random_heads(queries, heads, 0)
+    return q, random_heads(keys, kv_heads, 1), random_heads(keys, kv_heads, 2)
+
+
+def by_hand(q, k, v, *, segment_ids=None, offset=0):
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    out = np.empty(q.shape)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        kv = n // (q.shape[2] // k.shape[2])
+        seen = [
+            s
+            for s in range(k.shape[1])
+            if s <= t + offset
+            and (segment_ids is None or segment_ids[b, s] == segment_ids[b, t])
+        ]
+        scores = k[b, seen, kv] @ q[b, t, n] / 2
+        shares = np.exp(scores - scores.max())
+        out[b, t, n] = shares @ v[b, seen, kv] / shares.sum()
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("segment_ids", [None, SEGMENTS])
+def test_attention_equals_loops_over_heads(kv_heads, segment_ids):
+    arrays = case(kv_heads=kv_heads)
+    given = None if segment_ids is None else jnp.asarray(segment_ids)
+    found = attend(*map(jnp.asarray, arrays), segment_ids=given)
+    expected = by_hand(*arrays, segment_ids=segment_ids)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 5])
+def test_queries_after_a_cache_see_what_lies_before_them(offset):
+    q, k, v = case(queries=3)
+    # What lies in the cache beyond the queries must not matter.
+    k[:, offset + 3 :], v[:, offset + 3 :] = 1e3, 1e6
+    found = attend(*map(jnp.asarray, (q, k, v)), offset=jnp.int32(offset))
+    expected = by_hand(q, k, v, offset=offset)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
+def test_scores_of_any_size_stay_finite():
+    q, k, v = (jnp.asarray(x) for x in case())
+    found = attend(1e4 * q, 1e4 * k, v)
+    gradient = jax.grad(lambda x: attend(x, 1e4 * k, v).sum())(1e4 * q)
+    assert np.isfinite(found).all()
+    assert np.isfinite(gradient).all()
+
+
+def test_bfloat16_scores_are_summed_in_float32():
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in case()]
+    jaxpr = jax.make_jaxpr(attend)(*arrays)
+    scores, _ = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
+    assert str(scores.outvars[0].aval.dtype) == "float32"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "segment_ids", "message"),
+    [
+        (jnp.bfloat16, jnp.asarray(SEGMENTS), "does not take packed rows"),
+        (jnp.float32, None, "needs compute.dtype bfloat16"),
+    ],
+)
+def test_cudnn_refuses_what_it_would_compute_wrongly(dtype, segment_ids, message):
+    arrays = [jnp.asarray(x, dtype) for x in case()]
+    with pytest.raises(UsageError, match=message):
+        attend(*arrays, segment_ids=segment_ids, implementation="cudnn")
+
+
+def test_cudnn_without_a_gpu_is_refused():
+    with pytest.raises(UsageError, match="needs an NVIDIA GPU; this is cpu"):
+        choose_attention("cudnn", packed=False, dtype=jnp.dtype("bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("backend", "packed", "dtype", "expected"),
+    [
+        ("gpu", False, "bfloat16", "cudnn"),
+        ("gpu", True, "bfloat16", "xla"),
+        ("gpu", False, "float32", "xla"),
+        ("tpu", False, "bfloat16", "xla"),
+        ("cpu", False, "bfloat16", "xla"),
+    ],
+)
+def test_auto_takes_cudnn_where_it_applies(
+    monkeypatch, backend, packed, dtype, expected
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    found = choose_attention("auto", packed=packed, dtype=jnp.dtype(dtype))
+    assert found == expected
