@@ -18,7 +18,7 @@ from convert.source import (
     INDEX,
     SINGLE,
     Source,
-    _inside,
+    inside_folder,
     check_names,
     check_values,
     parse_config,
@@ -132,7 +132,7 @@ def _find_tensors(folder: Path) -> dict[str, Entry]:
     if (folder / INDEX).exists():
         return _read_index(folder)
     if (folder / SINGLE).exists():
-        return read_header(_inside(folder, SINGLE))
+        return read_header(inside_folder(folder, SINGLE))
     files = sorted(path.name for path in folder.iterdir())
     if any(_SHARD.fullmatch(name) for name in files):
         raise CorruptError(
@@ -165,7 +165,7 @@ def _read_index(folder: Path) -> dict[str, Entry]:
         problems.append(f"missing files: {listing(missing)}")
     entries: dict[str, Entry] = {}
     for shard in _existing(folder, shards):
-        tensors = read_header(_inside(folder, shard))
+        tensors = read_header(inside_folder(folder, shard))
         twice = [
             f"{key} ({entries[key].file.name} and {shard})"
             for key in tensors

@@ -28,11 +28,12 @@ from convert.safetensors import (
     read_tensor,
     write_safetensors,
 )
-from convert.source import _inside, first_non_finite, read_json
+from convert.source import inside_folder, first_non_finite, read_json
 from jlora.checkpoint import flatten, newest_adapter
 from jlora.config import LlamaConfig, LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
-from jlora.lora import linear_modules, select_modules, with_adapter
+from jlora.lora import linear_modules, with_adapter
+from jlora.targets import select_modules
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -165,7 +166,7 @@ def read_adapter(folder: str | Path) -> Adapter:
                 "it again with save_pretrained(folder)"
             )
         raise CorruptError(f"{folder}: {CONFIG} without {WEIGHTS}; copy both")
-    pairs = _read_keys(read_header(_inside(folder, WEIGHTS)), folder / WEIGHTS)
+    pairs = _read_keys(read_header(inside_folder(folder, WEIGHTS)), folder / WEIGHTS)
     tensors = {
         path: {
             leaf: _read_leaf(entry, f"{folder / WEIGHTS}: {_key(path, leaf)}")

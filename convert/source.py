@@ -174,7 +174,7 @@ def read_side_files(folder: Path) -> dict[str, bytes]:
 
 
 def _read_side(folder: Path, name: str, max_bytes: int) -> bytes:
-    path = _inside(folder, name)
+    path = inside_folder(folder, name)
     with reading(path), path.open("rb") as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -182,7 +182,7 @@ def _read_side(folder: Path, name: str, max_bytes: int) -> bytes:
     return data
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside_folder(folder: Path, name: str) -> Path:
     """Returns the path of a file in `folder`, which no link may lead out of.
 
     The hub cache is the exception: it links snapshot files to its own blobs.
