@@ -72,8 +72,8 @@ def main(args: Arguments) -> None:
         params = attach_adapter(params, config, args.adapter)
     params = jax.device_put(params, tree_shardings(mesh, params))
     dtype = compute_dtype(args.dtype)
-    attention = choose_attention("auto", packed=args.packing, dtype=dtype)
-    model = Llama(config, dtype, attention)
+    attention = choose_attention("auto", dtype=dtype, head_dim=config.head_dim)
+    model = Llama(config, dtype, attention, max_segments=data.max_segments)
     step = make_eval_step(model, mesh, params=params, packed=args.packing)
     loss, count = evaluate(step, params, data)
     print(

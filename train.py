@@ -60,23 +60,26 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
-    if args.data.train is None:
-        raise UsageError("--data.train is missing; give a JSONL file to train on")
     mesh = make_mesh(args.mesh)
-    source, base, params, lora = load_model(args, mesh)
-    print(format_parameter_count(params), flush=True)
-    tokenizer = Tokenizer.from_files(source.files, source.config)
-    data, held_out = load_data(args, source.config, tokenizer)
+    source = open_source(args.model)
+    config = source.config
+    config.check_length(args.data.seq_len, "data.seq_len")
+    check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
+    # The data comes first: a mistake in it shows before the weights are read.
+    tokenizer = Tokenizer.from_files(source.files, config)
+    data, held_out = load_data(args, config, tokenizer)
+    base, params, lora = load_model(args, source, mesh)
+    print(format_parameter_count(params))
+    print("\n".join(data.summary + (held_out.summary if held_out else [])))
     epochs = args.train.num_epochs
     total_steps = args.train.max_steps or math.ceil(epochs * data.steps_per_epoch)
     work = plan_workload(
-        source.config,
+        config,
         params,
         mesh,
         compute=args.compute,
         rows=args.train.batch_size // args.train.grad_accum_steps,
         length=data.row_length,
-        packed=args.data.packing,
     )
     print(
         f"{total_steps} steps of {args.train.batch_size} x {data.row_length} tokens on "
@@ -88,7 +91,12 @@ def main(args: Arguments) -> None:
         print("\n".join(memory_table(params, work)))
         return
     model = Llama(
-        source.config, work.dtype, work.attention, work.remat, lora.lora_dropout
+        source.config,
+        work.dtype,
+        work.attention,
+        work.remat,
+        lora.lora_dropout,
+        max_segments=max(d.max_segments for d in (data, held_out) if d),
     )
 
     schedule = make_schedule(args.optim, total_steps)
@@ -123,7 +131,7 @@ def main(args: Arguments) -> None:
         start = int(state.step)
         (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         checkpoints = RunCheckpoints(run / "checkpoints", args.train.keep)
-        flops = flops_per_token(params, source.config, data.row_length)
+        flops = flops_per_token(params, config, data.row_length)
         with Report(run, total_steps=total_steps, start_step=start) as report:
             log = StepLog(
                 report,
@@ -136,16 +144,18 @@ def main(args: Arguments) -> None:
                 state, metrics = step(state, frozen, data.batch(done - 1))
                 log.add(done, metrics)
                 stopping = stop.is_set() and done < total_steps
-                if stopping or is_due(done, args.train.save_every, total_steps):
-                    log.flush()
-                    checkpoints.save(done, state, meta)
-                if stopping:
-                    raise StopRequested(f"stopped after step {done}; it is saved")
-                if held_out and is_due(done, args.train.eval_every, total_steps):
+                evaluating = is_due(done, args.train.eval_every, total_steps)
+                if held_out and evaluating and not stopping:
                     log.flush()
                     tuned = join(state.trainable, frozen)
                     eval_loss, _ = evaluate(eval_step, tuned, held_out)
                     report.log(step=done, eval_loss=eval_loss)
+                # Saved after the evaluation, which a resumed run does not repeat.
+                if stopping or is_due(done, args.train.save_every, total_steps):
+                    log.flush()
+                    checkpoints.save(done, state, meta)
+                if stopping:
+                    raise StopRequested(f"step {done} is saved; run it again to go on")
         checkpoints.close()
         write_adapter(
             state.trainable, lora, run / "adapter", args.model, overwrite=True
@@ -155,13 +165,9 @@ def main(args: Arguments) -> None:
 
 
 def load_model(
-    args: Arguments, mesh: Mesh
-) -> tuple[Source, Params, Params, LoraConfig]:
-    """Returns (source, base on the mesh, base with adapter, the adapter's settings)."""
-    source = open_source(args.model)
-    config = source.config
-    config.check_length(args.data.seq_len, "data.seq_len")
-    check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
+    args: Arguments, source: Source, mesh: Mesh
+) -> tuple[Params, Params, LoraConfig]:
+    """Returns (base on the mesh, base with adapter, the adapter's settings)."""
     base = load_params(
         source,
         dtype=args.compute.base_dtype,  # type: ignore[arg-type]
@@ -169,32 +175,32 @@ def load_model(
     )
     if args.init_adapter is None:
         params = add_lora(base, args.lora, jax.random.key(args.seed))
-        return source, base, params, args.lora
+        return base, params, args.lora
     adapter = open_adapter(args.init_adapter)
     lora = replace(adapter.config, lora_dropout=args.lora.lora_dropout)
-    return source, base, attach_adapter(base, config, adapter), lora
+    return base, attach_adapter(base, source.config, adapter), lora
 
 
 def load_data(
     args: Arguments, config: LlamaConfig, tokenizer: Tokenizer
 ) -> tuple[Dataset, Dataset | None]:
-    """Returns the training data and the held-out data, and says what is in them."""
-    found = [
-        load_dataset(
+    """Returns the training data and, if there is any, the held-out data."""
+
+    def load(path: str, shuffle: bool) -> Dataset:
+        return load_dataset(
             path,
             tokenizer,
             args.data,
             vocab_size=config.vocab_size,
             batch_size=args.train.batch_size,
             seed=args.seed,
-            shuffle=path == args.data.train,
+            shuffle=shuffle,
         )
-        for path in (args.data.train, args.data.eval)
-        if path
-    ]
-    for data in found:
-        print("\n".join(data.summary), flush=True)
-    return found[0], found[1] if len(found) > 1 else None
+
+    if args.data.train is None:
+        raise UsageError("--data.train is missing; give a JSONL file to train on")
+    data = load(args.data.train, shuffle=True)
+    return data, load(args.data.eval, shuffle=False) if args.data.eval else None
 
 
 if __name__ == "__main__":

@@ -61,6 +61,8 @@ LLAMA_3_8B = llama(128256, 4096, 14336, 32, 32, 8, theta=5e5)
 SMOLLM2 = llama(49152, 576, 1536, 30, 9, 3, theta=1e5, tie_word_embeddings=True)
 QV = LoraConfig(r=8)
 ALL = LoraConfig(r=16, target_modules="all-linear")
+# A workload whose name ends in -packed has rows of documents of this many tokens.
+DOCUMENT = 512
 # name: model, adapter, rows, tokens per row, compute settings
 WORKLOADS: dict[str, tuple[LlamaConfig, LoraConfig, int, int, ComputeConfig]] = {
     "A": (LLAMA_2_7B, QV, 4, 2048, ComputeConfig(dtype="bfloat16", remat="minimal")),
@@ -71,6 +73,13 @@ WORKLOADS: dict[str, tuple[LlamaConfig, LoraConfig, int, int, ComputeConfig]] = 
         2,
         4096,
         ComputeConfig(dtype="bfloat16", remat="full"),
+    ),
+    "B-packed": (
+        LLAMA_3_8B,
+        ALL,
+        2,
+        4096,
+        ComputeConfig(dtype="bfloat16", remat="minimal"),
     ),
     "E": (SMOLLM2, QV, 4, 256, ComputeConfig(dtype="float32")),
     "E-bfloat16": (SMOLLM2, QV, 4, 256, ComputeConfig(dtype="bfloat16")),
@@ -102,16 +111,24 @@ def measure(name: str) -> dict[str, Any]:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     params = jlora.add_lora(random_base(config, dtype), lora, jax.random.key(1))
     work = plan_workload(
-        config, params, mesh, compute=compute, rows=rows, length=length, packed=False
+        config, params, mesh, compute=compute, rows=rows, length=length
     )
-    model = Llama(config, dtype, work.attention, work.remat)
+    packed = name.endswith("-packed")
+    document = DOCUMENT if packed else length
+    model = Llama(
+        config,
+        dtype,
+        work.attention,
+        work.remat,
+        max_segments=length // document,
+    )
     settings = OptimConfig()
     optimizer = make_optimizer(settings, make_schedule(settings, 100))
     flops = flops_per_token(params, config, length)
     state, frozen = TrainState.create(params, optimizer, mesh)
     del params
     step = make_train_step(
-        model, optimizer, mesh, state=state, frozen=frozen, packed=False
+        model, optimizer, mesh, state=state, frozen=frozen, packed=packed
     )
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (rows, length + 1), np.int32)
@@ -119,9 +136,10 @@ def measure(name: str) -> dict[str, Any]:
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "loss_mask": np.ones((rows, length), np.float32),
-        "segment_ids": np.ones((rows, length), np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.tile(1 + np.arange(length) // document, (rows, 1)),
+        "positions": np.tile(np.arange(length) % document, (rows, 1)),
     }
+    batch = {key: x if x.dtype != np.int64 else np.int32(x) for key, x in batch.items()}
     batch = jax.device_put(batch)
     start = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()

@@ -1,7 +1,7 @@
 """Causal grouped-query attention behind one function, with segment ids throughout.
 
 `xla` is the reference, with float32 scores, and runs everywhere. `cudnn` is the flash
-kernel on NVIDIA GPUs; it takes no segment ids, and asking it to is an error.
+kernel on NVIDIA GPUs, for dense rows and for packed ones.
 """
 
 from typing import Any
@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from jlora.errors import UsageError
 
+# Sizes of a head that cuDNN's flash kernel takes, forward and backward.
+_CUDNN_HEAD_MULTIPLE, _CUDNN_HEAD_LIMIT = 8, 128
+
 
 def attend(
     q: Float[Array, "B T N H"],
@@ -21,46 +24,97 @@ def attend(
     segment_ids: Int[Array, "B T"] | None = None,
     offset: Int[Array, ""] | None = None,
     implementation: str = "xla",
+    max_segments: int = 0,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q k / sqrt(H)) v over the keys each query may see.
 
     Query t sees key s if s <= t (+ `offset`, the number of tokens before this call in a
     cache) and, given `segment_ids`, both lie in the same segment.
 
+    Args:
+        q: queries.
+        k: keys, of the same dtype.
+        v: values, likewise.
+        segment_ids: 1, 2, ... along a row, each without a gap; 0 for padding at its end.
+        offset: for calls with a cache, which always take the reference.
+        implementation: xla or cudnn.
+        max_segments: most segments in any row, without padding; cudnn needs it.
+
     Raises:
-        UsageError: cudnn with segment ids or in float32.
+        UsageError: cudnn in float32, or with segments whose number it is not told.
     """
-    if implementation == "cudnn" and offset is None:
-        if segment_ids is not None:
-            raise UsageError(
-                "compute.attention=cudnn does not take packed rows; "
-                "use xla or auto, or turn data.packing off"
-            )
-        if q.dtype == jnp.float32:
-            raise UsageError(
-                "compute.attention=cudnn needs compute.dtype bfloat16, found float32"
-            )
+    if implementation != "cudnn" or offset is not None:
+        return _reference(q, k, v, segment_ids, offset)
+    if q.dtype == jnp.float32:
+        raise UsageError(
+            "compute.attention=cudnn needs compute.dtype bfloat16, found float32"
+        )
+    if segment_ids is None:
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn"
         )
-    return _reference(q, k, v, segment_ids, offset)
+    if max_segments < 1:
+        raise UsageError("cudnn attention of packed rows needs max_segments")
+    return _packed_cudnn(q, k, v, segment_ids, max_segments)
 
 
-def choose_attention(wanted: str, *, packed: bool, dtype: Any) -> str:
+def choose_attention(wanted: str, *, dtype: Any, head_dim: int) -> str:
     """Returns the implementation that `auto` stands for here.
 
     Raises:
         UsageError: cudnn is wanted where it cannot run.
     """
-    gpu = jax.default_backend() == "gpu"
-    if wanted == "cudnn" and not gpu:
+    backend = jax.default_backend()
+    fits = head_dim % _CUDNN_HEAD_MULTIPLE == 0 and head_dim <= _CUDNN_HEAD_LIMIT
+    if wanted == "cudnn" and backend != "gpu":
         raise UsageError(
-            "compute.attention=cudnn needs an NVIDIA GPU; "
-            f"this is {jax.default_backend()}. Use auto or xla"
+            f"compute.attention=cudnn needs an NVIDIA GPU, and this is {backend}; "
+            "use auto or xla"
+        )
+    if wanted == "cudnn" and not fits:
+        raise UsageError(
+            f"compute.attention=cudnn takes heads of at most {_CUDNN_HEAD_LIMIT} in "
+            f"multiples of {_CUDNN_HEAD_MULTIPLE}, and this model has head_dim="
+            f"{head_dim}; use auto or xla"
         )
     if wanted != "auto":
         return wanted
-    return "cudnn" if gpu and not packed and dtype == jnp.bfloat16 else "xla"
+    return "cudnn" if backend == "gpu" and fits and dtype == jnp.bfloat16 else "xla"
+
+
+def _packed_cudnn(
+    q: Array, k: Array, v: Array, segment_ids: Array, max_segments: int
+) -> Array:
+    """Returns cuDNN's causal attention within each segment.
+
+    The padding at a row's end is made a segment of its own: left out, its gradients would
+    be memory that nothing wrote.
+    """
+    # The public jax.nn function has no segments.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    last = jnp.max(segment_ids, axis=1, keepdims=True) + 1
+    segment_ids = jnp.where(segment_ids == 0, last, segment_ids)
+    numbers = jnp.arange(1, max_segments + 2)
+    counts = jnp.sum(segment_ids[:, :, None] == numbers, axis=1)  # [B, M]
+    starts = jnp.cumsum(counts, axis=1) - counts
+    # Starts only, and -1 after the last: the end of one would shift every later row.
+    offsets = jnp.pad(
+        jnp.where(counts > 0, starts, -1), ((0, 0), (0, 1)), constant_values=-1
+    ).astype(jnp.int32)
+    lengths = jnp.where(counts > 0, counts, -1).astype(jnp.int32)
+    out: Any = cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=q.shape[-1] ** -0.5,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+    )
+    return out
 
 
 def _reference(

@@ -23,9 +23,10 @@ from jlora.config import LlamaConfig
 from jlora.lora import LoRADense, matmul
 from jlora.rope import apply_rope, rope_angles
 
-# What a layer keeps for its backward pass under remat "minimal": every matmul's output,
-# so that only norms, RoPE, SwiGLU and the attention scores are computed again.
-SAVED_NAMES = ("q", "k", "v", "attention", "residual", "gate", "up")
+# What a layer's halves keep for their backward pass under remat "minimal", besides their
+# inputs and outputs: every matmul's output, so that only norms, RoPE and SwiGLU are
+# computed again.
+SAVED_NAMES = ("residual", "gate", "up")
 
 
 def compute_dtype(wanted: str) -> Any:
@@ -110,155 +111,162 @@ class RMSNorm(nn.Module):
         return normed * scale.astype(x.dtype)
 
 
-class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+@dataclass(frozen=True)
+class _Options:
+    """How the layers compute, whatever they compute; see `Llama`."""
 
-    config: LlamaConfig
     dtype: Any
-    implementation: str
+    attention: str
+    remat: str
     lora_dropout: float
+    max_segments: int
 
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], call: _Call, past: tuple[Array, Array] | None
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Returns the output and the keys and values to remember."""
-        config = self.config
-        batch, length, _ = x.shape
-
-        def project(name: str, heads: int) -> Array:
-            features = heads * config.head_dim
-            y = LoRADense(
-                features,
-                use_bias=config.attention_bias,
-                dropout=self.lora_dropout,
-                dtype=self.dtype,
-                name=name,
-            )(x)
-            y = y.reshape(batch, length, heads, config.head_dim)
-            return nn.with_logical_constraint(
-                y, ("batch", "length", "act_heads", None)
-            )  # [B, T, N or K, H]
-
-        q = apply_rope(
-            project("q_proj", config.num_attention_heads), call.cos, call.sin
-        )
-        k = apply_rope(
-            project("k_proj", config.num_key_value_heads), call.cos, call.sin
-        )
-        v = project("v_proj", config.num_key_value_heads)
-        q, k, v = (checkpoint_name(x, n) for x, n in ((q, "q"), (k, "k"), (v, "v")))
-        if past is not None:
-            start = (0, 0 if call.offset is None else call.offset, 0, 0)
-            k = jax.lax.dynamic_update_slice(past[0], k.astype(past[0].dtype), start)
-            v = jax.lax.dynamic_update_slice(past[1], v.astype(past[1].dtype), start)
-        out = attend(
-            q,
-            k,
-            v,
-            segment_ids=call.segment_ids,
-            offset=call.offset,
-            implementation=self.implementation,
-        )
-        out = checkpoint_name(out.reshape(batch, length, -1), "attention")
-        out = LoRADense(
-            config.hidden_size,
-            use_bias=config.attention_bias,
+    def dense(
+        self, features: int, *, use_bias: bool, name: str | None = None
+    ) -> LoRADense:
+        """Returns a projection to `features`."""
+        return LoRADense(
+            features,
+            use_bias=use_bias,
             dropout=self.lora_dropout,
             dtype=self.dtype,
-            name="o_proj",
-        )(out)
-        return out, (k, v)
+            name=name,
+        )
+
+
+class Attention(nn.Module):
+    """The projections around grouped-query attention, with rotary positions."""
+
+    config: LlamaConfig
+    options: _Options
+
+    def setup(self) -> None:
+        """Declares the projections."""
+        config, bias = self.config, self.config.attention_bias
+        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        dense = self.options.dense
+        self.q_proj = dense(queries * config.head_dim, use_bias=bias)
+        self.k_proj = dense(keys * config.head_dim, use_bias=bias)
+        self.v_proj = dense(keys * config.head_dim, use_bias=bias)
+        self.o_proj = dense(config.hidden_size, use_bias=bias)
+
+    def project(
+        self, x: Float[Array, "B T D"], call: _Call
+    ) -> tuple[
+        Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
+    ]:
+        """Returns queries and keys, turned by their positions, and values."""
+
+        def heads(y: Array) -> Array:
+            y = y.reshape(*y.shape[:2], -1, self.config.head_dim)
+            return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
+
+        q, k, v = (heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return apply_rope(q, call.cos, call.sin), apply_rope(k, call.cos, call.sin), v
+
+    def output(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """Returns the heads' outputs, mixed."""
+        return self.o_proj(out.reshape(*out.shape[:2], -1))
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     config: LlamaConfig
-    dtype: Any
-    lora_dropout: float
+    options: _Options
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the block's output."""
-
-        def dense(name: str, features: int) -> LoRADense:
-            return LoRADense(
-                features,
-                use_bias=self.config.mlp_bias,
-                dropout=self.lora_dropout,
-                dtype=self.dtype,
-                name=name,
-            )
-
+        config, bias, dense = self.config, self.config.mlp_bias, self.options.dense
         axes = ("batch", "length", "act_mlp")
-        gate = dense("gate_proj", self.config.intermediate_size)(x)
-        up = dense("up_proj", self.config.intermediate_size)(x)
+        gate = dense(config.intermediate_size, use_bias=bias, name="gate_proj")(x)
+        up = dense(config.intermediate_size, use_bias=bias, name="up_proj")(x)
         gate = checkpoint_name(nn.with_logical_constraint(gate, axes), "gate")
         up = checkpoint_name(nn.with_logical_constraint(up, axes), "up")
-        return dense("down_proj", self.config.hidden_size)(jax.nn.silu(gate) * up)
+        down = dense(config.hidden_size, use_bias=bias, name="down_proj")
+        return down(jax.nn.silu(gate) * up)
+
+
+def _recomputed_attend(q: Array, k: Array, v: Array, **settings: Any) -> Array:
+    """Returns `attend(q, k, v, ...)`, whose scores the backward pass computes again."""
+    return jax.checkpoint(lambda q, k, v: attend(q, k, v, **settings))(q, k, v)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and around a residual."""
+    """Attention and MLP, each behind a norm and around a residual.
+
+    Attention itself stands between the two halves that remat "minimal" recomputes, so
+    that the flash kernel's residuals are kept and its forward pass never runs twice.
+    """
 
     config: LlamaConfig
-    dtype: Any
-    implementation: str
-    lora_dropout: float
+    options: _Options
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the parts under HF's names."""
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.self_attn = Attention(self.config, self.options)
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.mlp = MLP(self.config, self.options)
+
+    def before(self, x: Array, call: _Call) -> tuple[Array, Array, Array]:
+        """Returns queries, keys and values."""
+        return self.self_attn.project(self.input_layernorm(x), call)
+
+    def after(self, x: Array, out: Array) -> Array:
+        """Returns the residual stream past attention's output and the MLP."""
+        x = checkpoint_name(x + self.self_attn.output(out), "residual")
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+
     def __call__(
         self, x: Float[Array, "B T D"], call: _Call, past: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Returns the residual stream and this layer's keys and values."""
-        eps = self.config.rms_norm_eps
-        attention = Attention(
-            self.config,
-            self.dtype,
-            self.implementation,
-            self.lora_dropout,
-            name="self_attn",
+        options = self.options
+        before: Any = DecoderLayer.before
+        after: Any = DecoderLayer.after
+        attention: Any = attend
+        if options.remat == "minimal":
+            save = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            before, after = (nn.remat(half, policy=save) for half in (before, after))
+            if options.attention == "xla":  # its residuals are [B, N, T, S]
+                attention = _recomputed_attend
+        q, k, v = before(self, x, call)
+        if past is not None:
+            start = (0, 0 if call.offset is None else call.offset, 0, 0)
+            k = jax.lax.dynamic_update_slice(past[0], k.astype(past[0].dtype), start)
+            v = jax.lax.dynamic_update_slice(past[1], v.astype(past[1].dtype), start)
+        out = attention(
+            q,
+            k,
+            v,
+            segment_ids=call.segment_ids,
+            offset=call.offset,
+            implementation=options.attention,
+            max_segments=options.max_segments,
         )
-        mlp = MLP(self.config, self.dtype, self.lora_dropout, name="mlp")
-        out, remembered = attention(RMSNorm(eps, name="input_layernorm")(x), call, past)
-        x = checkpoint_name(x + out, "residual")
-        x = x + mlp(RMSNorm(eps, name="post_attention_layernorm")(x))
-        return nn.with_logical_constraint(
-            x, ("batch", "length", "act_embed")
-        ), remembered
+        return after(self, x, out), (k, v)
 
 
 class _Layers(nn.Module):
     """The decoder stack; its children are named "0", "1", ... as in HF."""
 
     config: LlamaConfig
-    dtype: Any
-    implementation: str
-    remat: str
-    lora_dropout: float
+    options: _Options
 
     @nn.compact
     def __call__(
         self, x: Array, call: _Call, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
-        policies = jax.checkpoint_policies
         layer: Any = DecoderLayer
-        if self.remat == "full":
-            layer = nn.remat(DecoderLayer, policy=policies.nothing_saveable)
-        elif self.remat == "minimal":
-            policy = policies.save_only_these_names(*SAVED_NAMES)
-            layer = nn.remat(DecoderLayer, policy=policy)
+        if self.options.remat == "full":
+            layer = nn.remat(DecoderLayer)
         remembered = []
         for i in range(self.config.num_hidden_layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, kv = layer(
-                self.config,
-                self.dtype,
-                self.implementation,
-                self.lora_dropout,
-                name=str(i),
-            )(x, call, past)
+            x, kv = layer(self.config, self.options, name=str(i))(x, call, past)
             remembered.append(kv)
         if cache is None:
             return x, None
@@ -275,6 +283,7 @@ class Llama(nn.Module):
         attention: implementation, see `jlora.attention`.
         remat: none, minimal or full; see `SAVED_NAMES`.
         lora_dropout: on the input of every lora_A, when a "dropout" rng is given.
+        max_segments: most documents in a row; cudnn needs it for packed rows.
     """
 
     config: LlamaConfig
@@ -282,13 +291,21 @@ class Llama(nn.Module):
     attention: str = "xla"
     remat: str = "none"
     lora_dropout: float = 0.0
+    max_segments: int = 0
 
     def setup(self) -> None:
         """Declares the parameters under HF's names."""
         config = self.config
         self.embed_tokens = Embed(config, self.dtype)
         self.layers = _Layers(
-            config, self.dtype, self.attention, self.remat, self.lora_dropout
+            config,
+            _Options(
+                dtype=self.dtype,
+                attention=self.attention,
+                remat=self.remat,
+                lora_dropout=self.lora_dropout,
+                max_segments=self.max_segments,
+            ),
         )
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:

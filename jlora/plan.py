@@ -55,7 +55,6 @@ def plan_workload(
     compute: ComputeConfig,
     rows: int,
     length: int,
-    packed: bool,
 ) -> Workload:
     """Returns the workload of one device for a part of the batch of `rows` rows.
 
@@ -71,7 +70,9 @@ def plan_workload(
         length=length,
         weight_shards=mesh.shape["fsdp"] * mesh.shape["tensor"],
         dtype=dtype,
-        attention=choose_attention(compute.attention, packed=packed, dtype=dtype),
+        attention=choose_attention(
+            compute.attention, dtype=dtype, head_dim=config.head_dim
+        ),
         remat=compute.remat,
     )
     if work.remat != "auto":

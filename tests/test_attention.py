@@ -74,7 +74,7 @@ def test_bfloat16_scores_are_summed_in_float32():
 @pytest.mark.parametrize(
     ("dtype", "segment_ids", "message"),
     [
-        (jnp.bfloat16, jnp.asarray(SEGMENTS), "does not take packed rows"),
+        (jnp.bfloat16, jnp.asarray(SEGMENTS), "needs max_segments"),
         (jnp.float32, None, "needs compute.dtype bfloat16"),
     ],
 )
@@ -85,23 +85,29 @@ def test_cudnn_refuses_what_it_would_compute_wrongly(dtype, segment_ids, message
 
 
 def test_cudnn_without_a_gpu_is_refused():
-    with pytest.raises(UsageError, match="needs an NVIDIA GPU; this is cpu"):
-        choose_attention("cudnn", packed=False, dtype=jnp.dtype("bfloat16"))
+    with pytest.raises(UsageError, match="needs an NVIDIA GPU, and this is cpu"):
+        choose_attention("cudnn", dtype=jnp.dtype("bfloat16"), head_dim=64)
+
+
+def test_cudnn_with_a_head_too_large_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UsageError, match="head_dim=256"):
+        choose_attention("cudnn", dtype=jnp.dtype("bfloat16"), head_dim=256)
 
 
 @pytest.mark.parametrize(
-    ("backend", "packed", "dtype", "expected"),
+    ("backend", "head_dim", "dtype", "expected"),
     [
-        ("gpu", False, "bfloat16", "cudnn"),
-        ("gpu", True, "bfloat16", "xla"),
-        ("gpu", False, "float32", "xla"),
-        ("tpu", False, "bfloat16", "xla"),
-        ("cpu", False, "bfloat16", "xla"),
+        ("gpu", 128, "bfloat16", "cudnn"),
+        ("gpu", 256, "bfloat16", "xla"),
+        ("gpu", 128, "float32", "xla"),
+        ("tpu", 128, "bfloat16", "xla"),
+        ("cpu", 128, "bfloat16", "xla"),
     ],
 )
 def test_auto_takes_cudnn_where_it_applies(
-    monkeypatch, backend, packed, dtype, expected
+    monkeypatch, backend, head_dim, dtype, expected
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    found = choose_attention("auto", packed=packed, dtype=jnp.dtype(dtype))
+    found = choose_attention("auto", dtype=jnp.dtype(dtype), head_dim=head_dim)
     assert found == expected

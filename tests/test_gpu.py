@@ -49,6 +49,71 @@ def test_cudnn_attention_and_gradients_equal_float32_reference(
         assert error < 1e-2  # bfloat16 operands; measured 3e-3
 
 
+PACKED = np.zeros((2, 1024), np.int32)  # a full row, and one with a padded tail
+PACKED[0] = np.repeat([1, 2, 3, 4, 5], [300, 17, 1, 500, 206])
+PACKED[1, :964] = np.repeat([1, 2], [64, 900])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 2)])
+@pytest.mark.parametrize("max_segments", [5, 16])
+def test_cudnn_packed_attention_and_gradients_equal_float32_reference(
+    heads: int, kv_heads: int, max_segments: int
+) -> None:
+    keys = jax.random.split(jax.random.key(0), 4)
+    counts = (heads, kv_heads, kv_heads, heads)
+    q, k, v, up = (
+        jax.random.normal(key, (2, 1024, n, 64), jnp.bfloat16)
+        for key, n in zip(keys, counts, strict=True)
+    )
+    segments = jnp.asarray(PACKED)
+
+    def run(implementation, dtype):
+        arrays = [x.astype(dtype) for x in (q, k, v)]
+        out, pull = jax.vjp(
+            lambda *a: attend(
+                *a,
+                segment_ids=segments,
+                implementation=implementation,
+                max_segments=max_segments,
+            ),
+            *arrays,
+        )
+        return [out, *pull(up.astype(dtype))]
+
+    for found, wanted in zip(
+        run("cudnn", jnp.bfloat16), run("xla", jnp.float32), strict=True
+    ):
+        difference = found.astype(jnp.float32) - wanted
+        error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(wanted))
+        assert error < 1e-2  # bfloat16 operands; NaN fails
+
+
+def test_flash_attention_runs_once_forward_in_a_train_step() -> None:
+    shape = (2, 256, 4, 64)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_parameters=RopeParameters(1e4),
+        max_position_embeddings=512,
+    )
+    model = jlora.Llama(config, jnp.bfloat16, "cudnn", "minimal")
+    tokens = jnp.zeros(shape[:2], jnp.int32)
+    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jlora.add_lora(params, jlora.LoraConfig(), jax.random.key(1))
+    text = str(
+        jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, tokens).sum()))(
+            params
+        )
+    )
+    assert text.count("dot_product_attention_fwd_wrapper[") == config.num_hidden_layers
+
+
 @pytest.mark.parametrize("remat", ["none", "minimal", "full"])
 def test_bfloat16_train_step_lowers_the_loss_and_keeps_the_base(remat: str) -> None:
     config = LlamaConfig(

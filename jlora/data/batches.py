@@ -47,6 +47,11 @@ class Dataset:
         return len(self.rows)
 
     @property
+    def max_segments(self) -> int:
+        """Most records in one row."""
+        return max(map(len, self.rows))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens per epoch, without padding."""
         return len(self.tokens)
