@@ -86,7 +86,7 @@ WORKLOADS: dict[str, tuple[LlamaConfig, LoraConfig, int, int, ComputeConfig]] = 
 }
 
 
-def random_base(config: LlamaConfig, dtype: Any) -> jlora.lora.Params:
+def random_base(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
     """Returns random frozen weights, made leaf by leaf on the device."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]

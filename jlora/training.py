@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jlora.lora import Params, join, split, trainable_mask
 from jlora.loss import cross_entropy, head_parameters
@@ -29,19 +29,22 @@ LOSS_CHUNK_TOKENS = 1024
 class TrainState:
     """All that changes: the adapter, its optimizer state, and counters.
 
+    The fields are not typed as arrays, because a tree of this form may hold the
+    shardings or shapes of arrays instead.
+
     Attributes:
-        step: optimizer steps done, skipped ones included.
+        step: int32 [], optimizer steps done, skipped ones included.
         trainable: the leaves under `trainable_mask`, float32.
         opt_state: of the adapter's leaves only.
-        skipped: steps not applied because loss or gradient were not finite.
-        skipped_in_a_row: the last of them without a good step between.
+        skipped: int32 [], steps not applied as loss or gradient were not finite.
+        skipped_in_a_row: int32 [], the last of them without a good step between.
     """
 
-    step: Int[Array, ""]
+    step: Any
     trainable: Params
     opt_state: optax.OptState
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    skipped: Any
+    skipped_in_a_row: Any
 
     @classmethod
     def create(
