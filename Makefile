@@ -37,7 +37,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/python -m ruff check .
 
 types: $(VENV)/ready
-	$(VENV)/bin/python -m pyright
+	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
 
 lock:  ## Renew the pinned dependencies in requirements/ (needs uv)
 	$(COMPILE) --upgrade --extra dev --extra gguf pyproject.toml -o requirements/lock.txt
