@@ -28,7 +28,7 @@ from convert.safetensors import (
     read_tensor,
     write_safetensors,
 )
-from convert.source import inside_folder, first_non_finite, read_json
+from convert.source import first_non_finite, inside_folder, read_json
 from jlora.checkpoint import flatten, newest_adapter
 from jlora.config import LlamaConfig, LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest

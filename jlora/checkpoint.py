@@ -144,8 +144,14 @@ def locked(run: Path) -> Iterator[None]:
     """Holds the run folder for this process, creating it.
 
     Raises:
-        UsageError: another process holds it, or it cannot be made.
+        UsageError: another process holds it, it holds a model, or it cannot be made.
     """
+    if run.exists() and not run.is_dir():
+        raise UsageError(
+            f"{run}: exists and is not a folder; choose another output_dir"
+        )
+    if (run / "config.json").exists():
+        raise UsageError(f"{run}: holds a model; choose another output_dir")
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")
@@ -243,17 +249,29 @@ def check_identity(saved: Saved, identity: dict[str, Any]) -> None:
     Raises:
         UsageError: naming every key that differs.
     """
-    before = saved.meta.get("identity", {})
+    before, now = (_by_name(x) for x in (saved.meta.get("identity", {}), identity))
     differing = [
-        f"{key} (was {before.get(key)!r}, is {identity.get(key)!r})"
-        for key in sorted(before.keys() | identity.keys())
-        if before.get(key) != identity.get(key)
+        f"the {name} differs"
+        if name
+        in ("base", "tokenizer", "data")  # digests, which say nothing to a reader
+        else f"{name} is {json.dumps(now.get(name))}, was {json.dumps(before.get(name))}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
     ]
     if differing:
         raise UsageError(
-            f"cannot resume from step {saved.step}: {listing(differing)}; give the "
-            "settings it began with, or another output_dir"
+            f"cannot resume from step {saved.step}: {listing(differing)}; give what "
+            "the run began with, or another output_dir"
         )
+
+
+def _by_name(identity: dict[str, Any]) -> dict[str, Any]:
+    """Returns the identity with the settings of a group by their dotted names."""
+    result = {}
+    for key, value in identity.items():
+        group = value if isinstance(value, dict) else {"": value}
+        result |= {f"{key}.{name}".rstrip("."): item for name, item in group.items()}
+    return result
 
 
 def resume(run: Path, state: Any, identity: dict[str, Any], *, mode: str) -> Any:

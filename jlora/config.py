@@ -124,7 +124,8 @@ class LlamaConfig:
         if length > self.max_position_embeddings:
             raise UsageError(
                 f"{name}={length} exceeds the model's "
-                f"max_position_embeddings={self.max_position_embeddings}"
+                f"max_position_embeddings={self.max_position_embeddings}; "
+                "give at most that"
             )
 
 

@@ -58,9 +58,11 @@ def generate_tokens(
     if not prompt:
         raise UsageError("the prompt is empty; give at least one token")
     if len(prompt) + max_new_tokens > limit:
+        room = limit - len(prompt)
+        hint = f"give at most max_new_tokens={room}" if room > 0 else "shorten it"
         raise UsageError(
             f"the prompt's {len(prompt)} tokens and max_new_tokens={max_new_tokens} "
-            f"exceed the model's max_position_embeddings={limit}"
+            f"exceed the model's max_position_embeddings={limit}; {hint}"
         )
     padded = _round_up(len(prompt))
     size = _round_up(max(padded, len(prompt) + max_new_tokens))

@@ -147,10 +147,11 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = tuple(e.key for e in path if isinstance(e, jax.tree_util.DictKey))
         if leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
-        return parameter_sharding(mesh, keys)
+        keys = [e.key for e in path if isinstance(e, jax.tree_util.DictKey)]
+        # The optimizer's state has the labels of its partition, True and False, as keys.
+        return parameter_sharding(mesh, tuple(k for k in keys if isinstance(k, str)))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -191,11 +191,11 @@ def count_dots(config, remat):
 def test_remat_recomputes_what_it_says():
     config = llama_config(num_hidden_layers=1)
     none, minimal, full = (count_dots(config, r) for r in ("none", "minimal", "full"))
-    # Per layer: the two products of attention (minimal); the seven projections with the
-    # two products of their adapters besides (full), of which the last of each is unused.
-    assert none < minimal < full
-    assert minimal - none <= 2 + 7
-    assert full - none >= 2 + 7
+    # Minimal: the scores, and x A of each adapter. Full: both products of attention, and
+    # of each linear but the last, whose output the backward pass does not read, x W and
+    # (x A) B.
+    assert minimal - none == 1 + 7
+    assert full - none == 2 + 7 + 6 + 6
 
 
 def test_a_tied_head_is_the_embedding():

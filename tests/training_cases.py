@@ -120,7 +120,7 @@ class Run:
     ) -> None:
         size = max(mesh.data, 1) * mesh.fsdp * mesh.tensor
         self.mesh = make_mesh(mesh, jax.devices()[:size])
-        config = llama_config() if config is None else config
+        config = llama_config(num_hidden_layers=1) if config is None else config
         params = adapted_params(config) if params is None else params
         self.model = Llama(config, remat=remat, lora_dropout=lora_dropout)
         self.optimizer = make_optimizer(optim, make_schedule(optim, total_steps))
