@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -91,7 +92,7 @@ def main(args: Arguments) -> None:
         print("\n".join(memory_table(params, work)))
         return
     model = Llama(
-        source.config,
+        config,
         work.dtype,
         work.attention,
         work.remat,
@@ -157,11 +158,10 @@ def main(args: Arguments) -> None:
                 if stopping:
                     raise StopRequested(f"step {done} is saved; run it again to go on")
         checkpoints.close()
-        write_adapter(
-            state.trainable, lora, run / "adapter", args.model, overwrite=True
-        )
+        out = run / "adapter"
+        write_adapter(state.trainable, lora, out, args.model, overwrite=True)
         plot(run)
-    print(f"adapter written to {run / 'adapter'}")
+    print(f"adapter written to {out}")
 
 
 def load_model(
@@ -185,18 +185,14 @@ def load_data(
     args: Arguments, config: LlamaConfig, tokenizer: Tokenizer
 ) -> tuple[Dataset, Dataset | None]:
     """Returns the training data and, if there is any, the held-out data."""
-
-    def load(path: str, shuffle: bool) -> Dataset:
-        return load_dataset(
-            path,
-            tokenizer,
-            args.data,
-            vocab_size=config.vocab_size,
-            batch_size=args.train.batch_size,
-            seed=args.seed,
-            shuffle=shuffle,
-        )
-
+    load = partial(
+        load_dataset,
+        tokenizer=tokenizer,
+        config=args.data,
+        vocab_size=config.vocab_size,
+        batch_size=args.train.batch_size,
+        seed=args.seed,
+    )
     if args.data.train is None:
         raise UsageError("--data.train is missing; give a JSONL file to train on")
     data = load(args.data.train, shuffle=True)

@@ -22,6 +22,8 @@ from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
 SCHEMA_VERSION = 1
+# Parts of a run's identity whose values say nothing to a reader.
+DIGESTS = ("base", "tokenizer", "data")
 Tree = dict[str, Any]
 
 
@@ -252,8 +254,7 @@ def check_identity(saved: Saved, identity: dict[str, Any]) -> None:
     before, now = (_by_name(x) for x in (saved.meta.get("identity", {}), identity))
     differing = [
         f"the {name} differs"
-        if name
-        in ("base", "tokenizer", "data")  # digests, which say nothing to a reader
+        if name in DIGESTS
         else f"{name} is {json.dumps(now.get(name))}, was {json.dumps(before.get(name))}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
