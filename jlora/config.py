@@ -162,22 +162,48 @@ def _refuse_other_architectures(config: dict[str, Any]) -> None:
             f"config.json: hidden_act={config['hidden_act']!r}; jlora supports 'silu'"
         )
     layer_types = config.get("layer_types")
-    if layer_types and set(layer_types) != {"full_attention"}:
+    if layer_types and not (
+        isinstance(layer_types, list)
+        and all(kind == "full_attention" for kind in layer_types)
+    ):
         raise UnsupportedError(
-            f"config.json: layer_types has {listing(sorted(set(layer_types)))}; "
-            "jlora supports full attention in every layer only"
+            f"config.json: layer_types={layer_types!r:.120}; "
+            "jlora supports full_attention in every layer only"
         )
 
 
 def _rope_parameters(config: dict[str, Any]) -> RopeParameters:
     """Reads the three places rope settings live in; contradictions are errors."""
     old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    top = config.get("rope_theta")
-    if "rope_theta" in config and top is None:
-        raise CorruptError("config.json: rope_theta is null; expected a number")
     for name, group in (("rope_scaling", old), ("rope_parameters", new)):
         if not isinstance(group, dict):
             raise CorruptError(f"config.json: {name} is not an object")
+        for key, value in group.items():
+            if key == "mrope_section" or isinstance(value, dict):
+                raise UnsupportedError(
+                    f"config.json: {name} has {key}={value!r:.80}; jlora supports one "
+                    "rotary embedding for all layers and dimensions"
+                )
+        if group.get("partial_rotary_factor", 1) != 1:
+            raise UnsupportedError(
+                f"config.json: {name} has partial_rotary_factor="
+                f"{group['partial_rotary_factor']!r}; jlora rotates whole heads only"
+            )
+    thetas = []
+    for group in (config, old, new):
+        if "rope_theta" in group:
+            theta = group["rope_theta"]
+            if not _is_number(theta) or theta <= 1:
+                raise CorruptError(
+                    f"config.json: rope_theta={theta!r}; expected a number > 1"
+                )
+            thetas.append(float(theta))
+    if len(set(thetas)) > 1:
+        raise CorruptError(
+            f"config.json: rope_theta is given as {listing(sorted(set(thetas)))}; "
+            "keep the right one"
+        )
+    theta = thetas[0] if thetas else 10000.0
     if old and new:
         # A writer that serves every reader repeats the same numbers in both places.
         differing = [
@@ -192,19 +218,6 @@ def _rope_parameters(config: dict[str, Any]) -> RopeParameters:
                 f"(in {listing(differing or ['rope_type'])}); remove the wrong one"
             )
     group = new or old
-    thetas = {
-        value
-        for value in (top, old.get("rope_theta"), new.get("rope_theta"))
-        if value is not None
-    }
-    if len(thetas) > 1:
-        raise CorruptError(
-            f"config.json: rope_theta is given as {listing(sorted(thetas))}; "
-            "keep the right one"
-        )
-    theta = thetas.pop() if thetas else 10000.0
-    if not _is_number(theta) or theta <= 1:
-        raise CorruptError(f"config.json: rope_theta={theta!r}; expected a number > 1")
     rope_type = _rope_type(group)
     if rope_type not in SUPPORTED_ROPE_TYPES:
         raise UnsupportedError(
@@ -212,7 +225,7 @@ def _rope_parameters(config: dict[str, Any]) -> RopeParameters:
             f"{listing(SUPPORTED_ROPE_TYPES)}"
         )
     if rope_type == "default":
-        return RopeParameters(rope_theta=float(theta))
+        return RopeParameters(rope_theta=theta)
     values = {}
     for key in ("factor", "low_freq_factor", "high_freq_factor"):
         value = group.get(key)
@@ -240,7 +253,7 @@ def _rope_parameters(config: dict[str, Any]) -> RopeParameters:
             f"low_freq_factor, found {values}"
         )
     return RopeParameters(
-        rope_theta=float(theta),
+        rope_theta=theta,
         rope_type="llama3",
         original_max_position_embeddings=original,
         **values,
@@ -248,10 +261,12 @@ def _rope_parameters(config: dict[str, Any]) -> RopeParameters:
 
 
 def _rope_type(group: dict[str, Any]) -> str:
-    kinds = {group[key] for key in ("rope_type", "type") if group.get(key) is not None}
+    kinds = {
+        str(group[key]) for key in ("rope_type", "type") if group.get(key) is not None
+    }
     if len(kinds) > 1:
         raise CorruptError(
-            f"config.json: type and rope_type differ: {listing(sorted(map(str, kinds)))}"
+            f"config.json: type and rope_type differ: {listing(sorted(kinds))}"
         )
     return kinds.pop() if kinds else "default"
 
