@@ -97,11 +97,13 @@ class Report:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl; a line cut off by a kill is left out."""
     lines = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+    for text in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if isinstance(line, dict):
+            lines.append(line)
     return lines
 
 

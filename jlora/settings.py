@@ -88,7 +88,7 @@ class TrainConfig:
             _at_least("train", self, name, 0)
         for name in ("batch_size", "grad_accum_steps", "log_every", "keep"):
             _at_least("train", self, name, 1)
-        if not self.max_steps and not self.num_epochs > 0:
+        if not self.max_steps and not 0 < self.num_epochs < math.inf:
             raise UsageError(
                 f"train.num_epochs={self.num_epochs}; expected a number above 0"
             )

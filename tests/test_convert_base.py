@@ -164,7 +164,7 @@ def test_command_converts_and_prints_the_facts(hf, tmp_path, capsys):
     [
         (["--quantize", "nf4"], 3, "not supported yet"),
         (["--dtype", "int8"], 2, "dtype"),
-        (["--overwite"], 2, "did you mean '--overwrite'"),
+        (["--overwite"], 2, "did you mean --overwrite"),
     ],
 )
 def test_command_refuses_with_the_exit_status(

@@ -3,6 +3,8 @@
 JAX_PLATFORMS=cuda,cpu pytest tests/test_gpu.py tests/test_golden.py
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,13 +106,14 @@ def test_flash_attention_runs_once_forward_in_a_train_step() -> None:
     )
     model = jlora.Llama(config, jnp.bfloat16, "cudnn", "minimal")
     tokens = jnp.zeros(shape[:2], jnp.int32)
-    params = model.init(jax.random.key(0), tokens)["params"]
-    params = jlora.add_lora(params, jlora.LoraConfig(), jax.random.key(1))
-    text = str(
-        jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, tokens).sum()))(
-            params
-        )
-    )
+    start: Any = model.init(jax.random.key(0), tokens)
+    params = jlora.add_lora(start["params"], jlora.LoraConfig(), jax.random.key(1))
+
+    def total(params: Any) -> Any:
+        logits: Any = model.apply({"params": params}, tokens)
+        return logits.sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total))(params))
     assert text.count("dot_product_attention_fwd_wrapper[") == config.num_hidden_layers
 
 

@@ -1,0 +1,73 @@
+import pytest
+
+from jlora.errors import UnsupportedError, UsageError
+from jlora.settings import (
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+)
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "words"),
+    [
+        (DataConfig, {"seq_len": 1}, "data.seq_len=1"),
+        (OptimConfig, {"learning_rate": -1.0}, "optim.learning_rate=-1.0"),
+        (OptimConfig, {"learning_rate": NAN}, "optim.learning_rate=nan"),
+        (OptimConfig, {"learning_rate": float("inf")}, "optim.learning_rate=inf"),
+        (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay=-0.1"),
+        (OptimConfig, {"max_grad_norm": -1.0}, "optim.max_grad_norm=-1.0"),
+        (OptimConfig, {"adam_eps": -1.0}, "optim.adam_eps=-1.0"),
+        (OptimConfig, {"warmup_ratio": 1.5}, "optim.warmup_ratio=1.5"),
+        (OptimConfig, {"adam_b1": 1.0}, "optim.adam_b1=1.0"),
+        (OptimConfig, {"adam_b2": NAN}, "optim.adam_b2=nan"),
+        (TrainConfig, {"max_steps": -1}, "train.max_steps=-1"),
+        (TrainConfig, {"num_epochs": 0.0}, "train.num_epochs=0.0"),
+        (TrainConfig, {"num_epochs": NAN}, "train.num_epochs=nan"),
+        (TrainConfig, {"num_epochs": float("inf")}, "train.num_epochs=inf"),
+        (TrainConfig, {"batch_size": 0}, "train.batch_size=0"),
+        (TrainConfig, {"grad_accum_steps": 0}, "train.grad_accum_steps=0"),
+        (TrainConfig, {"log_every": 0}, "train.log_every=0"),
+        (TrainConfig, {"save_every": -1}, "train.save_every=-1"),
+        (TrainConfig, {"eval_every": -1}, "train.eval_every=-1"),
+        (TrainConfig, {"keep": 0}, "train.keep=0"),
+        (MeshConfig, {"tensor": -1}, "mesh.tensor=-1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_flag(group, changes, words):
+    with pytest.raises(UsageError, match=words):
+        group(**changes)
+
+
+def test_a_batch_that_cannot_be_split_is_refused_with_both_numbers():
+    with pytest.raises(UsageError, match=r"batch_size=8 .*grad_accum_steps=3"):
+        TrainConfig(batch_size=8, grad_accum_steps=3)
+
+
+def test_num_epochs_does_not_matter_when_max_steps_decides():
+    assert TrainConfig(max_steps=1, num_epochs=0.0).max_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base_dtype": "fp8"}, "fp8"),
+        ({"base_dtype": "int8"}, "int8"),
+        ({"base_dtype": "nf4"}, "nf4"),
+        ({"attention": "splash"}, "splash"),
+    ],
+)
+def test_a_choice_that_is_not_built_yet_is_refused_by_name(changes, words):
+    with pytest.raises(UnsupportedError, match=f"{words} is not supported yet; use"):
+        ComputeConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    "group", [DataConfig, OptimConfig, TrainConfig, MeshConfig, ComputeConfig]
+)
+def test_the_defaults_are_valid(group):
+    group()
