@@ -91,13 +91,9 @@ def main(args: Arguments) -> None:
     if args.plan:
         print("\n".join(memory_table(params, work)))
         return
+    segments = max(d.max_segments for d in (data, held_out) if d)
     model = Llama(
-        config,
-        work.dtype,
-        work.attention,
-        work.remat,
-        lora.lora_dropout,
-        max_segments=max(d.max_segments for d in (data, held_out) if d),
+        config, work.dtype, work.attention, work.remat, lora.lora_dropout, segments
     )
 
     schedule = make_schedule(args.optim, total_steps)

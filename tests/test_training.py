@@ -208,7 +208,8 @@ def test_a_batch_with_nothing_to_learn_is_skipped():
 def test_schedule_rises_over_the_warm_up_then_falls(kind, expected):
     config = OptimConfig(learning_rate=1.0, lr_schedule=kind, warmup_ratio=0.2)
     schedule = make_schedule(config, 10)
-    np.testing.assert_allclose([schedule(i) for i in range(10)], expected, atol=1e-6)
+    found = np.array([np.asarray(schedule(i)) for i in range(10)])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_clipping_sees_the_adapters_gradient_only():
