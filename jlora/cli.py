@@ -177,7 +177,7 @@ def _explain(
     """Returns a refusal of jsonargparse's as: where, what came, what was expected."""
     message = " ".join(message.split())
     if match := re.match(
-        r'Parser key "([\w.]+?)_?": .*(?:Got|Given) value: (.*)', message
+        r'Parser key "([\w.]+?)_?": .*(?:Got|Given) value: ?(.*)', message
     ):
         key, value = match[1], "null" if match[2] == "None" else match[2]
         kind = settings[key].kind

@@ -162,7 +162,7 @@ def test_missing_words_are_named_in_capitals():
     [
         (["--group.rank", "eight"], "--group.rank is 'eight'; expected an integer"),
         (["--group.rank", "8.0"], "--group.rank is '8.0'; expected an integer"),
-        (["--group.rank", ""], "--group.rank is 'null'; expected an integer"),
+        (["--group.rank", ""], "--group.rank is ''; expected an integer"),
         (["--group.rate", "fast"], "--group.rate is 'fast'; expected a number"),
         (["--group.rate", "nan"], "--group.rate is 'nan'; expected a number"),
         (["--plan=maybe"], "--plan is 'maybe'; expected true or false"),
