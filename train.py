@@ -15,8 +15,8 @@ from convert.peft import attach_adapter, open_adapter, write_adapter
 from convert.source import Source, load_params, open_source
 from jlora.checkpoint import RunCheckpoints, fingerprint, locked, resume
 from jlora.cli import run_command
-from jlora.config import LlamaConfig, LoraConfig
-from jlora.data import Dataset, Tokenizer, load_dataset
+from jlora.config import LoraConfig
+from jlora.data import Tokenizer, load_dataset
 from jlora.errors import StopRequested, UsageError
 from jlora.loop import StepLog, is_due, stop_requests
 from jlora.lora import Params, add_lora, format_parameter_count, join
@@ -61,6 +61,8 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
+    if args.data.train is None:
+        raise UsageError("--data.train is missing; give a JSONL file to train on")
     mesh = make_mesh(args.mesh)
     source = open_source(args.model)
     config = source.config
@@ -68,7 +70,16 @@ def main(args: Arguments) -> None:
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
     # The data comes first: a mistake in it shows before the weights are read.
     tokenizer = Tokenizer.from_files(source.files, config)
-    data, held_out = load_data(args, config, tokenizer)
+    load = partial(
+        load_dataset,
+        tokenizer=tokenizer,
+        config=args.data,
+        vocab_size=config.vocab_size,
+        batch_size=args.train.batch_size,
+        seed=args.seed,
+    )
+    data = load(args.data.train, shuffle=True)
+    held_out = load(args.data.eval, shuffle=False) if args.data.eval else None
     base, params, lora = load_model(args, source, mesh)
     print(format_parameter_count(params))
     print("\n".join(data.summary + (held_out.summary if held_out else [])))
@@ -175,24 +186,6 @@ def load_model(
     adapter = open_adapter(args.init_adapter)
     lora = replace(adapter.config, lora_dropout=args.lora.lora_dropout)
     return base, attach_adapter(base, source.config, adapter), lora
-
-
-def load_data(
-    args: Arguments, config: LlamaConfig, tokenizer: Tokenizer
-) -> tuple[Dataset, Dataset | None]:
-    """Returns the training data and, if there is any, the held-out data."""
-    load = partial(
-        load_dataset,
-        tokenizer=tokenizer,
-        config=args.data,
-        vocab_size=config.vocab_size,
-        batch_size=args.train.batch_size,
-        seed=args.seed,
-    )
-    if args.data.train is None:
-        raise UsageError("--data.train is missing; give a JSONL file to train on")
-    data = load(args.data.train, shuffle=True)
-    return data, load(args.data.eval, shuffle=False) if args.data.eval else None
 
 
 if __name__ == "__main__":

@@ -79,6 +79,10 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     """Returns a position-dependent sum of the leaf's bits, modulo 2^32."""
     unsigned = {2: jnp.uint16, 4: jnp.uint32, 1: jnp.uint8}[leaf.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+    # Mixed, as an odd weight leaves a sign bit where it is: x and -x could trade places.
+    bits ^= bits >> 16
+    bits *= jnp.uint32(0x85EBCA6B)
+    bits ^= bits >> 13
     for axis, size in enumerate(leaf.shape):
         # Odd weights are invertible modulo 2^32, so no single change can cancel out.
         weight = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(2654435761 + 2 * axis)
@@ -125,9 +129,14 @@ class RunCheckpoints:
         )
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Writes the state as step `step`; does nothing if that step is there already."""
-        if step in saved_steps(self._folder):
-            return
+        """Writes the state as step `step`.
+
+        Steps from there on are deleted first: a run comes back to a step that is there
+        only if that one was damaged, and Orbax would refuse a step before its newest.
+        """
+        for damaged in saved_steps(self._folder):
+            if damaged >= step:
+                self._manager.delete(damaged)
         leaves = {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
         digests = {path: leaf_digest(leaf) for path, leaf in leaves.items()}
         note = {"schema": SCHEMA_VERSION, "sha256": digests, **meta}

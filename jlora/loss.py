@@ -58,12 +58,14 @@ def cross_entropy(
 def _chunk_loss(
     hidden: Array, trainable: Params, frozen: Params, targets: Array, weights: Array
 ) -> Array:
+    # Before the head, not on its losses: an infinity at a position that does not count
+    # would still make the gradient NaN (0 times infinity).
+    hidden = jnp.where(weights[..., None] > 0, hidden, 0)
     logits = _head(hidden, {**trainable, **frozen}).astype(jnp.float32)  # [B, size, V]
     columns = jnp.arange(logits.shape[-1])
     chosen = jnp.where(columns == targets[..., None], logits, 0).sum(-1)
     losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    # where, not a product: a masked position must not turn an infinity into NaN.
-    return jnp.sum(jnp.where(weights > 0, losses * weights, 0))
+    return jnp.sum(losses * weights)
 
 
 def _head(hidden: Array, head: Params) -> Array:

@@ -1,282 +1,732 @@
+import contextlib
+import importlib
+import io
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+import yaml
+from data_cases import chat, make_files, write_rows
+from jax.experimental.compilation_cache import compilation_cache
+from tiny import CONFIG, tensors, write_hf
 
-import evaluate
-import generate
-import train
-from convert import from_hf, to_hf, to_peft
+from jlora.checkpoint import locked
 from jlora.cli import run_command
-from tests.data_cases import chat, make_files, write_rows
-from tests.tiny import CONFIG, tensors, write_hf
 
 ROOT = Path(__file__).parent.parent
-MODEL = {**CONFIG, "vocab_size": 500, "max_position_embeddings": 256}
-STEPS = 6
-KEYS = {
-    "step",
-    "epoch",
-    "loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "supervised_tokens",
-    "tokens_per_second",
-    "step_time_s",
-    "mfu",
-    "peak_memory_bytes",
+POSITIONAL = {
+    "convert.from_hf": ("src", "out"),
+    "convert.to_hf": ("out",),
+    "convert.to_peft": ("out",),
+    "convert.info": ("path",),
+}
+HF_CONFIG = {
+    **CONFIG,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "vocab_size": 400,
+    "max_position_embeddings": 128,
+    "bos_token_id": 3,
+    "eos_token_id": 4,
+}
+STEPS = 40
+PER_STEP = {
+    *("step", "epoch", "loss", "learning_rate", "grad_norm"),
+    *("tokens", "supervised_tokens", "tokens_per_second"),
+    *("step_time_s", "mfu", "peak_memory_bytes"),
 }
 
 
-@dataclass(frozen=True)
-class Place:
-    model: Path
-    data: Path
-    run: Path
-
-    def flags(self, output: Path, *more: object) -> list[str]:
-        words: list[object] = ["--model", self.model, "--data.train", self.data]
-        words += ["--data.eval", self.data, "--output_dir", output]
-        words += ["--data.seq_len", 64, "--mesh.data", 8, "--train.batch_size", 8]
-        words += ["--train.max_steps", STEPS, "--train.save_every", 2]
-        words += ["--optim.learning_rate", 0.02, "--lora.lora_dropout", 0.1]
-        words += ["--lora.target_modules", "all-linear", "--lora.lora_alpha", 64, *more]
-        return [str(word) for word in words]
+class Done(NamedTuple):
+    status: int
+    out: str
+    err: str
 
 
-def call(module: Any, *words: object, positional: tuple[str, ...] = ()) -> int:
-    argv = [str(word) for word in words]
-    return run_command(module.main, module.Arguments, positional=positional, argv=argv)
+def call(name: str, *words: object) -> Done:
+    """Runs a command in this process, as `python NAME WORDS` would."""
+    module = importlib.import_module(name)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = run_command(
+            module.main,
+            module.Arguments,
+            positional=POSITIONAL.get(name, ()),
+            argv=list(map(str, words)),
+        )
+    return Done(status, out.getvalue(), err.getvalue())
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("commands")
-    arrays = {key: 0.1 * array for key, array in tensors(MODEL).items()}
-    model = write_hf(folder / "model", MODEL, arrays)
-    for name, content in make_files().items():
-        (model / name).write_bytes(content)
-    rows = [chat(f"say {i}", f"it is {i}") for i in range(24)]
-    place = Place(model, write_rows(folder / "rows.jsonl", rows), folder / "run")
-    assert call(train, *place.flags(place.run)) == 0
-    return place
+def succeed(name: str, *words: object) -> str:
+    done = call(name, *words)
+    assert (done.status, done.err) == (0, "")
+    return done.out
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
 def adapter_bytes(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_writes_all_its_files(place):
-    names = {path.name for path in place.run.iterdir()}
-    assert {
-        "config.yaml",
-        "metrics.jsonl",
-        "checkpoints",
-        "adapter",
-        "report.png",
-    } <= names
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """Runs share what XLA compiled; the environment does it for other processes."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {name.upper(): str(value) for name, value in settings.items()}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
-def test_every_step_has_its_line_with_all_keys(place):
-    steps = [m for m in metrics(place.run) if "loss" in m]
-    assert [m["step"] for m in steps] == list(range(1, STEPS + 1))
-    assert all(m.keys() >= KEYS for m in steps)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a model `hf` and data, where every relative path begins."""
+    folder = tmp_path_factory.mktemp("commands")
+    arrays = {
+        key: array * 0.1 if array.ndim == 2 else np.ones_like(array)
+        for key, array in tensors(HF_CONFIG).items()
+    }
+    write_hf(folder / "hf", HF_CONFIG, arrays)
+    for name, data in make_files().items():
+        (folder / "hf" / name).write_bytes(data)
+    for name, letters in (("train", "abcdefgh"), ("eval", "ace")):
+        rows = [
+            {"prompt": f"What is {x}?", "completion": f" It is {x}."} for x in letters
+        ]
+        write_rows(folder / f"{name}.jsonl", rows)
+    write_rows(folder / "chat.jsonl", [chat("What is the sum?", "The sum is five.")])
+    return folder
 
 
-def test_the_loss_falls(place):
-    # A random base leaves little to learn in six steps; dropout alone moves it by 0.003.
-    losses = [m["loss"] for m in metrics(place.run) if "loss" in m]
-    assert losses[-1] < losses[0] - 0.03
+@pytest.fixture(autouse=True)
+def _inside(place, monkeypatch):
+    monkeypatch.chdir(place)
 
 
-def test_the_parameter_line_comes_first(place, tmp_path, capsys):
-    assert call(train, *place.flags(tmp_path / "run"), "--plan") == 0
-    assert capsys.readouterr().out.startswith("trainable params: ")
+def training(run: object, *more: object) -> list[object]:
+    """The words of a run that every test of training starts from."""
+    return [
+        *("--model", "hf", "--output_dir", run, "--data.train", "train.jsonl"),
+        *("--data.seq_len", 64, "--lora.target_modules", "all-linear"),
+        *("--optim.learning_rate", 0.02, "--train.max_steps", STEPS),
+        *more,
+    ]
 
 
-def test_plan_writes_nothing(place, tmp_path):
-    assert call(train, *place.flags(tmp_path / "run"), "--plan") == 0
+@pytest.fixture(scope="module")
+def run(place) -> Path:
+    """A finished run, its printed lines in the file `out`."""
+    with contextlib.chdir(place):
+        words = training("run", "--data.eval", "eval.jsonl", "--train.eval_every", 20)
+        (place / "run").mkdir()
+        (place / "run" / "out").write_text(succeed("train", *words))
+    return place / "run"
+
+
+@pytest.fixture(scope="module")
+def base(place) -> Path:
+    succeed("convert.from_hf", place / "hf", place / "base")
+    return place / "base"
+
+
+@pytest.fixture(scope="module")
+def merged(place, run) -> Path:
+    out = place / "merged"
+    succeed("convert.to_hf", "--model", place / "hf", "--adapter", run, out)
+    return out
+
+
+def loss_of(*words: object) -> float:
+    line = succeed("evaluate", "--data", "eval.jsonl", "--seq_len", 64, *words)
+    return float(line.split()[1])
+
+
+# The main job, end to end.
+
+
+def test_training_lowers_the_loss(run):
+    losses = [line["loss"] for line in metrics(run) if "loss" in line]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_first_line_is_pefts_report_of_trainable_parameters(run):
+    first = (run / "out").read_text().splitlines()[0]
+    assert first == (
+        "trainable params: 7,424 || all params: 48,544 || trainable%: 15.2933"
+    )
+
+
+def test_each_step_has_one_line_of_metrics_with_every_key(run):
+    lines = [line for line in metrics(run) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(PER_STEP <= line.keys() for line in lines)
+
+
+def test_held_out_data_is_evaluated_every_so_often_and_at_the_end(run):
+    lines = [line for line in metrics(run) if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [20, STEPS]
+    assert lines[1]["eval_loss"] < lines[0]["eval_loss"]
+
+
+def test_a_run_folder_holds_what_the_design_says(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "adapter"} <= names
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [str(STEPS)]
+
+
+def test_evaluate_gives_the_loss_that_the_run_saw_last(run):
+    last = metrics(run)[-1]["eval_loss"]
+    # One device here, eight there: sums in another order, and six decimals printed.
+    assert loss_of("--model", "hf", "--adapter", "run") == pytest.approx(last, abs=5e-6)
+
+
+def test_evaluate_of_the_base_gives_the_loss_before_training(run, place):
+    base_loss = loss_of("--model", "hf")
+    assert base_loss > 1.5 * metrics(run)[-1]["eval_loss"]
+
+
+@pytest.mark.parametrize("more", [["--packing"], ["--batch_size", 2]])
+def test_the_loss_does_not_depend_on_rows(more):
+    assert loss_of("--model", "hf", *more) == pytest.approx(
+        loss_of("--model", "hf"), abs=5e-6
+    )
+
+
+def test_evaluate_prints_loss_perplexity_and_tokens():
+    out = succeed("evaluate", "--model", "hf", "--data", "eval.jsonl", "--seq_len", 64)
+    loss, perplexity, tokens = (part.split(": ")[1] for part in out.split(" || "))
+    assert float(perplexity) == pytest.approx(np.exp(float(loss)), rel=1e-5)
+    # " It is a." has 6 tokens, with c and e 7 each ("Ġa" is one token); and 3 ends.
+    assert int(tokens) == 6 + 7 + 7 + 3
+
+
+def test_the_merged_folder_gives_the_loss_of_base_and_adapter(merged):
+    assert loss_of("--model", merged) == pytest.approx(
+        loss_of("--model", "hf", "--adapter", "run"), abs=2e-6
+    )
+
+
+def test_the_peft_folder_holds_the_runs_adapter(run, tmp_path):
+    succeed("convert.to_peft", "--adapter", run, tmp_path / "peft")
+    exported = safetensors.numpy.load_file(
+        tmp_path / "peft" / "adapter_model.safetensors"
+    )
+    trained = safetensors.numpy.load(adapter_bytes(run))
+    assert exported.keys() == trained.keys()
+    assert all(np.array_equal(exported[key], trained[key]) for key in trained)
+
+
+def test_exports_are_the_same_bytes_twice(run, merged, tmp_path):
+    again = tmp_path / "merged"
+    succeed("convert.to_hf", "--model", "hf", "--adapter", run, again)
+    files = sorted(path.name for path in merged.iterdir())
+    assert files == sorted(path.name for path in again.iterdir())
+    assert all((merged / f).read_bytes() == (again / f).read_bytes() for f in files)
+
+
+def test_generate_continues_a_prompt(run):
+    words = ["--model", "hf", "--prompt", "What is", "--max_new_tokens", 4]
+    out = succeed("generate", *words)
+    assert out.endswith("\n")
+    assert out == succeed("generate", *words)
+    assert out != succeed("generate", *words, "--adapter", "run")
+
+
+def test_merged_and_adapted_models_generate_the_same(merged):
+    words = ["--prompt", "What is a", "--max_new_tokens", 8]
+    assert succeed("generate", "--model", merged, *words) == succeed(
+        "generate", "--model", "hf", "--adapter", "run", *words
+    )
+
+
+def test_sampling_follows_the_seed():
+    words = ["--model", "hf", "--prompt", "What", "--max_new_tokens", 8]
+    first, again, other = (
+        succeed("generate", *words, "--temperature", 2.0, "--seed", seed)
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_chat_answers_the_prompt_and_stops():
+    words = ["--model", "hf", "--chat", "--prompt", "What is a?"]
+    assert succeed("generate", *words, "--max_new_tokens", 4).endswith("\n")
+
+
+def test_chat_reads_messages_until_an_empty_line(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What?\nAnd?\n\nNever read\n"))
+    out = succeed("generate", "--model", "hf", "--chat", "--max_new_tokens", 2)
+    assert out.count("\n") >= 2
+
+
+def test_messages_are_trained_on_too(tmp_path):
+    run = tmp_path / "run"
+    words = training(run, "--data.train", "chat.jsonl", "--train.max_steps", 2)
+    assert "every assistant turn" in succeed("train", *words)
+    assert len(metrics(run)) == 2
+
+
+def test_packed_training_runs(tmp_path):
+    words = training(tmp_path / "run", "--data.packing", "--train.max_steps", 2)
+    assert "packed" in succeed("train", *words)
+
+
+# What a model may be.
+
+
+def test_a_folder_and_the_base_made_of_it_train_the_same(run, base, tmp_path):
+    words = training(tmp_path / "run", "--model", base)
+    succeed("train", *words)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(run)
+
+
+def test_info_tells_what_a_base_is(base):
+    out = succeed("convert.info", base)
+    assert "2 layers of 32" in out
+    assert "content digest" in out
+
+
+def test_converting_twice_gives_the_same_digest(base, tmp_path):
+    out = succeed("convert.from_hf", "hf", tmp_path / "again")
+    digest = next(line for line in out.splitlines() if "digest" in line)
+    assert digest in succeed("convert.info", base)
+
+
+# Settings.
+
+
+def test_the_runs_config_file_gives_the_same_run_again(run, tmp_path):
+    again = tmp_path / "again"
+    succeed("train", "--config", run / "config.yaml", "--output_dir", again)
+    assert adapter_bytes(again) == adapter_bytes(run)
+    keys = ("step", "loss", "grad_norm", "eval_loss")
+    first, second = (
+        [[line.get(key) for key in keys] for line in metrics(folder)]
+        for folder in (run, again)
+    )
+    assert first == second
+
+
+def test_the_config_file_holds_every_group_and_no_python_types(run):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    groups = {"data", "lora", "optim", "train", "mesh", "compute"}
+    assert groups | {"model", "output_dir", "seed"} <= settings.keys()
+    assert settings["lora"]["target_modules"] == "all-linear"
+
+
+def test_a_seed_changes_the_run(run, tmp_path):
+    succeed("train", *training(tmp_path / "run", "--seed", 1))
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(run)
+
+
+def test_accumulation_gives_the_same_losses(run, tmp_path):
+    words = training(
+        *(tmp_path / "run", "--train.batch_size", 16, "--train.grad_accum_steps", 2),
+        *("--train.max_steps", 2),
+    )
+    whole = training(
+        tmp_path / "whole", "--train.batch_size", 16, "--train.max_steps", 2
+    )
+    succeed("train", *words)
+    succeed("train", *whole)
+    parts, full = (
+        [line["loss"] for line in metrics(tmp_path / name)] for name in ("run", "whole")
+    )
+    assert parts == pytest.approx(full, rel=1e-6)
+
+
+def test_plan_trains_nothing_and_writes_nothing(tmp_path):
+    out = succeed("train", *training(tmp_path / "run", "--plan"))
+    assert out.startswith("trainable params: 7,424")
+    assert "activations" in out
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate_gives_the_runs_own_held_out_loss(place, capsys):
-    words = ["--model", place.model, "--adapter", place.run, "--data", place.data]
-    assert call(evaluate, *words, "--seq_len", 64) == 0
-    loss = float(capsys.readouterr().out.split("loss: ")[1].split()[0])
-    assert loss == pytest.approx(metrics(place.run)[-1]["eval_loss"], abs=2e-6)
+def test_an_adapter_is_continued(run, tmp_path):
+    words = training(tmp_path / "run", "--init_adapter", run, "--train.max_steps", 1)
+    out = succeed("train", *words)
+    assert out.startswith("trainable params: 7,424")
+    first = metrics(tmp_path / "run")[0]["loss"]
+    last = [line["loss"] for line in metrics(run) if "loss" in line][-1]
+    assert first <= last * 1.01
 
 
-def test_the_merged_model_evaluates_as_base_and_adapter(place, tmp_path, capsys):
-    out = tmp_path / "merged"
-    words = ["--model", place.model, "--adapter", place.run, out]
-    assert call(to_hf, *words, positional=("out",)) == 0
-    assert call(evaluate, "--model", out, "--data", place.data, "--seq_len", 64) == 0
-    loss = float(capsys.readouterr().out.split("\nloss: ")[1].split()[0])
-    assert loss == pytest.approx(metrics(place.run)[-1]["eval_loss"], abs=1e-5)
+def test_a_continued_adapter_keeps_its_own_settings(run, tmp_path):
+    words = [
+        *("--model", "hf", "--output_dir", tmp_path / "run", "--data.seq_len", 64),
+        *("--data.train", "train.jsonl", "--init_adapter", run / "adapter"),
+        *("--train.max_steps", 1, "--lora.r", 2, "--lora.lora_dropout", 0.5),
+    ]
+    succeed("train", *words)
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora"]
+    assert settings["r"] == 8
+    assert settings["lora_dropout"] == 0.5
 
 
-def test_the_exported_adapter_is_the_runs_own(place, tmp_path):
-    out = tmp_path / "adapter"
-    assert call(to_peft, "--adapter", place.run, out, positional=("out",)) == 0
-    assert (out / "adapter_model.safetensors").read_bytes() == adapter_bytes(place.run)
+# Runs that end early, and go on.
 
 
-def test_a_converted_base_trains_as_the_folder_it_came_from(place, tmp_path):
-    base = tmp_path / "base"
-    assert call(from_hf, place.model, base, positional=("src", "out")) == 0
-    run = tmp_path / "run"
-    assert call(train, *place.flags(run, "--model", base)) == 0
-    assert adapter_bytes(run) == adapter_bytes(place.run)
-
-
-def test_the_saved_configuration_repeats_the_run(place, tmp_path):
-    run = tmp_path / "again"
-    config = place.run / "config.yaml"
-    assert call(train, "--config", config, "--output_dir", run) == 0
-    assert adapter_bytes(run) == adapter_bytes(place.run)
-
-
-def test_generate_completes_and_chats(place, capsys):
-    words = ["--model", place.model, "--adapter", place.run, "--max_new_tokens", 4]
-    assert call(generate, *words, "--prompt", "say") == 0
-    assert call(generate, *words, "--prompt", "say 3", "--chat") == 0
-    assert not capsys.readouterr().err
-
-
-def test_a_finished_run_is_not_trained_again(place, capsys):
-    before = adapter_bytes(place.run)
-    assert call(train, *place.flags(place.run)) == 0
-    assert f"resuming after step {STEPS}" in capsys.readouterr().out
-    assert adapter_bytes(place.run) == before
-
-
-def test_a_run_stopped_by_sigterm_ends_as_an_uninterrupted_one(place, tmp_path):
-    run = tmp_path / "run"
-    command = [sys.executable, "train.py", *place.flags(run, "--train.max_steps", 400)]
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
+def in_a_process(compiled: dict[str, str], *words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-    ) as job:
-        deadline = time.monotonic() + 120
-        while not (run / "checkpoints" / "2").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        job.send_signal(signal.SIGTERM)
-        _, error = job.communicate(timeout=60)
-    assert job.returncode == 75
-    assert b"is saved" in error
-    assert b"Traceback" not in error
-    stopped = max(int(path.name) for path in (run / "checkpoints").iterdir())
-    assert metrics(run)[-1]["step"] == stopped
-    longer = ["--train.max_steps", stopped + 2, "--optim.lr_schedule", "constant"]
-    words = place.flags(run, *longer)
-    assert call(train, *words, "--resume", "must") == 0
-    assert np.isfinite(metrics(run)[-1]["eval_loss"])
+        text=True,
+        env={**os.environ, **compiled},
+    )
 
 
-def test_a_resumed_run_has_the_bytes_of_an_uninterrupted_one(place, tmp_path):
-    run = tmp_path / "run"
-    flags = ["--optim.lr_schedule", "constant", "--optim.warmup_ratio", 0]
-    assert call(train, *place.flags(run, *flags, "--train.max_steps", 3)) == 0
-    assert call(train, *place.flags(run, *flags)) == 0
-    whole = tmp_path / "whole"
-    assert call(train, *place.flags(whole, *flags)) == 0
-    assert adapter_bytes(run) == adapter_bytes(whole)
+def send(process: subprocess.Popen[str], signal_number: int, after: int) -> Done:
+    """Sends a signal as soon as step `after` is logged; returns how it ended."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(f"step {after}/"):
+            process.send_signal(signal_number)
+            break
+    out, err = process.communicate(timeout=60)
+    return Done(process.returncode, "".join(lines) + out, err)
 
 
-def test_training_goes_on_from_a_peft_folder(place, tmp_path):
-    words = place.flags(tmp_path / "run", "--init_adapter", place.run / "adapter")
-    assert call(train, *words) == 0
-    first = next(m["loss"] for m in metrics(tmp_path / "run") if "loss" in m)
-    assert first < metrics(place.run)[0]["loss"] - 0.03
+class Interrupted(NamedTuple):
+    killed: Done
+    stopped: Done
+    resumed: Done
+    folder: Path
+    whole: Path
+
+
+@pytest.fixture(scope="module")
+def interrupted(place, compiled) -> Interrupted:
+    """A run killed, resumed, asked to stop and resumed, beside an uninterrupted one."""
+    steps = 200
+    with contextlib.chdir(place):
+        words = [*training("cut"), "--train.save_every", 10, "--train.max_steps", steps]
+        killed = send(in_a_process(compiled, *words), signal.SIGKILL, after=15)
+        stopped = send(in_a_process(compiled, *words), signal.SIGTERM, after=25)
+        resumed = call("train", *words)
+        whole = [place / "whole" if word == "cut" else word for word in words]
+        succeed("train", *whole)
+    return Interrupted(killed, stopped, resumed, place / "cut", place / "whole")
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(interrupted):
+    assert interrupted.killed.status == -signal.SIGKILL
+    after = next(
+        int(line.split()[-1])
+        for line in interrupted.stopped.out.splitlines()
+        if line.startswith("resuming after step")
+    )
+    assert after >= 10
+    assert after % 10 == 0
+
+
+def test_a_run_asked_to_stop_saves_and_exits_with_75(interrupted):
+    status, _, err = interrupted.stopped
+    assert status == 75
+    assert err.startswith("error: step ")
+    step = int(err.split()[2])
+    assert f"resuming after step {step}\n" in interrupted.resumed.out
+
+
+def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(interrupted):
+    assert interrupted.resumed.status == 0
+    assert adapter_bytes(interrupted.folder) == adapter_bytes(interrupted.whole)
+
+
+def test_an_interrupted_run_has_the_metrics_of_an_uninterrupted_one(interrupted):
+    losses, whole = (
+        [(line["step"], line["loss"]) for line in metrics(folder)]
+        for folder in (interrupted.folder, interrupted.whole)
+    )
+    assert losses == whole
+
+
+def test_only_the_checkpoints_asked_for_are_kept(interrupted):
+    names = {path.name for path in (interrupted.whole / "checkpoints").iterdir()}
+    assert names == {"190", "200"}
+
+
+def test_a_finished_run_started_again_changes_nothing(interrupted):
+    words = [*training("whole"), "--train.save_every", 10, "--train.max_steps", 200]
+    before = metrics(interrupted.whole), adapter_bytes(interrupted.whole)
+    assert "resuming after step 200" in succeed("train", *words)
+    assert (metrics(interrupted.whole), adapter_bytes(interrupted.whole)) == before
+
+
+def test_a_run_without_its_adapter_folder_is_read_from_its_checkpoint(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    assert loss_of("--model", "hf", "--adapter", tmp_path / "run") == loss_of(
+        "--model", "hf", "--adapter", run
+    )
+
+
+def test_resume_never_refuses_a_folder_with_a_run(run):
+    done = call("train", *training(run, "--resume", "never"))
+    assert done.status == 2
+    assert "holds a run already" in done.err
+
+
+def test_resume_must_refuses_a_folder_without_a_run(tmp_path):
+    done = call("train", *training(tmp_path / "new", "--resume", "must"))
+    assert done.status == 2
+    assert "no checkpoint to resume from" in done.err
 
 
 @pytest.mark.parametrize(
-    ("words", "status", "message"),
+    ("more", "said"),
     [
-        (["--model", "nowhere"], 2, "no such file or folder"),
-        (["--data.train", "nowhere.jsonl"], 2, "nowhere.jsonl"),
-        (["--data.seq_len", "1024"], 2, "max_position_embeddings=256"),
-        (["--train.batch_size", "3"], 2, "does not divide"),
-        (["--mesh.data", "3"], 2, "does not make 8 devices"),
-        (["--mesh.data", "1", "--mesh.tensor", "8"], 2, "legal"),
-        (["--lora.target_modules", "[q_prj]"], 2, "q_proj"),
-        (["--lora.target_modules", "[lm_head]"], 3, "not supported"),
-        (["--compute.base_dtype", "nf4"], 3, "nf4"),
-        (["--lora.use_dora"], 3, "use_dora"),
-        (["--resume", "must"], 2, "no checkpoint"),
-        (["--compute.attention", "cudnn"], 2, "needs an NVIDIA GPU"),
+        (["--lora.r", 4], "lora.r is 4, was 8"),
+        (["--seed", 1], "seed is 1, was 0"),
+        (["--train.batch_size", 16], "batch_size is 16, was 8"),
+        (["--data.train", "eval.jsonl"], "the data differs"),
+        (["--compute.base_dtype", "bfloat16"], "the base differs"),
     ],
 )
-def test_a_mistake_is_one_message_and_writes_nothing(
-    place, tmp_path, capsys, words, status, message
-):
-    run = tmp_path / "run"
-    assert call(train, *place.flags(run, *words)) == status
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
-    assert not (run / "adapter").exists()
+def test_a_run_goes_on_with_what_it_began_with_only(run, more, said):
+    done = call("train", *training(run, *more))
+    assert done.status == 2
+    assert said in done.err
+    assert len(done.err) < 300
 
 
-def test_a_broken_line_is_named_by_file_line_and_column(place, tmp_path, capsys):
-    data = write_rows(tmp_path / "bad.jsonl", [chat("a", "b"), '{"messages": ['])
-    words = place.flags(tmp_path / "run", "--data.train", data)
-    assert call(train, *words) == 4
-    assert "bad.jsonl" in (error := capsys.readouterr().err)
-    assert "line 2" in error
+def test_training_that_diverges_ends_with_6(tmp_path):
+    words = training(
+        tmp_path / "run", "--optim.learning_rate", 1e38, "--optim.warmup_ratio", 0
+    )
+    done = call("train", *words)
+    assert done.status == 6
+    assert "Lower optim.learning_rate" in done.err
+    assert not (tmp_path / "run" / "adapter").exists()
+    broken = [line for line in metrics(tmp_path / "run") if line.get("non_finite")]
+    assert broken[0]["loss"] is None
 
 
-def test_resume_never_refuses_a_folder_with_a_run(place, capsys):
-    assert call(train, *place.flags(place.run), "--resume", "never") == 2
-    assert "holds a run already" in capsys.readouterr().err
+# Mistakes: one message that says what to do, and the right status.
 
 
-def test_a_model_that_is_no_llama_is_refused(place, tmp_path, capsys):
-    other = {**MODEL, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-    folder = write_hf(tmp_path / "qwen", other, tensors(MODEL))
-    assert call(evaluate, "--model", folder, "--data", place.data) == 3
-    assert "is not a Llama" in capsys.readouterr().err
+@pytest.fixture(scope="module")
+def mistakes(place, run, base) -> None:
+    """Files that a test of a mistake names."""
+    (place / "empty").mkdir()
+    (place / "full").mkdir()
+    (place / "full" / "thesis.txt").write_text("years of work")
+    (place / "new_run" / "checkpoints").mkdir(parents=True)
+    (place / "qwen").mkdir()
+    qwen = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    (place / "qwen" / "config.json").write_text(json.dumps(qwen))
+    shutil.copytree(place / "hf", place / "cut_off")
+    with (place / "cut_off" / "model.safetensors").open("r+b") as file:
+        file.truncate(5000)
+    good = {"prompt": "a", "completion": "b"}
+    write_rows(place / "broken.jsonl", [good, '{"prompt": "a", "completion": }', good])
+    write_rows(place / "keys.jsonl", [good, {"prompt": "a", "complet": "b"}])
+    write_rows(place / "nothing.jsonl", [])
+    (place / "bad.yaml").write_text('lora:\n  r: "8"\n')
 
 
-def test_a_run_loads_no_other_framework_and_opens_no_socket(place, tmp_path):
-    script = f"""
-import sys
-def hook(event, arguments):
-    if event in ("socket.connect", "socket.getaddrinfo"):
-        raise SystemExit("a socket was opened: " + repr(arguments))
-sys.addaudithook(hook)
-import train
+TRAIN_MISTAKES = [
+    ("", 2, "missing: --model"),
+    ("--model hf --output_dir r", 2, "--data.train is missing; give"),
+    ("{} --data.trian x", 2, "did you mean --data.train?"),
+    ("{} --config bad.yaml", 2, "bad.yaml: lora.r is the text '8'"),
+    ("{} --config no.yaml", 2, "no.yaml: cannot be read"),
+    ("{} --lora.r 0", 2, "r=0"),
+    ("{} --lora.r eight", 2, "--lora.r is 'eight'; expected an integer"),
+    ("{} --lora.lora_alpha 0", 2, "lora_alpha=0.0"),
+    ("{} --lora.lora_dropout 1.0", 2, "lora_dropout=1.0"),
+    ("{} --lora.target_modules [q_porj]", 2, "did you mean 'q_proj'?"),
+    ("{} --lora.target_modules q_proj", 2, "write [q_proj]"),
+    ("{} --lora.target_modules (", 2, "not a regular expression"),
+    ("{} --lora.target_modules q_proj v_proj", 2, "[q_proj,v_proj]"),
+    ("{} --lora.target_modules [lm_head]", 3, "not supported yet"),
+    ("{} --lora.use_dora", 3, "use_dora"),
+    ("{} --compute.base_dtype nf4", 3, "nf4 is not supported yet"),
+    ("{} --compute.attention cudnn", 2, "needs an NVIDIA GPU"),
+    ("{} --data.format alpaca", 2, "expected one of auto, text"),
+    ("{} --data.train missing.jsonl", 2, "missing.jsonl: no such file"),
+    ("{} --data.train empty", 2, "empty is a folder"),
+    ("{} --data.train nothing.jsonl", 2, "no records"),
+    ("{} --data.train broken.jsonl", 4, "line 2, column 31: not JSON"),
+    ("{} --data.train keys.jsonl", 4, "line 2: no completion"),
+    ("{} --data.eval missing.jsonl", 2, "missing.jsonl: no such file"),
+    ("{} --data.train_on assistant", 2, "choose auto, completion, all"),
+    ("{} --data.seq_len 129", 2, "data.seq_len=129 exceeds"),
+    ("{} --data.seq_len 1", 2, "data.seq_len=1; expected at least 2"),
+    ("{} --train.batch_size 12", 2, "does not divide"),
+    ("{} --train.batch_size 8 --train.grad_accum_steps 3", 2, "not a multiple"),
+    ("{} --mesh.data 3", 2, "8"),
+    ("{} --mesh.data 1 --mesh.tensor 8", 2, "num_key_value_heads=2"),
+    ("{} --seed -1", 2, "seed=-1"),
+    ("{} --train.num_epochs 0 --train.max_steps 0", 2, "num_epochs=0"),
+    ("{} --resume sometimes", 2, "expected one of auto, never, must"),
+    ("{} --model nowhere", 2, "nowhere: no such file or folder"),
+    ("{} --model empty", 2, "empty: holds no config.json"),
+    ("{} --model train.jsonl", 2, "not a model folder"),
+    ("{} --model qwen", 3, "Qwen2ForCausalLM"),
+    ("{} --model cut_off", 4, "model.safetensors"),
+    ("{} --output_dir hf", 2, "hf: holds a model"),
+    ("{} --output_dir train.jsonl", 2, "train.jsonl: exists and is not a folder"),
+    ("{} --output_dir /dev/null/run", 2, "/dev/null/run: "),
+    ("{} --init_adapter empty", 2, "neither adapter_config.json"),
+    ("{} --init_adapter nowhere", 2, "nowhere: no such folder"),
+    ("{} --init_adapter new_run", 2, "nor a checkpoint"),
+]
+GENERATE_MISTAKES = [
+    ("", 2, "missing: --model"),
+    ("--model hf", 2, "give --prompt TEXT, or --chat"),
+    ("--model hf --prompt=", 2, "the prompt is empty"),
+    ("--model hf --prompt a --max_new_tokens 0", 2, "max_new_tokens=0"),
+    ("--model hf --prompt a --max_new_tokens 128", 2, "at most max_new_tokens=127"),
+    ("--model hf --prompt " + "a" * 200, 2, "shorten it"),
+    ("--model hf --prompt a --temperature -1", 2, "temperature=-1.0"),
+    ("--model hf --prompt a --adapter empty", 2, "neither adapter_config.json"),
+    ("--model hf --prompt a --adapter hf", 2, "neither adapter_config.json"),
+    ("--model nowhere --prompt a", 2, "no such file or folder"),
+]
+EVALUATE_MISTAKES = [
+    ("--model hf", 2, "missing: --data"),
+    ("--model hf --data eval.jsonl", 2, "seq_len=512 exceeds"),
+    ("--model hf --data eval.jsonl --batch_size 0", 2, "batch_size=0"),
+    ("--model hf --data eval.jsonl --seq_len 0", 2, "seq_len=0"),
+    ("--model hf --data broken.jsonl --seq_len 64", 4, "line 2, column 31"),
+    ("--model hf --data eval.jsonl --seq_len 64 --adapter new_run", 2, "checkpoint"),
+]
+CONVERT_MISTAKES = [
+    ("from_hf", "", 2, "missing: SRC"),
+    ("from_hf", "hf", 2, "missing: OUT"),
+    ("from_hf", "hf base", 2, "add --overwrite"),
+    ("from_hf", "hf full --overwrite", 2, "choose another OUT"),
+    ("from_hf", "hf hf --overwrite", 2, "is or holds the source"),
+    ("from_hf", "hf /dev/null/x", 2, "/dev/null"),
+    ("from_hf", "hf x --overwrit", 2, "did you mean --overwrite?"),
+    ("from_hf", "hf x y", 2, "unexpected: y"),
+    ("from_hf", "hf x --dtype bf16", 2, "did you mean 'bfloat16'?"),
+    ("from_hf", "hf x --quantize nf4", 3, "not supported yet"),
+    ("from_hf", "qwen x", 3, "Qwen2ForCausalLM"),
+    ("from_hf", "cut_off x", 4, "model.safetensors"),
+    ("info", "nowhere", 2, "no such file or folder"),
+    ("to_hf", "x --model hf", 2, "missing: --adapter"),
+    ("to_hf", "x --model hf --adapter empty", 2, "neither adapter_config.json"),
+    ("to_hf", "base --model hf --adapter run", 2, "add --overwrite"),
+    ("to_peft", "x --adapter hf", 2, "neither adapter_config.json"),
+    ("to_peft", "x --adapter run --for vlm", 2, "--for is 'vlm'; expected one of"),
+]
+MISTAKES = [
+    *(("train", *mistake) for mistake in TRAIN_MISTAKES),
+    *(("generate", *mistake) for mistake in GENERATE_MISTAKES),
+    *(("evaluate", *mistake) for mistake in EVALUATE_MISTAKES),
+    *((f"convert.{name}", *mistake) for name, *mistake in CONVERT_MISTAKES),
+]
+
+
+@pytest.mark.usefixtures("mistakes")
+@pytest.mark.parametrize(
+    ("command", "words", "status", "said"),
+    MISTAKES,
+    ids=[f"{name} {words[:60]}" for name, words, *_ in MISTAKES],
+)
+def test_a_mistake_is_one_message_and_its_status(command, words, status, said, place):
+    given = words.split()
+    if "{}" in given:
+        given = [*training("new"), *given[1:]]
+    done = call(command, *given)
+    assert (done.status, said in done.err) == (status, True), done.err
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+    assert not (place / "x").exists()
+    assert not (place / "new" / "checkpoints").exists()
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path):
+    with locked(tmp_path / "run"):
+        done = call("train", *training(tmp_path / "run"))
+    assert done.status == 2
+    assert "another run is using this folder" in done.err
+
+
+def test_a_folder_that_may_not_be_written_is_told(tmp_path, monkeypatch):
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    done = call("train", *training(tmp_path / "run"))
+    assert done.status == 2
+    assert "cannot be written (Permission denied)" in done.err
+
+
+# Purity.
+
+PURITY = """
+import importlib, pkgutil, runpy, sys
+
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        raise SystemExit(f"opened a socket: {event} {args}")
+
+sys.addaudithook(refuse)
+import convert, jlora, train, generate, evaluate
 from jlora.cli import run_command
-words = {place.flags(tmp_path / "run")!r}
-assert run_command(train.main, train.Arguments, argv=words) == 0
-print(sorted({{"torch", "tensorflow", "transformers", "peft"}} & set(sys.modules)))
+for package in (convert, jlora):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+for module, words in (
+    (train, sys.argv[1:]),
+    (evaluate, "--model hf --data eval.jsonl --seq_len 64 --adapter pure".split()),
+    (generate, "--model hf --prompt a --max_new_tokens 4 --adapter pure".split()),
+):
+    assert run_command(module.main, module.Arguments, argv=words) == 0
+heavy = {"torch", "tensorflow", "transformers", "datasets", "peft", "huggingface_hub"}
+print("loaded:", sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    job = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        env=environment,
+
+
+def test_local_paths_open_no_socket_and_load_no_other_framework(compiled, place):
+    words = training("pure", "--train.max_steps", 2, "--data.eval", "eval.jsonl")
+    done = subprocess.run(
+        [sys.executable, "-c", PURITY, *map(str, words)],
         capture_output=True,
         text=True,
-        check=False,
+        env={**os.environ, **compiled, "PYTHONPATH": str(ROOT)},
+        timeout=120,
     )
-    assert job.returncode == 0, job.stderr
-    assert job.stdout.splitlines()[-1] == "[]"
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_a_command_is_a_program(place):
+    done = subprocess.run(
+        [sys.executable, "-m", "convert.info", "nowhere"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: nowhere: no such file or folder")
+    assert done.stderr.count("\n") == 1

@@ -10,7 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from jlora.checkpoint import RunCheckpoints, load_newest, resume
+from jlora.checkpoint import (
+    RunCheckpoints,
+    fingerprint,
+    load_newest,
+    restore_into,
+    resume,
+)
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.lora import join, trainable_mask
 from jlora.loss import cross_entropy, head_parameters
@@ -155,12 +161,21 @@ def test_the_whole_logits_never_exist():
     assert whole not in str(chunked.lower(hidden).as_text())
 
 
-def test_a_masked_infinite_logit_does_not_reach_the_loss_or_gradient():
-    head = {"kernel": jnp.eye(4)}
-    hidden = jnp.zeros((1, 3, 4)).at[0, 1].set(jnp.inf)
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_masked_infinity_does_not_reach_the_loss_or_gradient(poison, chunk):
     targets, weights = jnp.zeros((1, 3), jnp.int32), jnp.array([[1.0, 0.0, 1.0]])
-    loss = cross_entropy(hidden, head, targets, weights, chunk=1)
-    assert float(loss) == pytest.approx(2 * np.log(4))
+    hidden = jnp.zeros((1, 3, 4)).at[0, 1].set(poison)
+    adapter = {"lora_A": jnp.ones((4, 2)), "lora_B": jnp.ones((2, 4))}
+
+    def loss(hidden, adapter):
+        head = {"kernel": jnp.eye(4), "lora_scaling": jnp.float32(1), **adapter}
+        return cross_entropy(hidden, head, targets, weights, chunk=chunk)
+
+    value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, adapter)
+    clean = jax.grad(loss, argnums=(0, 1))(jnp.zeros((1, 3, 4)), adapter)
+    assert float(value) == pytest.approx(2 * np.log(4))
+    assert_same_bits(gradients, clean)
 
 
 # Steps that are not applied
@@ -277,6 +292,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(saved_run):
     assert "checkpoints/2" in problems[0]
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_that_fell_back_saves_over_the_damaged_steps(saved_run, step):
+    folder = saved_run / "checkpoints"
+    shutil.copytree(folder / "2", folder / "3")
+    for damaged in ("2", "3"):
+        replace_arrays(folder, damaged, "1")
+    run = Run()
+    run.state = resume(saved_run, run.state, META["identity"], mode="must")
+    run.train(step - 1)
+    checkpoints = RunCheckpoints(folder, keep=2)
+    checkpoints.save(step, run.state, META)
+    checkpoints.close()
+    saved, _ = load_newest(folder)
+    assert saved is not None
+    assert saved.step == step
+    assert_same_bits(restore_into(Run().state, saved), run.state)
+
+
 def test_without_a_valid_checkpoint_nothing_is_deleted(saved_run):
     replace_arrays(saved_run / "checkpoints", "2", "1")
     (saved_run / "checkpoints" / "1" / "meta" / "metadata").write_text("{")
@@ -297,3 +330,15 @@ def test_resuming_with_other_settings_names_what_differs(saved_run):
     other = {"data": "y", "lora": {"r": 4}}
     with pytest.raises(UsageError, match=r"the data differs, lora\.r is 4, was 2"):
         resume(saved_run, Run().state, other, mode="auto")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_fingerprint_sees_any_two_values_trade_places(dtype):
+    values = np.array([[1, -1, 2, -2], [0.5, -0.0, 0.0, 3]], dtype)
+    seen = {fingerprint({"w": jnp.asarray(values)})}
+    for i in range(values.size):
+        for j in range(i):
+            other = values.reshape(-1).copy()
+            other[[i, j]] = other[[j, i]]
+            seen.add(fingerprint({"w": jnp.asarray(other.reshape(values.shape))}))
+    assert len(seen) == 1 + values.size * (values.size - 1) // 2
