@@ -144,13 +144,14 @@ def measure(name: str) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
     compile_s = time.perf_counter() - start
-    losses, seconds, metrics = [], [], {}
-    for _ in range(WARM_UP + STEPS):
-        start = time.perf_counter()
+    losses, ends, metrics, pending = [], [], {}, None
+    for _ in range(WARM_UP + STEPS + 1):
         state, metrics = compiled(state, frozen, batch)
-        losses.append(float(metrics["loss"]))
-        seconds.append(time.perf_counter() - start)
-    median = float(np.median(seconds[WARM_UP:]))
+        if pending is not None:  # read one step late, as a run does
+            losses.append(float(pending["loss"]))
+            ends.append(time.perf_counter())
+        pending = metrics
+    median = float(np.median(np.diff(ends)[WARM_UP - 1 :]))
     rate, peak = rows * length / median, peak_flops()
     return {
         "workload": name,

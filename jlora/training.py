@@ -22,6 +22,9 @@ Batch = dict[str, Any]
 Metrics = dict[str, Array]
 # Tokens per device whose logits exist at one time: large enough for full-speed matmuls.
 LOSS_CHUNK_TOKENS = 1024
+# cuBLASLt adds an adapter's product while it writes the layer's; Triton's matmuls,
+# which XLA prefers for narrow ones, need a pass of their own.
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
 @jax.tree_util.register_dataclass
@@ -176,6 +179,7 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
+        compiler_options=_compiler_options(mesh),
         in_shardings=(
             state_shardings,
             tree_shardings(mesh, frozen),
@@ -200,9 +204,14 @@ def make_eval_step(
 
     return jax.jit(
         step,
+        compiler_options=_compiler_options(mesh),
         in_shardings=(tree_shardings(mesh, params), batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
+
+
+def _compiler_options(mesh: Mesh) -> Any:
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
 def evaluate(step: Any, params: Params, dataset: Any) -> tuple[float, int]:
