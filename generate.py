@@ -13,6 +13,7 @@ from jlora.errors import UsageError
 from jlora.generation import generate_tokens
 from jlora.lora import Params
 from jlora.model import Llama, compute_dtype
+from jlora.settings import check_seed
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
+        check_seed(self.seed)
         if self.prompt is None and not self.chat:
             raise UsageError("give --prompt TEXT, or --chat")
         if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):

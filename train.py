@@ -18,7 +18,7 @@ from jlora.cli import run_command
 from jlora.config import LoraConfig
 from jlora.data import Tokenizer, load_dataset
 from jlora.errors import StopRequested, UsageError
-from jlora.loop import StepLog, is_due, stop_requests
+from jlora.loop import StepLog, check_remaining, is_due, stop_requests
 from jlora.lora import Params, add_lora, format_parameter_count, join
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
@@ -30,6 +30,7 @@ from jlora.settings import (
     MeshConfig,
     OptimConfig,
     TrainConfig,
+    check_seed,
 )
 from jlora.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.training import TrainState, evaluate, make_eval_step, make_train_step
@@ -57,6 +58,10 @@ class Arguments:
     """PEFT adapter to continue from; its settings replace the lora group's."""
     plan: bool = False
     """Print what would be trained and whether it fits, then stop."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a seed that is none."""
+        check_seed(self.seed)
 
 
 def main(args: Arguments) -> None:
@@ -135,8 +140,9 @@ def main(args: Arguments) -> None:
     versions = {name: version(name) for name in ("jax", "flax", "optax")}
     meta = {"settings": settings, "identity": identity, "versions": versions}
     with locked(run), stop_requests() as stop:
-        state = resume(run, state, identity, mode=args.resume)
+        state = resume(run, state, meta, mode=args.resume)
         start = int(state.step)
+        check_remaining(run, start, total_steps)
         (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         checkpoints = RunCheckpoints(run / "checkpoints", args.train.keep)
         flops = flops_per_token(params, config, data.row_length)

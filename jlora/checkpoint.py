@@ -24,6 +24,8 @@ from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 SCHEMA_VERSION = 1
 # Parts of a run's identity whose values say nothing to a reader.
 DIGESTS = ("base", "tokenizer", "data")
+# Settings that say where a run lies and how it was called, not what it computes.
+PLACES = ("model", "output_dir", "resume", "plan")
 Tree = dict[str, Any]
 
 
@@ -275,22 +277,36 @@ def check_identity(saved: Saved, identity: dict[str, Any]) -> None:
         )
 
 
-def _by_name(identity: dict[str, Any]) -> dict[str, Any]:
-    """Returns the identity with the settings of a group by their dotted names."""
+def changed_settings(saved: Saved, meta: dict[str, Any]) -> list[str]:
+    """Returns a line per setting and library version that may change and has changed."""
+    lines = []
+    for group in ("settings", "versions"):
+        before, now = (_by_name(x.get(group, {})) for x in (saved.meta, meta))
+        lines += [
+            f"{name} is {json.dumps(now[name])}, was {json.dumps(before[name])}"
+            for name in now
+            if name in before and now[name] != before[name] and name not in PLACES
+        ]
+    return lines
+
+
+def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of each group by their dotted names."""
     result = {}
-    for key, value in identity.items():
+    for key, value in settings.items():
         group = value if isinstance(value, dict) else {"": value}
         result |= {f"{key}.{name}".rstrip("."): item for name, item in group.items()}
     return result
 
 
-def resume(run: Path, state: Any, identity: dict[str, Any], *, mode: str) -> Any:
+def resume(run: Path, state: Any, meta: dict[str, Any], *, mode: str) -> Any:
     """Returns the state to start from: the newest valid checkpoint's, or as given.
 
     Args:
         run: the run folder.
         state: a fresh state, placed on its devices.
-        identity: what has to be as it was when the run began.
+        meta: of this run; its "identity" has to be as it was when the run began, and
+            changes of its "settings" and "versions" are printed.
         mode: auto continues a run if there is one, must demands one, never refuses one.
 
     Raises:
@@ -309,8 +325,10 @@ def resume(run: Path, state: Any, identity: dict[str, Any], *, mode: str) -> Any
             f"{run}: holds a run already; choose another output_dir, "
             "or continue it with --resume auto"
         )
-    check_identity(saved, identity)
+    check_identity(saved, meta["identity"])
     print(f"resuming after step {saved.step}", flush=True)
+    for line in changed_settings(saved, meta):
+        print(f"note: {line}", flush=True)
     return restore_into(state, saved)
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeGuard
 
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
+# Beyond the width of any Llama: a larger rank is a slip, not a wish.
+MAX_RANK = 65536
 SUPPORTED_ROPE_TYPES = ("default", "llama3")
 _ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
 # Keys that change the computation, with the value that leaves a Llama a Llama.
@@ -343,9 +345,10 @@ class LoraConfig:
             UnsupportedError: a PEFT feature that jlora does not have.
         """
         for name, rank in [("r", self.r), *self.rank_pattern.items()]:
-            if not _is_int(rank) or rank < 1:
+            if not _is_int(rank) or not 1 <= rank <= MAX_RANK:
                 raise UsageError(
-                    f"lora: rank {name}={rank!r}; expected an integer >= 1"
+                    f"lora: rank {name}={rank!r}; expected an integer from 1 to "
+                    f"{MAX_RANK:,}"
                 )
         for name, alpha in [
             ("lora_alpha", self.lora_alpha),

@@ -5,9 +5,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from jlora.errors import DivergedError
+from jlora.errors import DivergedError, UsageError
 from jlora.plan import peak_flops, peak_memory_bytes
 from jlora.report import Report
 
@@ -17,6 +18,18 @@ MAX_SKIPPED_IN_A_ROW = 5
 def is_due(step: int, every: int, last: int = 0) -> bool:
     """Whether something that happens every so many steps, and after the last, is due."""
     return step == last or (every > 0 and step % every == 0)
+
+
+def check_remaining(run: Path, start: int, total_steps: int) -> None:
+    """Says so where a run has done its steps; raises UsageError where it did more."""
+    if start > total_steps:
+        raise UsageError(
+            f"{run}: the run is at step {start} already, and this command ends at step "
+            f"{total_steps}; give more steps (train.max_steps, train.num_epochs), or "
+            "another output_dir"
+        )
+    if start == total_steps:
+        print(f"all {total_steps} steps are done; only the adapter is written again")
 
 
 @contextmanager

@@ -142,6 +142,12 @@ class ComputeConfig:
             )
 
 
+def check_seed(seed: int) -> None:
+    """Raises UsageError for a number that is no seed of JAX and NumPy alike."""
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"seed={seed}; expected an integer from 0 to 2^32 - 1")
+
+
 def _at_least(prefix: str, config: object, name: str, low: int) -> None:
     value = getattr(config, name)
     if not low <= value < math.inf:  # NaN fails, too

@@ -34,6 +34,11 @@ def select_modules(
     targets = config.target_modules
     if targets is None:
         targets = list(DEFAULT_TARGETS)
+    if not targets:
+        raise UsageError(
+            f"lora.target_modules={targets!r} is empty; name modules such as "
+            "[q_proj,v_proj], or all-linear"
+        )
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = [name for name in names if name not in TABLES]
     used: set[str] = set()

@@ -478,6 +478,22 @@ def test_a_finished_run_started_again_changes_nothing(interrupted):
     assert (metrics(interrupted.whole), adapter_bytes(interrupted.whole)) == before
 
 
+def test_a_run_with_more_steps_than_asked_for_is_refused_untouched(interrupted):
+    before = (interrupted.whole / "config.yaml").read_text()
+    done = call("train", *training("whole"), "--train.max_steps", 100)
+    assert done.status == 2
+    assert "at step 200 already" in done.err
+    assert (interrupted.whole / "config.yaml").read_text() == before
+
+
+def test_a_resumed_run_tells_which_settings_changed(interrupted):
+    words = [*training("cut"), "--train.max_steps", 201, "--optim.adam_b2", 0.99]
+    out = succeed("train", *words)
+    assert "note: optim.adam_b2 is 0.99, was 0.999\n" in out
+    assert "note: train.max_steps is 201, was 200\n" in out
+    assert "note: model" not in out
+
+
 def test_a_run_without_its_adapter_folder_is_read_from_its_checkpoint(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
@@ -583,6 +599,9 @@ TRAIN_MISTAKES = [
     ("{} --mesh.data 3", 2, "8"),
     ("{} --mesh.data 1 --mesh.tensor 8", 2, "num_key_value_heads=2"),
     ("{} --seed -1", 2, "seed=-1"),
+    ("{} --seed 4294967296", 2, "seed=4294967296; expected"),
+    ("{} --lora.r 1000000000000", 2, "r=1000000000000; expected"),
+    ("{} --lora.target_modules []", 2, "target_modules=[] is empty"),
     ("{} --train.num_epochs 0 --train.max_steps 0", 2, "num_epochs=0"),
     ("{} --resume sometimes", 2, "expected one of auto, never, must"),
     ("{} --model nowhere", 2, "nowhere: no such file or folder"),
@@ -605,6 +624,7 @@ GENERATE_MISTAKES = [
     ("--model hf --prompt a --max_new_tokens 128", 2, "at most max_new_tokens=127"),
     ("--model hf --prompt " + "a" * 200, 2, "shorten it"),
     ("--model hf --prompt a --temperature -1", 2, "temperature=-1.0"),
+    ("--model hf --prompt a --seed 4294967296", 2, "seed=4294967296; expected"),
     ("--model hf --prompt a --adapter empty", 2, "neither adapter_config.json"),
     ("--model hf --prompt a --adapter hf", 2, "neither adapter_config.json"),
     ("--model nowhere --prompt a", 2, "no such file or folder"),

@@ -250,7 +250,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     checkpoints.save(3, first.state, META)
     checkpoints.close()
     second = Run(lora_dropout=0.2)
-    second.state = resume(tmp_path, second.state, META["identity"], mode="must")
+    second.state = resume(tmp_path, second.state, META, mode="must")
     second.train(3)
     assert_same_bits(whole.state, second.state)
 
@@ -263,7 +263,7 @@ def test_a_run_goes_on_from_one_device_to_eight(tmp_path):
     checkpoints.save(2, first.state, META)
     checkpoints.close()
     second = Run(MeshConfig(data=2, fsdp=2, tensor=2))
-    second.state = resume(tmp_path, second.state, META["identity"], mode="auto")
+    second.state = resume(tmp_path, second.state, META, mode="auto")
     assert second.train(2)[-1]["loss"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -299,7 +299,7 @@ def test_a_run_that_fell_back_saves_over_the_damaged_steps(saved_run, step):
     for damaged in ("2", "3"):
         replace_arrays(folder, damaged, "1")
     run = Run()
-    run.state = resume(saved_run, run.state, META["identity"], mode="must")
+    run.state = resume(saved_run, run.state, META, mode="must")
     run.train(step - 1)
     checkpoints = RunCheckpoints(folder, keep=2)
     checkpoints.save(step, run.state, META)
@@ -329,7 +329,7 @@ def test_a_checkpoint_of_another_schema_is_refused_with_both_numbers(saved_run):
 def test_resuming_with_other_settings_names_what_differs(saved_run):
     other = {"data": "y", "lora": {"r": 4}}
     with pytest.raises(UsageError, match=r"the data differs, lora\.r is 4, was 2"):
-        resume(saved_run, Run().state, other, mode="auto")
+        resume(saved_run, Run().state, {"identity": other}, mode="auto")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

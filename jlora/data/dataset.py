@@ -10,7 +10,7 @@ from jlora.data.records import Records, read_records
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example, Tokenized, resolve_train_on, tokenize
 from jlora.errors import CorruptError, UsageError, listing
-from jlora.settings import DataConfig
+from jlora.settings import DataConfig, check_seed
 
 _LEARNT = {
     "assistant": "every assistant turn",
@@ -36,8 +36,7 @@ def load_dataset(
         UnsupportedError: a file format or chat template that jlora cannot use.
         CorruptError: records that cannot be used, or ids the model does not have.
     """
-    if seed < 0:
-        raise UsageError(f"seed={seed}; expected an integer of at least 0")
+    check_seed(seed)
     path = Path(path)
     records = read_records(path, config.format)
     train_on = resolve_train_on(records, config.train_on)
