@@ -197,3 +197,17 @@ def test_thousands_of_records_take_seconds(tmp_path):
     rows = [chat(f"What is the sum of {i} and two?", "five " * 20) for i in range(3000)]
     data = load(write_rows(tmp_path / "data.jsonl", rows), batch_size=8)
     assert data.steps_per_epoch == 375
+
+
+@LAYOUTS
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_parts_of_any_number_of_processes_make_the_same_batch(path, packing, processes):
+    data = load(path, packing=packing, shuffle=True, batch_size=4, seq_len=128)
+    share = 4 // processes
+    for step in range(data.steps_per_epoch + 1):
+        parts = [
+            data.batch(step, slice(p * share, (p + 1) * share))
+            for p in range(processes)
+        ]
+        whole = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+        np.testing.assert_equal(whole, data.batch(step))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jlora.data.packing import pack_documents
+from jlora.data.packing import Packing, one_per_row, pack_documents
 from jlora.data.tokens import Example
 
 # Rows are rounded up to this many tokens, so that similar files share a compiled step.
@@ -23,7 +23,7 @@ class Dataset:
     """uint8, 1 where the token is to be learnt; 0 at the start of every record."""
     starts: np.ndarray
     """int64 [num_records + 1], where each record starts in `tokens`."""
-    rows: list[list[int]]
+    rows: Packing
     """The records of each row, as ranks in the order of an epoch (see `_plan`)."""
     row_length: int
     batch_size: int
@@ -44,12 +44,12 @@ class Dataset:
     @property
     def num_rows(self) -> int:
         """Rows per epoch."""
-        return len(self.rows)
+        return self.rows.num_rows
 
     @property
     def max_segments(self) -> int:
         """Most records in one row."""
-        return max(map(len, self.rows))
+        return self.rows.max_documents
 
     @property
     def num_tokens(self) -> int:
@@ -78,8 +78,8 @@ class Dataset:
             digest.update(np.ascontiguousarray(array, dtype).tobytes())
         return digest.hexdigest()
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Returns batch `step` (0, 1, ...), each array [batch_size, row_length].
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Returns rows of batch `step` (0, 1, ...), each array [rows, row_length].
 
         tokens and targets int32, loss_mask float32 (1 where the target counts),
         segment_ids int32 (0 for padding, documents 1, 2, ...), positions int32 (from 0
@@ -87,7 +87,8 @@ class Dataset:
         """
         epoch, index = divmod(step, self.steps_per_epoch)
         records, order = self._plan(epoch)
-        shape = (self.batch_size, self.row_length)
+        wanted = range(self.batch_size)[rows]
+        shape = (len(wanted), self.row_length)
         batch = {
             "tokens": np.full(shape, self.pad_id, np.int32),
             "targets": np.full(shape, self.pad_id, np.int32),
@@ -95,10 +96,11 @@ class Dataset:
             "segment_ids": np.zeros(shape, np.int32),
             "positions": np.zeros(shape, np.int32),
         }
-        first = index * self.batch_size
-        for at, row in enumerate(order[first : first + self.batch_size]):
+        of_batch = order[index * self.batch_size :][: self.batch_size].tolist()
+        for at, row in enumerate(wanted):
             column = 0
-            for segment, rank in enumerate(self.rows[row], 1):
+            ranks = self.rows.row(of_batch[row]) if row < len(of_batch) else []
+            for segment, rank in enumerate(ranks, 1):
                 column = self._put(batch, at, column, segment, int(records[rank]))
         return batch
 
@@ -155,9 +157,9 @@ def make_dataset(
     """Returns the rows of examples that are at most `seq_len` tokens long."""
     lengths = np.array([len(example.tokens) for example in examples])
     row_length = seq_len
-    rows = [[rank] for rank in range(len(examples))]
+    rows = one_per_row(len(examples))
     if packing:
-        rows = pack_documents(sorted(lengths.tolist(), reverse=True), seq_len)
+        rows = pack_documents(-np.sort(-lengths), seq_len)
     else:
         longest = int(lengths.max())
         row_length = min(seq_len, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
