@@ -16,7 +16,34 @@ from convert.source import Dtype
 
 # Made by tests/golden/make_adapters_golden.py with PEFT.
 GOLDEN = Path(__file__).parent / "golden" / "adapters"
-CASES = sorted(path.name for path in GOLDEN.iterdir() if not path.name.startswith("_"))
+ALL = sorted(path.name for path in GOLDEN.iterdir() if not path.name.startswith("_"))
+# What jlora refuses, by name.
+REFUSED = [
+    "bf16_dora",
+    "bf16_embed_lm_head",
+    "bf16_modules_to_save",
+    "bias_all",
+    "bias_lora_only",
+    "dora",
+    "dora_embed",
+    "dora_rslora",
+    "embed",
+    "lm_head",
+    "lora_bias",
+    "modules_to_save",
+    "modules_to_save_norm",
+    "olora",
+    "pissa",
+    "resized_vocab",
+    "tied_embed",
+    "tied_embed_ensured",
+    "tied_lm_head",
+    "tied_modules_to_save",
+    "tied_modules_to_save_ensured",
+    "tied_trainable_tokens",
+    "trainable_tokens",
+]
+CASES = [name for name in ALL if name not in REFUSED]
 
 
 class Case(NamedTuple):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from adapters import CASES, GOLDEN, bits, changed_copy, golden, tensors
+from adapters import CASES, GOLDEN, REFUSED, bits, changed_copy, golden, tensors
 
 import jlora
 from convert.names import module_name, module_path
@@ -78,6 +78,12 @@ def rewrite(case, folder, **kwargs):
     config = read_adapter(case.folder).config
     write_adapter(params, config, folder, "base", **kwargs)
     return folder
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_supported_is_refused(name):
+    with pytest.raises(UnsupportedError):
+        read_adapter(GOLDEN / name)
 
 
 def test_modules_ranks_and_scalings_equal_peft(case):

@@ -12,13 +12,17 @@ the order of summation. On another CPU the last bits of logits and gradients may
 expected.npz of a case, in PEFT's layout:
     input_ids               [2, 16] int32
     logits, loss            base and adapter in float32; the loss is of the next tokens
-    grad/<adapter key>      gradient of loss, first adapted module
+    grad/<adapter key>      gradient of loss, first adapted module, embedding and head
     targeted, r, scaling    sorted adapted modules with rank and scaling of each
     trainable_params, all_params
     changed                 HF keys that differ between the base and the merged model
-    merged/<HF key>         first and last changed tensor (bfloat16 as its bits)
+    merged/<HF key>         first and last changed, embedding, head (bfloat16 as bits)
     logits_merged           merged in the base's dtype, run in float32
+    logits_merged_peft_wrong  what merge_and_unload() gives where it is wrong
     safe_merge/<HF key>     `bf16` only: the two roundings that must not be matched
+
+PEFT merges adapters on a tied table wrongly; there the base is untied before it merges.
+_layers/dropout.npz holds one layer with a known dropout mask, for LoRA and DoRA.
 """
 
 import json
@@ -48,14 +52,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 HERE = Path(__file__).resolve().parent / "adapters"
 VOCAB, TOKENS = 80, (2, 16)
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# name: (tied, stored dtype, rope_theta)
+# name: (tied, stored dtype, attention bias, rope_theta)
 BASES = {
-    "untied_fp32": (False, torch.float32, 500000.0),
-    "tied_fp32": (True, torch.float32, 50000.0),
-    "untied_bf16": (False, torch.bfloat16, 500000.0),
+    "untied_fp32": (False, torch.float32, False, 500000.0),
+    "tied_fp32": (True, torch.float32, False, 50000.0),
+    "untied_bf16": (False, torch.bfloat16, False, 500000.0),
+    "bias_fp32": (False, torch.float32, True, 10000.0),
 }
 QV, QO = ["q_proj", "v_proj"], ["q_proj", "o_proj"]
+TABLES = ["lm_head", "embed_tokens"]
 SMALL = {"r": 4, "lora_alpha": 8}
+ON_Q = {**SMALL, "target_modules": ["q_proj"]}
+ON_TABLE = {**SMALL, "target_modules": ["q_proj", "embed_tokens"]}
+ON_HEAD = {**SMALL, "target_modules": ["q_proj", "lm_head"]}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "basic": (
         "untied_fp32",
@@ -127,7 +136,81 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bf16_stored_adapter": ("untied_bf16", {**SMALL, "target_modules": QV}),
     "tied": ("tied_fp32", {"r": 8, "lora_alpha": 16, "target_modules": QV}),
+    "dora": (
+        "untied_fp32",
+        {**SMALL, "use_dora": True, "target_modules": "all-linear"},
+    ),
+    "dora_rslora": (
+        "untied_fp32",
+        {
+            "r": 8,
+            "lora_alpha": 8,
+            "use_dora": True,
+            "use_rslora": True,
+            "target_modules": ["v_proj"],
+        },
+    ),
+    "dora_embed": (
+        "untied_fp32",
+        {**SMALL, "use_dora": True, "target_modules": ["embed_tokens"]},
+    ),
+    "bf16_dora": (
+        "untied_bf16",
+        {**SMALL, "use_dora": True, "target_modules": ["q_proj", "down_proj"]},
+    ),
+    "embed": ("untied_fp32", ON_TABLE),
+    "lm_head": ("untied_fp32", ON_HEAD),
+    "bf16_embed_lm_head": (
+        "untied_bf16",
+        {**SMALL, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ),
+    "modules_to_save": ("untied_fp32", {**ON_Q, "modules_to_save": TABLES}),
+    "modules_to_save_norm": ("untied_fp32", {**ON_Q, "modules_to_save": ["norm"]}),
+    "bf16_modules_to_save": ("untied_bf16", {**ON_Q, "modules_to_save": TABLES}),
+    "trainable_tokens": (
+        "untied_fp32",
+        {**ON_Q, "trainable_token_indices": [1, 5, 9]},
+    ),
+    "resized_vocab": ("untied_fp32", ON_Q),
+    "pissa": (
+        "untied_fp32",
+        {
+            "r": 8,
+            "lora_alpha": 16,
+            "init_lora_weights": "pissa",
+            "target_modules": QV,
+        },
+    ),
+    "olora": (
+        "untied_fp32",
+        {
+            "r": 8,
+            "lora_alpha": 16,
+            "init_lora_weights": "olora",
+            "target_modules": QV,
+        },
+    ),
+    "tied_trainable_tokens": (
+        "tied_fp32",
+        {**ON_Q, "trainable_token_indices": [1, 5, 9]},
+    ),
+    "tied_modules_to_save": (
+        "tied_fp32",
+        {**ON_Q, "modules_to_save": ["embed_tokens"]},
+    ),
+    "tied_modules_to_save_ensured": (
+        "tied_fp32",
+        {**ON_Q, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "tied_embed": ("tied_fp32", ON_TABLE),
+    "tied_lm_head": ("tied_fp32", ON_HEAD),
+    "tied_embed_ensured": ("tied_fp32", {**ON_TABLE, "ensure_weight_tying": True}),
+    "bias_all": ("bias_fp32", {**ON_Q, "bias": "all"}),
+    "bias_lora_only": ("bias_fp32", {**ON_Q, "bias": "lora_only"}),
+    "lora_bias": ("bias_fp32", {**ON_Q, "lora_bias": True}),
 }
+NEW_TOKENS = {"resized_vocab": 4}
+PEFT_MERGES_WRONGLY = {"tied_embed", "tied_lm_head", "tied_embed_ensured"}
 
 
 def normal(*seed_words: str, shape: Any) -> torch.Tensor:
@@ -143,7 +226,7 @@ def on_grid(x: torch.Tensor, std: float, step: float) -> torch.Tensor:
 
 
 def make_base(name: str) -> None:
-    tied, dtype, theta = BASES[name]
+    tied, dtype, bias, theta = BASES[name]
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -154,6 +237,7 @@ def make_base(name: str) -> None:
         max_position_embeddings=128,
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
+        attention_bias=bias,
         bos_token_id=1,
         eos_token_id=2,
         rope_parameters={"rope_type": "default", "rope_theta": theta},
@@ -162,7 +246,10 @@ def make_base(name: str) -> None:
     with torch.no_grad():
         for key, p in model.named_parameters():
             x = normal("base", key, shape=p.shape)
-            p.copy_(1 + 0.1 * x if "norm" in key else x / p.shape[-1] ** 0.5)
+            if "norm" in key or key.endswith("bias"):
+                p.copy_(("norm" in key) + 0.1 * x)
+            else:
+                p.copy_(x / p.shape[-1] ** 0.5)
     model.to(dtype).save_pretrained(f"_base/{name}")
     Path(f"_base/{name}/generation_config.json").unlink(missing_ok=True)
     if name == "tied_fp32":  # in the spelling of transformers 4, as most models have it
@@ -178,10 +265,34 @@ def make_base(name: str) -> None:
         path.write_text(json.dumps(old, indent=2, sort_keys=True) + "\n")
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    return LlamaForCausalLM.from_pretrained(
+def load(name: str, dtype: torch.dtype = torch.float32, new_tokens: int = 0) -> Any:
+    model: Any = LlamaForCausalLM.from_pretrained(
         f"_base/{name}", dtype=dtype, attn_implementation="eager"
     ).eval()
+    if new_tokens:
+        model.resize_token_embeddings(VOCAB + new_tokens, mean_resizing=False)
+        tables = (
+            ("embed_tokens", model.model.embed_tokens),
+            ("lm_head", model.lm_head),
+        )
+        for key, table in tables:
+            rows = normal("new", key, shape=(new_tokens, table.weight.shape[1]))
+            table.weight.data[VOCAB:] = rows / table.weight.shape[1] ** 0.5
+    return model
+
+
+def merge_correctly(case: str, base: str) -> Any:
+    """Returns what merge_and_unload would have to give on a tied base: untie first."""
+    model = load(base)
+    model.config.tie_word_embeddings = False
+    table = model.model.embed_tokens.weight.detach().clone()
+    model.lm_head.weight = torch.nn.Parameter(table)
+    config: Any = LoraConfig.from_pretrained(case)
+    if config.ensure_weight_tying:
+        config.ensure_weight_tying = False
+        config.target_modules = {*config.target_modules, "lm_head"}
+    merged: Any = PeftModel.from_pretrained(model, case, config=config)
+    return merged.merge_and_unload()
 
 
 def input_ids() -> torch.Tensor:
@@ -196,11 +307,20 @@ def logits(model: Any, ids: torch.Tensor) -> np.ndarray:
 
 
 def randomise(case: str, model: Any) -> None:
-    """Gives A and B values that matter; PEFT's own start leaves B at zero."""
+    """Gives every trainable tensor values that matter; PEFT's own start has B = 0."""
+    from_base = model.peft_config["default"].init_lora_weights in ("pissa", "olora")
     with torch.no_grad():
         for key, p in model.named_parameters():
-            if p.requires_grad:
-                x = normal(case, key, shape=p.shape)
+            if not p.requires_grad:
+                continue
+            x = normal(case, key, shape=p.shape)
+            if "magnitude" in key:
+                p.copy_(p * (1 + 0.2 * x).clamp(0.5, 1.5))
+            elif "lora_" not in key:  # modules_to_save, trainable tokens, biases
+                p.copy_(p.float() + 0.1 * x)
+            elif from_base:
+                p.copy_(p + 0.05 * x)
+            else:
                 std, step = (0.125, 2**-7) if "_A" in key else (0.0625, 2**-8)
                 p.copy_(on_grid(x, std, step))
 
@@ -211,9 +331,11 @@ def bits(t: torch.Tensor) -> np.ndarray:
 
 def make_case(case: str) -> None:
     name, fields = CASES[case]
-    stored, ids = BASES[name][1], input_ids()
+    stored, new_tokens, ids = BASES[name][1], NEW_TOKENS.get(case, 0), input_ids()
+    if new_tokens:
+        ids[:, 10] = VOCAB + 1
     model = get_peft_model(
-        load(name, stored),
+        load(name, stored, new_tokens),
         LoraConfig(**{"task_type": "CAUSAL_LM", **fields}),
         autocast_adapter_dtype=case != "bf16_stored_adapter",
     )
@@ -222,7 +344,8 @@ def make_case(case: str) -> None:
     model.save_pretrained(case)
     (Path(case) / "README.md").unlink()
 
-    model = PeftModel.from_pretrained(load(name), case, is_trainable=True).eval()
+    base = load(name, new_tokens=new_tokens)
+    model = PeftModel.from_pretrained(base, case, is_trainable=True).eval()
     layers: dict[str, Any] = {
         n: m
         for n, m in model.base_model.model.named_modules()
@@ -241,24 +364,73 @@ def make_case(case: str) -> None:
         "r": np.array([layers[n].r["default"] for n in sorted(layers)], np.int32),
         "scaling": np.array([layers[n].scaling["default"] for n in sorted(layers)]),
     }
+    watched = {min(layers), *(n for n in layers if n.endswith(tuple(TABLES)))}
     for key, p in model.named_parameters():
-        if p.grad is not None and f".{min(layers)}.lora_" in key:
-            out[f"grad/{key.replace('.default', '')}"] = p.grad.numpy()
+        if p.grad is not None and any(f".{n}.lora_" in key for n in watched):
+            key = key.replace("vector.default.weight", "vector").replace(".default", "")
+            out[f"grad/{key}"] = p.grad.numpy()
 
     old = load(name, stored).state_dict()
-    merged = PeftModel.from_pretrained(load(name, stored), case).merge_and_unload()
+    base = load(name, stored, new_tokens)
+    merged: Any = PeftModel.from_pretrained(base, case).merge_and_unload()
+    if case in PEFT_MERGES_WRONGLY:
+        out["logits_merged_peft_wrong"] = logits(merged, ids)
+        merged = merge_correctly(case, name)
     new = {k: v.clone() for k, v in merged.state_dict().items()}
     out["changed"] = np.array(sorted(k for k in new if not torch.equal(new[k], old[k])))
+    tables = {k for k in out["changed"] if "embed_tokens" in k or "lm_head" in k}
     narrow = stored == torch.bfloat16
-    for key in out["changed"][[0, -1]]:
+    for key in sorted({*out["changed"][[0, -1]], *tables}):
         out[f"merged/{key}"] = bits(new[key]) if narrow else new[key].numpy()
     out["logits_merged"] = logits(merged.float(), ids)
     if case == "bf16":
-        safe = PeftModel.from_pretrained(load(name, stored), case)
+        safe: Any = PeftModel.from_pretrained(load(name, stored), case)
         key = out["changed"][-1]
         weights = safe.merge_and_unload(safe_merge=True).state_dict()
         out[f"safe_merge/{key}"] = bits(weights[key])
     np.savez_compressed(f"{case}/expected.npz", **out)
+
+
+def make_layers() -> None:
+    """Makes one linear layer with a known dropout mask, comparable without a seed."""
+    mask = (normal("layers", "mask", shape=(2, 5, 64)) > -0.6745).float() / 0.75
+
+    class Mask(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * mask
+
+    out: dict[str, Any] = {}
+    for prefix in ("lora", "dora"):
+        config = LoraConfig(
+            r=4,
+            lora_alpha=6,
+            lora_dropout=0.25,
+            use_dora=prefix == "dora",
+            target_modules=["k_proj"],
+            layers_to_transform=[0],
+        )
+        model: Any = get_peft_model(load("untied_fp32"), config)
+        randomise("layers", model)
+        layer = model.base_model.model.model.layers[0].self_attn.k_proj
+        x = normal("layers", "x", shape=(2, 5, 64)).requires_grad_()
+        upstream = normal("layers", "upstream", shape=(2, 5, 32))
+        layer.eval()
+        out[f"{prefix}/y_eval"] = layer(x).detach().numpy()
+        layer.lora_dropout["default"] = Mask()
+        layer.train()
+        y = layer(x)
+        (y * upstream).sum().backward()
+        params = {n: getattr(layer, n)["default"].weight for n in ("lora_A", "lora_B")}
+        if prefix == "dora":
+            params["magnitude"] = layer.lora_magnitude_vector["default"].weight
+        out[f"{prefix}/y_train"] = y.detach().numpy()
+        out[f"{prefix}/grad/x"] = x.grad.numpy()
+        out |= {f"{prefix}/{k}": p.detach().numpy() for k, p in params.items()}
+        out |= {f"{prefix}/grad/{k}": p.grad.numpy() for k, p in params.items()}
+        out |= {"x": x.detach().numpy(), "upstream": upstream.numpy()}
+        out |= {"mask": mask.numpy(), "scaling": np.float64(layer.scaling["default"])}
+        out["weight"] = layer.base_layer.weight.detach().numpy()
+    np.savez_compressed("_layers/dropout.npz", **out)
 
 
 def main() -> None:
@@ -269,8 +441,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
+    Path("_layers").mkdir()
     for name in BASES:
         make_base(name)
+    make_layers()
     for case in CASES:
         make_case(case)
 
