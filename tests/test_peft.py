@@ -400,7 +400,7 @@ def test_a_start_that_leaves_the_base_alone_is_plain_lora(start, folder):
         ({"lora_dropout": 2}, "lora_dropout=2"),
         ({"target_modules": [1]}, "target_modules="),
         ({"target_modules": "(q_proj"}, "not a regular expression"),
-        ({"target_modules": []}, "selects no module"),
+        ({"target_modules": []}, "is empty"),
         ({"target_modules": r"model\.layers\.0"}, "not a linear layer"),
         ({"exclude_modules": {}}, "exclude_modules={}"),
         ({"layers_to_transform": "1"}, "layers_to_transform='1'"),
