@@ -1,10 +1,14 @@
 """The flag groups: one frozen dataclass each, the only source of their defaults and help."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from jlora.errors import UnsupportedError, UsageError
+from jlora.errors import UnsupportedError, UsageError, listing, nearest
+
+# Kinds of trainable leaves; see `optimizer.group_of`. `embedding`: both factors of an
+# adapter on the embedding; `whole`: matrices trained in full; `norm`: scales and biases.
+DECAY_GROUPS = ("lora_A", "lora_B", "embedding", "magnitude", "whole", "norm")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,13 @@ class OptimConfig:
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of lora_A and lora_B."""
+    """Decoupled weight decay of everything trained but norms and biases."""
+    group_weight_decay: dict[str, float] = field(default_factory=dict)
+    """Other decays by group: lora_A, lora_B, embedding, magnitude, whole, norm."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: learning rate of lora_B as a multiple of lora_A's; null: the same."""
+    loraplus_lr_embedding: float = 1e-6
+    """LoRA+: learning rate of adapters on the embedding."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     adam_b1: float = 0.9
@@ -59,6 +69,23 @@ class OptimConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name != "warmup_ratio" and value == 1):
                 raise UsageError(f"optim.{name}={value}; expected a number in [0, 1)")
+        for group, decay in self.group_weight_decay.items():
+            if group not in DECAY_GROUPS:
+                raise UsageError(
+                    f"optim.group_weight_decay: no group {group!r}"
+                    f"{nearest(group, DECAY_GROUPS)}; there are {listing(DECAY_GROUPS)}"
+                )
+            if not 0 <= decay < math.inf:
+                raise UsageError(
+                    f"optim.group_weight_decay: {group}={decay!r}; expected at least 0"
+                )
+        if self.loraplus_lr_ratio is not None:
+            _at_least("optim", self, "loraplus_lr_ratio", 0)
+            _at_least("optim", self, "loraplus_lr_embedding", 0)
+            if not self.learning_rate:
+                raise UsageError(
+                    "optim.loraplus_lr_ratio needs optim.learning_rate above 0"
+                )
 
 
 @dataclass(frozen=True)

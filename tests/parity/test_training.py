@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 
 import convert
 from jlora.optimizer import make_optimizer, make_schedule
@@ -24,9 +25,18 @@ def random_batches():
         yield tokens, mask
 
 
-def train_with_torch(model, *, weight_decay, max_grad_norm):
+def train_with_torch(model, *, weight_decay, max_grad_norm, ratio):
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=weight_decay)
+    if ratio is None:
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=weight_decay)
+    else:
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=RATE,
+            loraplus_lr_ratio=ratio,
+            loraplus_weight_decay=weight_decay,
+        )
     losses = []
     for tokens, mask in random_batches():
         # HF shifts the labels itself.
@@ -42,7 +52,7 @@ def train_with_torch(model, *, weight_decay, max_grad_norm):
     return losses
 
 
-def train_with_jax(base, adapter, *, weight_decay, max_grad_norm, accumulate):
+def train_with_jax(base, adapter, *, weight_decay, max_grad_norm, ratio, accumulate):
     model, params = convert.load(base, adapter=adapter)
     config = OptimConfig(
         learning_rate=RATE,
@@ -50,6 +60,7 @@ def train_with_jax(base, adapter, *, weight_decay, max_grad_norm, accumulate):
         warmup_ratio=0,
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
+        loraplus_lr_ratio=ratio,
     )
     optimizer = make_optimizer(config, make_schedule(config, STEPS))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -78,11 +89,16 @@ def train_with_jax(base, adapter, *, weight_decay, max_grad_norm, accumulate):
 
 
 @pytest.mark.parametrize(
-    ("weight_decay", "max_grad_norm", "accumulate"),
-    [(0.0, 0.0, 1), (0.1, 0.05, 1), (0.1, 0.05, 2)],
+    ("weight_decay", "max_grad_norm", "ratio", "accumulate"),
+    [
+        (0.0, 0.0, None, 1),
+        (0.1, 0.05, None, 1),
+        (0.1, 0.05, None, 2),
+        (0.1, 0.05, 4.0, 1),
+    ],
 )
 def test_five_steps_equal_torch_and_peft(
-    weight_decay, max_grad_norm, accumulate, tmp_path
+    weight_decay, max_grad_norm, ratio, accumulate, tmp_path
 ):
     base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
     config = LoraConfig(
@@ -91,7 +107,11 @@ def test_five_steps_equal_torch_and_peft(
     torch.manual_seed(5)
     theirs = get_peft_model(llamas.save(tmp_path / "base"), config)
     theirs.save_pretrained(adapter)
-    options = {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm}
+    options = {
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "ratio": ratio,
+    }
     expected = train_with_torch(theirs, **options)
     losses, trainable = train_with_jax(base, adapter, accumulate=accumulate, **options)
     np.testing.assert_allclose(losses, expected, rtol=0, atol=1e-4)
