@@ -8,7 +8,14 @@ from jlora.errors import UnsupportedError, UsageError, listing, nearest
 
 # Kinds of trainable leaves; see `optimizer.group_of`. `embedding`: both factors of an
 # adapter on the embedding; `whole`: matrices trained in full; `norm`: scales and biases.
-DECAY_GROUPS = ("lora_A", "lora_B", "embedding", "magnitude", "whole", "norm")
+DECAY_GROUPS: tuple[str, ...] = (
+    "lora_A",
+    "lora_B",
+    "embedding",
+    "magnitude",
+    "whole",
+    "norm",
+)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def adamw_in_float64(settings, max_norm):
     """AdamW with (learning rate, decay) per leaf, linear decay of the rate, clipping."""
     params, names = adapted()
     values = {name: named(params)[name] for name in names}
-    first, second = (dict.fromkeys(names, 0.0) for _ in range(2))
+    first, second = ({n: np.zeros(()) for n in names} for _ in range(2))
     for step in range(STEPS):
         drawn = named(gradients(params, step))
         norm = np.sqrt(sum((drawn[name] ** 2).sum() for name in names))
