@@ -75,7 +75,7 @@ def main(args: Arguments) -> None:
     attention = choose_attention("auto", dtype=dtype, head_dim=config.head_dim)
     model = Llama(config, dtype, attention, max_segments=data.max_segments)
     step = make_eval_step(model, mesh, params=params, packed=args.packing)
-    loss, count = evaluate(step, params, data)
+    loss, count = evaluate(step, params, data, mesh)
     print(
         f"loss: {loss:.6f} || perplexity: {math.exp(min(loss, 700)):.4f} || "
         f"tokens: {count:,d}"

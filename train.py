@@ -16,7 +16,7 @@ from convert.source import Source, load_params, open_source
 from jlora.checkpoint import RunCheckpoints, fingerprint, locked, resume
 from jlora.cli import run_command
 from jlora.config import LoraConfig
-from jlora.data import Tokenizer, load_dataset
+from jlora.data import Prefetch, Tokenizer, load_dataset
 from jlora.errors import StopRequested, UsageError
 from jlora.loop import StepLog, check_remaining, is_due, stop_requests
 from jlora.lora import Params, add_lora, format_parameter_count, join
@@ -88,8 +88,8 @@ def main(args: Arguments) -> None:
     base, params, lora = load_model(args, source, mesh)
     print(format_parameter_count(params))
     print("\n".join(data.summary + (held_out.summary if held_out else [])))
-    epochs = args.train.num_epochs
-    total_steps = args.train.max_steps or math.ceil(epochs * data.steps_per_epoch)
+    epoch_steps = math.ceil(args.train.num_epochs * data.steps_per_epoch)
+    total_steps = args.train.max_steps or epoch_steps
     work = plan_workload(
         config,
         params,
@@ -108,10 +108,8 @@ def main(args: Arguments) -> None:
         print("\n".join(memory_table(params, work)))
         return
     segments = max(d.max_segments for d in (data, held_out) if d)
-    model = Llama(
-        config, work.dtype, work.attention, work.remat, lora.lora_dropout, segments
-    )
-
+    options = (work.dtype, work.attention, work.remat, lora.lora_dropout, segments)
+    model = Llama(config, *options)
     schedule = make_schedule(args.optim, total_steps)
     optimizer = make_optimizer(args.optim, schedule)
     state, frozen = TrainState.create(params, optimizer, mesh)
@@ -146,7 +144,10 @@ def main(args: Arguments) -> None:
         (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         checkpoints = RunCheckpoints(run / "checkpoints", args.train.keep)
         flops = flops_per_token(params, config, data.row_length)
-        with Report(run, total_steps=total_steps, start_step=start) as report:
+        with (
+            Report(run, total_steps=total_steps, start_step=start) as report,
+            Prefetch(data, mesh, start=start, stop=total_steps) as batches,
+        ):
             log = StepLog(
                 report,
                 schedule,
@@ -154,15 +155,15 @@ def main(args: Arguments) -> None:
                 steps_per_epoch=data.steps_per_epoch,
                 log_every=args.train.log_every,
             )
-            for done in range(start + 1, total_steps + 1):
-                state, metrics = step(state, frozen, data.batch(done - 1))
-                log.add(done, metrics)
+            for done, batch in enumerate(batches, start + 1):
+                state, metrics = step(state, frozen, batch)
+                log.add(done, metrics, batches.waited_s)
                 stopping = stop.is_set() and done < total_steps
                 evaluating = is_due(done, args.train.eval_every, total_steps)
                 if held_out and evaluating and not stopping:
                     log.flush()
                     tuned = join(state.trainable, frozen)
-                    eval_loss, _ = evaluate(eval_step, tuned, held_out)
+                    eval_loss, _ = evaluate(eval_step, tuned, held_out, mesh)
                     report.log(step=done, eval_loss=eval_loss)
                 # Saved after the evaluation, which a resumed run does not repeat.
                 if stopping or is_due(done, args.train.save_every, total_steps):
@@ -171,10 +172,10 @@ def main(args: Arguments) -> None:
                 if stopping:
                     raise StopRequested(f"step {done} is saved; run it again to go on")
         checkpoints.close()
-        out = run / "adapter"
-        write_adapter(state.trainable, lora, out, args.model, overwrite=True)
+        adapter = run / "adapter"
+        write_adapter(state.trainable, lora, adapter, args.model, overwrite=True)
         plot(run)
-    print(f"adapter written to {out}")
+    print(f"adapter written to {adapter}")
 
 
 def load_model(

@@ -65,13 +65,17 @@ class StepLog:
         self._report, self._schedule, self._every = report, schedule, log_every
         self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
         self._peak = peak_flops()
-        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._pending: tuple[int, dict[str, Any], float] | None = None
         self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
+        self._waited = 0.0
 
-    def add(self, step: int, metrics: dict[str, Any]) -> None:
-        """Takes the metrics of a step that may still run, and logs the one before."""
+    def add(self, step: int, metrics: dict[str, Any], waited_s: float) -> None:
+        """Takes the metrics of a step that may still run, and logs the one before.
+
+        `waited_s` is how long all batches up to this step's were waited for.
+        """
         self.flush()
-        self._pending = step, metrics
+        self._pending = step, metrics, waited_s
 
     def flush(self) -> None:
         """Logs what is pending, waiting for its step.
@@ -81,7 +85,7 @@ class StepLog:
         """
         if self._pending is None:
             return
-        (step, arrays), self._pending = self._pending, None
+        (step, arrays, waited), self._pending = self._pending, None
         metrics = {name: array.item() for name, array in arrays.items()}
         skipped, in_a_row = metrics.pop("skipped"), metrics.pop("in_a_row")
         self._tokens, self._steps = self._tokens + metrics["tokens"], self._steps + 1
@@ -100,7 +104,8 @@ class StepLog:
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now
         rate, self._tokens = self._tokens / elapsed, 0
-        per_step, self._steps = elapsed / self._steps, 0
+        per_step, wait = elapsed / self._steps, (waited - self._waited) / self._steps
+        self._steps, self._waited = 0, waited
         self._report.log(
             step=step,
             epoch=step / self._steps_per_epoch,
@@ -109,6 +114,7 @@ class StepLog:
             skipped=skipped,
             tokens_per_second=rate,
             step_time_s=per_step,
+            data_wait_s=wait,
             mfu=self._flops * rate / self._peak if self._peak else None,
             peak_memory_bytes=peak_memory_bytes(),
         )

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jlora.data import Dataset, Prefetch
 from jlora.lora import Params, join, split, trainable_mask
 from jlora.loss import cross_entropy, head_parameters
 from jlora.model import Llama
@@ -214,12 +215,15 @@ def _compiler_options(mesh: Mesh) -> Any:
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
-def evaluate(step: Any, params: Params, dataset: Any) -> tuple[float, int]:
+def evaluate(
+    step: Any, params: Params, dataset: Dataset, mesh: Mesh
+) -> tuple[float, int]:
     """Returns (mean loss in nats per supervised token, tokens) over a whole data set."""
     total = count = 0.0
-    for index in range(dataset.steps_per_epoch):
-        summed, supervised = step(params, dataset.batch(index))
-        total, count = total + float(summed), count + float(supervised)
+    with Prefetch(dataset, mesh, start=0, stop=dataset.steps_per_epoch) as batches:
+        for batch in batches:
+            summed, supervised = step(params, batch)
+            total, count = total + float(summed), count + float(supervised)
     return total / count, int(count)
 
 

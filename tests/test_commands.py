@@ -43,7 +43,7 @@ STEPS = 40
 PER_STEP = {
     *("step", "epoch", "loss", "learning_rate", "grad_norm"),
     *("tokens", "supervised_tokens", "tokens_per_second"),
-    *("step_time_s", "mfu", "peak_memory_bytes"),
+    *("step_time_s", "data_wait_s", "mfu", "peak_memory_bytes"),
 }
 
 

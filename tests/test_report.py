@@ -143,10 +143,10 @@ def make_log(listener: Listener, log_every: int = 1) -> StepLog:
 def test_a_line_has_every_key_of_the_design():
     listener = Listener()
     log = make_log(listener)
-    log.add(2, arrays())
+    log.add(2, arrays(), 0.0)
     log.flush()
     keys = """step epoch loss learning_rate grad_norm tokens supervised_tokens
-    tokens_per_second step_time_s mfu peak_memory_bytes"""
+    tokens_per_second step_time_s data_wait_s mfu peak_memory_bytes"""
     assert set(keys.split()) <= listener.lines[0].keys()
     assert listener.lines[0]["step"] == 2
     assert listener.lines[0]["epoch"] == 0.5
@@ -156,9 +156,9 @@ def test_a_line_has_every_key_of_the_design():
 def test_a_step_is_logged_when_the_next_one_is_under_way():
     listener = Listener()
     log = make_log(listener)
-    log.add(1, arrays())
+    log.add(1, arrays(), 0.0)
     assert listener.lines == []
-    log.add(2, arrays())
+    log.add(2, arrays(), 0.0)
     assert [line["step"] for line in listener.lines] == [1]
 
 
@@ -166,15 +166,24 @@ def test_log_every_leaves_steps_out():
     listener = Listener()
     log = make_log(listener, log_every=2)
     for step in range(1, 6):
-        log.add(step, arrays())
+        log.add(step, arrays(), 0.0)
     log.flush()
     assert [line["step"] for line in listener.lines] == [2, 4]
+
+
+def test_waiting_for_data_is_a_mean_over_the_steps_of_a_line():
+    listener = Listener()
+    log = make_log(listener, log_every=2)
+    for step, waited in enumerate([1.0, 3.0, 3.0, 4.0], 1):
+        log.add(step, arrays(), waited)
+    log.flush()
+    assert [line["data_wait_s"] for line in listener.lines] == [1.5, 0.5]
 
 
 def test_a_skipped_step_is_told():
     listener = Listener()
     log = make_log(listener)
-    log.add(3, arrays(loss=float("nan"), skipped=1, in_a_row=1))
+    log.add(3, arrays(loss=float("nan"), skipped=1, in_a_row=1), 0.0)
     log.flush()
     assert listener.messages == [
         "step 3: loss or gradient is not finite; nothing was changed"
@@ -183,7 +192,7 @@ def test_a_skipped_step_is_told():
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_step():
     log = make_log(Listener())
-    log.add(9, arrays(skipped=7, in_a_row=MAX_SKIPPED_IN_A_ROW))
+    log.add(9, arrays(skipped=7, in_a_row=MAX_SKIPPED_IN_A_ROW), 0.0)
     with pytest.raises(DivergedError, match=r"7 in all.*step 4 was the last good"):
         log.flush()
 

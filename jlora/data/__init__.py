@@ -3,6 +3,7 @@
 from jlora.data.batches import Dataset
 from jlora.data.dataset import load_dataset
 from jlora.data.jsonl import RowError
+from jlora.data.prefetch import Prefetch
 from jlora.data.tokenizer import Tokenizer
 
-__all__ = ["Dataset", "RowError", "Tokenizer", "load_dataset"]
+__all__ = ["Dataset", "Prefetch", "RowError", "Tokenizer", "load_dataset"]

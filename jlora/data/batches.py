@@ -126,21 +126,22 @@ class Dataset:
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns rank -> record and the order of the rows in this epoch."""
-        if epoch not in self._plans:
-            records = np.arange(self.num_records)
-            order = np.arange(self.num_rows)
-            if self.shuffle:
-                rng = np.random.default_rng([self.seed, epoch])
-                records = rng.permutation(self.num_records)
-                order = rng.permutation(self.num_rows)
-            if self.packing:
-                # Which rank shares a row with which depends on the sorted lengths
-                # alone; which record has which rank among equals differs by epoch.
-                lengths = np.diff(self.starts)[records]
-                records = records[np.argsort(-lengths, kind="stable")]
-            self._plans.clear()
-            self._plans[epoch] = records, order
-        return self._plans[epoch]
+        if epoch in self._plans:
+            return self._plans[epoch]
+        records = np.arange(self.num_records)
+        order = np.arange(self.num_rows)
+        if self.shuffle:
+            rng = np.random.default_rng([self.seed, epoch])
+            records = rng.permutation(self.num_records)
+            order = rng.permutation(self.num_rows)
+        if self.packing:
+            # Which rank shares a row with which depends on the sorted lengths
+            # alone; which record has which rank among equals differs by epoch.
+            lengths = np.diff(self.starts)[records]
+            records = records[np.argsort(-lengths, kind="stable")]
+        self._plans.clear()
+        self._plans[epoch] = records, order
+        return records, order
 
 
 def make_dataset(
