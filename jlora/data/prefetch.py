@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ def place_batch(dataset: Dataset, step: int, mesh: Mesh) -> dict[str, jax.Array]
     shape = (dataset.batch_size, dataset.row_length)
     made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-    def rows(index: tuple[slice, ...]) -> dict[str, np.ndarray]:
+    def rows(index: Any) -> dict[str, np.ndarray]:
         start, stop, _ = index[0].indices(dataset.batch_size)
         if (start, stop) not in made:
             made[start, stop] = dataset.batch(step, slice(start, stop))
