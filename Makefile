@@ -19,7 +19,7 @@ demo: $(VENV)/ready  ## Fine-tune a real Llama on the CPU and prove the export e
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/ready  ## Run the tests
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
 
 parity: $(VENV_PARITY)/ready  ## Compare with Transformers and PEFT, in an environment of its own
 	$(VENV_PARITY)/bin/python -m pytest tests/parity $(PYTEST_ARGS)
