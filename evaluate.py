@@ -24,13 +24,23 @@ class Arguments:
 
     model: str
     """HF folder, hub id, .gguf file or converted base."""
-    data: str
-    """JSONL file."""
+    data: list[str] | dict[str, float] | str
+    """File, folder or glob with records, or a list of them."""
     adapter: str | None = None
     """Run folder or PEFT adapter folder."""
-    format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    format: Literal[
+        "auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"
+    ] = "auto"
     """Record format; auto reads it off the first record's keys."""
-    train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
+    fields: dict[str, str] | None = None
+    """What the data calls the format's columns, such as {prompt: question}."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What to do with rows that cannot be used: list them and stop, or leave them out."""
+    max_bad_rows: int = 100
+    """Most rows that on_bad_row=skip leaves out; more stop the run."""
+    train_on: Literal["auto", "assistant", "last_assistant", "completion", "all"] = (
+        "auto"
+    )
     """Which tokens the loss counts, as in train.py."""
     seq_len: int = 512
     """Tokens per row; longer records are cut at the end."""
@@ -48,6 +58,9 @@ def main(args: Arguments) -> None:
         raise UsageError(f"batch_size={args.batch_size}; expected at least 1")
     settings = DataConfig(
         format=args.format,
+        fields=args.fields,
+        on_bad_row=args.on_bad_row,
+        max_bad_rows=args.max_bad_rows,
         seq_len=args.seq_len,
         packing=args.packing,
         train_on=args.train_on,

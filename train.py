@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from convert.source import Source, load_params, open_source
 from jlora.checkpoint import RunCheckpoints, fingerprint, locked, resume
 from jlora.cli import run_command
 from jlora.config import LoraConfig
-from jlora.data import Prefetch, Tokenizer, load_dataset
+from jlora.data import Prefetch, Tokenizer, load_split
 from jlora.errors import StopRequested, UsageError
 from jlora.loop import StepLog, check_remaining, is_due, stop_requests
 from jlora.lora import Params, add_lora, format_parameter_count, join
@@ -67,7 +66,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
     if args.data.train is None:
-        raise UsageError("--data.train is missing; give a JSONL file to train on")
+        raise UsageError("--data.train is missing; give a file to train on")
     mesh = make_mesh(args.mesh)
     source = open_source(args.model)
     config = source.config
@@ -75,16 +74,13 @@ def main(args: Arguments) -> None:
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
     # The data comes first: a mistake in it shows before the weights are read.
     tokenizer = Tokenizer.from_files(source.files, config)
-    load = partial(
-        load_dataset,
-        tokenizer=tokenizer,
-        config=args.data,
+    data, held_out = load_split(
+        tokenizer,
+        args.data,
         vocab_size=config.vocab_size,
         batch_size=args.train.batch_size,
         seed=args.seed,
     )
-    data = load(args.data.train, shuffle=True)
-    held_out = load(args.data.eval, shuffle=False) if args.data.eval else None
     base, params, lora = load_model(args, source, mesh)
     print(format_parameter_count(params))
     print("\n".join(data.summary + (held_out.summary if held_out else [])))

@@ -22,23 +22,45 @@ DECAY_GROUPS: tuple[str, ...] = (
 class DataConfig:
     """What to train on."""
 
-    train: str | None = None
-    """JSONL file to train on."""
-    eval: str | None = None
-    """JSONL file with held-out records, evaluated every train.eval_every steps."""
-    format: Literal["auto", "text", "prompt_completion", "messages"] = "auto"
+    train: list[str] | dict[str, float] | str | None = None
+    """File, folder or glob to train on, a list of them, or {path: passes per epoch}."""
+    eval: list[str] | dict[str, float] | str | None = None
+    """Held-out records, in the same forms; evaluated every train.eval_every steps."""
+    eval_fraction: float = 0.0
+    """Share of data.train to hold out where there is no data.eval."""
+    format: Literal[
+        "auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"
+    ] = "auto"
     """Record format; auto reads it off the first record's keys."""
+    fields: dict[str, str] | None = None
+    """What the data calls the format's columns, such as {prompt: question}."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What to do with rows that cannot be used: list them and stop, or leave them out."""
+    max_bad_rows: int = 100
+    """Most rows that on_bad_row=skip leaves out; more stop the run."""
     seq_len: int = 512
     """Tokens per row; longer records are cut at the end."""
     packing: bool = False
     """Put several records in one row (each sees only itself)."""
-    train_on: Literal["auto", "assistant", "completion", "all"] = "auto"
+    train_on: Literal["auto", "assistant", "last_assistant", "completion", "all"] = (
+        "auto"
+    )
     """Which tokens the loss counts; auto: assistant turns, completions, or all of a text."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         if self.seq_len < 2:
             raise UsageError(f"data.seq_len={self.seq_len}; expected at least 2 tokens")
+        _at_least("data", self, "max_bad_rows", 0)
+        if not 0 <= self.eval_fraction < 1:
+            raise UsageError(
+                f"data.eval_fraction={self.eval_fraction}; expected a number in [0, 1)"
+            )
+        if self.eval_fraction and self.eval is not None:
+            raise UsageError(
+                "data.eval and data.eval_fraction are both given; "
+                "held-out records come from one of them"
+            )
 
 
 @dataclass(frozen=True)

@@ -584,7 +584,7 @@ TRAIN_MISTAKES = [
     ("{} --lora.use_dora", 3, "use_dora"),
     ("{} --compute.base_dtype nf4", 3, "nf4 is not supported yet"),
     ("{} --compute.attention cudnn", 2, "needs an NVIDIA GPU"),
-    ("{} --data.format alpaca", 2, "expected one of auto, text"),
+    ("{} --data.format alpaka", 2, "expected one of auto, text"),
     ("{} --data.train missing.jsonl", 2, "missing.jsonl: no such file"),
     ("{} --data.train empty", 2, "empty is a folder"),
     ("{} --data.train nothing.jsonl", 2, "no records"),

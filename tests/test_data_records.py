@@ -1,11 +1,12 @@
 import pytest
 from data_cases import chat, load, make_tokenizer, write_rows
 
-from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.errors import CorruptError, UsageError
 
 GOOD = {"text": "the sum"}
 USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "yes"}
+HUMAN, GPT = {"from": "human", "value": "hello"}, {"from": "gpt", "value": "yes"}
 
 
 def refusal(path, rows, **config) -> str:
@@ -22,6 +23,8 @@ def refusal(path, rows, **config) -> str:
         ({"prompt": [USER], "completion": [ANSWER]}, "prompt_completion"),
         (chat("the", "sum"), "messages"),
         (chat("the", "sum") | {"text": "ignored", "id": 3}, "messages"),
+        ({"conversations": [{"from": "human", "value": "a"}, GPT]}, "sharegpt"),
+        ({"instruction": "add", "output": "five", "text": "ignored"}, "alpaca"),
     ],
 )
 def test_format_is_read_off_the_first_record(tmp_path, row, format):
@@ -135,45 +138,218 @@ def test_first_record_decides_between_strings_and_messages(tmp_path):
 def test_unknown_columns_list_what_is_expected(tmp_path):
     message = refusal(tmp_path, [{"question": "a", "answer": "b"}])
     assert "answer, question" in message
-    assert "messages or prompt + completion or text" in message
-
-
-@pytest.mark.parametrize("column", ["conversations", "instruction"])
-def test_foreign_format_is_unsupported(tmp_path, column):
-    with pytest.raises(UnsupportedError, match=column):
-        load(write_rows(tmp_path / "data.jsonl", [{column: "a"}]))
-
-
-@pytest.mark.parametrize("head", [b"PAR1", b"\x1f\x8b\x08"])
-def test_foreign_file_is_unsupported(tmp_path, head):
-    with pytest.raises(UnsupportedError, match="plain JSONL"):
-        load(write_rows(tmp_path / "data.jsonl", [head]))
+    assert "messages or prompt + completion or conversations or" in message
+    assert "{prompt: question, completion: answer}" in message
 
 
 def test_overlong_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("jlora.data.jsonl.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("jlora.data.files.MAX_LINE_BYTES", 100)
     assert "line 2: longer than 100" in refusal(tmp_path, [GOOD, {"text": "a" * 100}])
 
 
-@pytest.mark.parametrize("content", [b"", b"\n \r\n"])
-def test_empty_file_is_a_usage_error(tmp_path, content):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(UsageError, match="no records"):
-        load(path)
+def tokens_of(path, row, **config) -> list[int]:
+    tokenizer = config.pop("tokenizer", None) or make_tokenizer()
+    return load(
+        write_rows(path / "data.jsonl", [row]), tokenizer, **config
+    ).tokens.tolist()
 
 
-def test_missing_file_names_the_nearest(tmp_path):
-    write_rows(tmp_path / "train.jsonl", [GOOD])
-    with pytest.raises(UsageError, match=r"did you mean 'train\.jsonl'"):
-        load(tmp_path / "trian.jsonl")
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        (
+            {"conversations": [HUMAN, GPT], "system": "be brief"},
+            [("system", "be brief"), ("user", "hello"), ("assistant", "yes")],
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "be brief"},
+                    {"from": "user", "value": "add"},
+                    {"from": "observation", "value": "5"},
+                    {"from": "assistant", "value": "five"},
+                ]
+            },
+            [
+                ("system", "be brief"),
+                ("user", "add"),
+                ("tool", "5"),
+                ("assistant", "five"),
+            ],
+        ),
+        (
+            {"instruction": "add", "input": "2 3", "output": "five", "id": 1},
+            [("user", "add\n2 3"), ("assistant", "five")],
+        ),
+        (
+            {"instruction": "add", "input": "", "output": "five", "system": None},
+            [("user", "add"), ("assistant", "five")],
+        ),
+        (
+            {
+                "instruction": "and now?",
+                "output": "six",
+                "system": "be brief",
+                "history": [["add", "five"]],
+            },
+            [
+                *[("system", "be brief"), ("user", "add"), ("assistant", "five")],
+                *[("user", "and now?"), ("assistant", "six")],
+            ],
+        ),
+    ],
+)
+def test_sharegpt_and_alpaca_become_conversations(tmp_path, row, messages):
+    same = {"messages": [{"role": role, "content": text} for role, text in messages]}
+    assert tokens_of(tmp_path, row) == tokens_of(tmp_path, same)
 
 
-def test_file_in_a_missing_folder_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="no such file"):
-        load(tmp_path / "nowhere" / "train.jsonl")
+@pytest.mark.parametrize(
+    ("input", "expected"),
+    [
+        (
+            "2 3",
+            "Below is an instruction that describes a task, paired with an input that "
+            "provides further context. Write a response that appropriately completes "
+            "the request.\n\n### Instruction:\nadd {x}\n\n### Input:\n2 3\n\n"
+            "### Response:five",
+        ),
+        (
+            "",
+            "Below is an instruction that describes a task. Write a response that "
+            "appropriately completes the request.\n\n### Instruction:\nadd {x}\n\n"
+            "### Response:five",
+        ),
+    ],
+)
+def test_alpaca_without_a_template_uses_the_published_form(tmp_path, input, expected):
+    tokenizer = make_tokenizer(chat_template=None)
+    row = {"instruction": "add {x}", "input": input, "output": "five"}
+    path = write_rows(tmp_path / "data.jsonl", [row])
+    data = load(path, tokenizer)
+    assert tokenizer.decode(data.tokens.tolist()) == expected
+    learnt = data.tokens[data.loss_mask > 0].tolist()
+    assert tokenizer.decode(learnt) == "five"
+    assert learnt[-1] == tokenizer.eos_id
 
 
-def test_folder_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="is a folder"):
-        load(tmp_path)
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"conversations": "a"}, "conversations is a string; expected a list"),
+        ({"conversations": []}, "conversations is an empty list"),
+        ({"conversations": ["a"]}, "conversations[0] is a string; expected an object"),
+        ({"conversations": [{"value": "a"}]}, "conversations[0] has no from"),
+        ({"conversations": [USER]}, "data.fields={messages: conversations}"),
+        ({"conversations": [{"from": "gpt"}]}, "conversations[0] has no value"),
+        (
+            {"conversations": [HUMAN | {"value": 3}]},
+            "conversations[0].value is a int; expected a string",
+        ),
+        (
+            {"conversations": [{"from": "humann", "value": "a"}]},
+            "conversations[0].from is 'humann'; did you mean 'human'?",
+        ),
+        ({"conversations": [{"from": "gpt", "value": ""}]}, "value is empty"),
+        ({"conversations": [HUMAN, GPT], "system": 3}, "system is a int"),
+        ({"conversations": [HUMAN, GPT], "tools": "x"}, "tools is a string"),
+    ],
+)
+def test_bad_sharegpt_row_names_line_and_reason(tmp_path, row, reason):
+    message = refusal(tmp_path, [{"conversations": [HUMAN, GPT]}, row])
+    assert "line 2" in message
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "", "output": "b"}, "instruction is empty"),
+        ({"instruction": "a", "output": ""}, "output is empty"),
+        ({"instruction": "a", "output": None}, "output is null"),
+        ({"instruction": "a"}, "no output"),
+        ({"instruction": "a", "output": "b", "input": 3}, "input is a int"),
+        ({"instruction": "a", "output": "b", "history": "x"}, "history is a string"),
+        ({"instruction": "a", "output": "b", "history": [["x"]]}, "history[0] is no"),
+    ],
+)
+def test_bad_alpaca_row_names_line_and_reason(tmp_path, row, reason):
+    message = refusal(tmp_path, [{"instruction": "a", "output": "b"}, row])
+    assert "line 2" in message
+    assert reason in message
+
+
+def test_alpaca_with_a_history_needs_a_template(tmp_path):
+    row = {"instruction": "a", "output": "b", "history": [["c", "d"]]}
+    path = write_rows(tmp_path / "data.jsonl", [row])
+    with pytest.raises(CorruptError, match="history needs a chat template"):
+        load(path, make_tokenizer(chat_template=None))
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "format"),
+    [
+        (
+            {"question": "the", "answer": " sum"},
+            {"prompt": "question", "completion": "answer"},
+            "prompt_completion",
+        ),
+        ({"body": "the sum"}, {"text": "body"}, "text"),
+        ({"conversations": [USER, ANSWER]}, {"messages": "conversations"}, "messages"),
+        ({"chat": [HUMAN, GPT]}, {"conversations": "chat"}, "sharegpt"),
+        ({"instruction": "a", "response": "b"}, {"output": "response"}, "alpaca"),
+        # The named fields decide, not a format that comes earlier.
+        (chat("a", "b") | {"body": "c"}, {"text": "body"}, "text"),
+    ],
+)
+def test_columns_may_have_other_names(tmp_path, row, fields, format):
+    data = load(write_rows(tmp_path / "data.jsonl", [row]), fields=fields)
+    assert f"format {format}," in data.summary[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"promt": "q"}, "'promt' is no field of .*did you mean 'prompt'"),
+        ({"prompt": "q", "text": "t"}, "no one format has all of"),
+    ],
+)
+def test_fields_of_no_format_are_a_usage_error(tmp_path, fields, words):
+    path = write_rows(tmp_path / "data.jsonl", [GOOD])
+    with pytest.raises(UsageError, match=words):
+        load(path, fields=fields)
+
+
+def test_missing_column_goes_by_the_name_the_data_should_have(tmp_path):
+    fields = {"prompt": "question", "completion": "answer"}
+    rows = [{"question": "a", "answer": "b"}, {"question": "a", "anwser": "b"}]
+    message = refusal(tmp_path, rows, fields=fields)
+    assert "line 2: no answer; did you mean 'anwser'?" in message
+
+
+def test_skipped_rows_are_counted_by_reason_and_named(tmp_path):
+    rows = [GOOD, {"text": ""}, "{", {"text": 3}, {"text": ""}, GOOD]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    data = load(path, on_bad_row="skip", max_bad_rows=4)
+    assert data.num_records == 2
+    lines = "\n".join(data.summary)
+    assert "left out 2 records: text is empty (line 2, 5)" in lines
+    assert "left out 1 record: not JSON" in lines
+    assert "left out 1 record: text is a int; expected a string (line 4)" in lines
+
+
+def test_more_bad_rows_than_the_cap_are_refused(tmp_path):
+    rows = [GOOD, {"text": ""}, {"text": ""}]
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    with pytest.raises(CorruptError, match=r"more than data\.max_bad_rows=1 bad rows"):
+        load(path, on_bad_row="skip", max_bad_rows=1)
+
+
+def test_refusal_names_the_way_to_skip(tmp_path):
+    assert "data.on_bad_row=skip" in refusal(tmp_path, [GOOD, {"text": ""}])
+
+
+def test_only_bad_rows_are_refused_even_if_they_may_be_skipped(tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", ["{", "["])
+    with pytest.raises(CorruptError, match="2 of 2 records"):
+        load(path, on_bad_row="skip")

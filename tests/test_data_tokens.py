@@ -84,9 +84,10 @@ def test_tool_calls_and_the_answer_after_them_are_learnt(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("train_on", ["completion", "last_assistant"])
 @pytest.mark.parametrize("name", ["chatml", "generation"])
-def test_completion_of_messages_is_the_last_answer(tmp_path, name):
-    assert learn(tmp_path, TWO_TURNS, name, train_on="completion") == [
+def test_completion_of_messages_is_the_last_answer(tmp_path, name, train_on):
+    assert learn(tmp_path, TWO_TURNS, name, train_on=train_on) == [
         "The sum is five.<|im_end|>"
     ]
 
@@ -194,10 +195,30 @@ def test_conversation_that_the_template_refuses_is_a_bad_line(tmp_path):
 
 
 def test_answer_without_end_is_learnt_whole_and_reported(tmp_path):
-    tokenizer = make_tokenizer(chat_template=NO_END)
-    data = load(write_rows(tmp_path / "data.jsonl", [chat("a", "the sum")]), tokenizer)
-    assert learnt(data, tokenizer) == ["the sum\n"]
-    assert any("no control token ends the answer" in line for line in data.summary)
+    template = NO_END.replace(
+        "{% endfor %}", "{{ '<|im_end|>' if m.end }}{% endfor %}", 1
+    )
+    tokenizer = make_tokenizer(chat_template=template)
+    rows = [chat("a", "the sum"), chat("a", "five")]
+    rows[1]["messages"][1]["end"] = True
+    data = load(write_rows(tmp_path / "data.jsonl", rows), tokenizer)
+    assert learnt(data, tokenizer) == ["the sum\n", "five\n<|im_end|>"]
+    assert any(
+        "no control token ends the answer in 1 record" in line for line in data.summary
+    )
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        NO_END,
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "<|im_end|>{% endfor %}",
+    ],
+)
+def test_template_whose_ends_are_never_learnt_is_refused(tmp_path, template):
+    with pytest.raises(UsageError, match="the end of no answer would be learnt"):
+        learn(tmp_path, TWO_TURNS, template=template)
 
 
 def test_forged_turn_in_a_message_is_not_learnt(tmp_path):

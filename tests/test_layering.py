@@ -24,6 +24,7 @@ OWNERS = {
     "orbax": ("jlora.checkpoint",),
     "tokenizers": ("jlora.data", "convert.from_gguf"),
     "jinja2": ("jlora.data",),
+    "pyarrow": ("jlora.data.columnar",),
     "safetensors": ("convert",),
     "gguf": ("convert",),
     "huggingface_hub": ("convert",),

@@ -1,6 +1,8 @@
 """Packed rows train as the same documents alone would: loss, gradient, isolation."""
 
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ def documents(count: int = 20) -> list[Example]:
         tokens = rng.integers(0, CONFIG["vocab_size"], length).astype(np.int32)
         mask = (rng.random(length) < 0.6).astype(np.uint8)
         mask[0] = 0
-        examples.append(Example(line, tokens, mask))
+        examples.append(Example(Path("a"), line, tokens, mask))
     return examples
 
 
@@ -95,7 +97,7 @@ def test_changing_one_document_leaves_the_logits_of_the_others_bit_identical():
     before = dataset(examples, packing=True)
     changed = next(e for e in examples if len(e.tokens) > 10)
     other = (changed.tokens + 1) % CONFIG["vocab_size"]
-    examples[changed.line] = Example(changed.line, other, changed.loss_mask)
+    examples[changed.number] = replace(changed, tokens=other)
     after = dataset(examples, packing=True)
 
     @jax.jit

@@ -31,7 +31,7 @@ class Turn:
 class Plan:
     """What to encode for one conversation to find its tokens and mask."""
 
-    line: int
+    number: int
     whole: Rendered
     turns: tuple[Turn, ...] = ()
     marked: tuple[Span, ...] = ()
@@ -57,19 +57,20 @@ def plan_conversation(
     template.check_roles(messages)
     whole = template.render(messages, tools=record.tools)
     if train_on == "all":
-        return Plan(record.line, whole, everything=True)
+        return Plan(record.number, whole, everything=True)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if train_on == "completion":
+    if train_on == "completion" and record.num_prompt:
+        answers = [i for i in answers if i >= record.num_prompt]
+    elif train_on != "assistant":
         # Without a column for the prompt, the completion is the last answer.
-        in_completion = [i for i in answers if i >= record.num_prompt]
-        answers = in_completion if record.num_prompt else answers[-1:]
+        answers = answers[-1:]
     if not answers:
-        return Plan(record.line, whole)
+        return Plan(record.number, whole)
     if template.has_generation:
         marked = _marked_spans(template, record, whole, answers[0], where)
-        return Plan(record.line, whole, marked=marked)
+        return Plan(record.number, whole, marked=marked)
     turns = tuple(_turn(template, record, whole, i, where) for i in answers)
-    return Plan(record.line, whole, turns)
+    return Plan(record.number, whole, turns)
 
 
 def find_spans(
@@ -87,7 +88,10 @@ def find_spans(
     if plan.everything:
         return ids, [(0, len(ids))], True
     if plan.marked:
-        return ids, _to_tokens(plan.marked, whole.offsets), True
+        spans = _to_tokens(plan.marked, whole.offsets)
+        ends = tokenizer.control_ids
+        all_end = all(not ends.isdisjoint(ids[start:end]) for start, end in spans)
+        return ids, spans, all_end
     spans, all_end = [], True
     for turn in plan.turns:
         head, upto = encoded(turn.head).ids, encoded(turn.upto).ids

@@ -2,24 +2,54 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jlora.data.jsonl import Problem, RowError, read_rows, type_name
-from jlora.errors import CorruptError, UnsupportedError, listing, nearest
+from jlora.data.jsonl import RowError, type_name
+from jlora.errors import CorruptError, UsageError, listing, nearest
 
-_COLUMNS = {
+# The columns that a row of each format must have; auto takes the first that fits.
+REQUIRED = {
     "messages": ("messages",),
     "prompt_completion": ("prompt", "completion"),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
     "text": ("text",),
 }
+_OPTIONAL = {
+    "messages": ("tools",),
+    "prompt_completion": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system", "history"),
+    "text": (),
+}
+COLUMNS = {name: REQUIRED[name] + _OPTIONAL[name] for name in REQUIRED}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "observation": "tool",
+    "tool": "tool",
+}
+# As published with Stanford Alpaca; nothing stands between them and the answer.
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+    "### Response:"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
 
 
 @dataclass(frozen=True)
 class TextRecord:
     """Plain text; the part before `completion` is context ("" for format text)."""
 
-    line: int
+    number: int
     prompt: str
     completion: str
 
@@ -28,97 +58,162 @@ class TextRecord:
 class ChatRecord:
     """A conversation; its first `num_prompt` messages are the prompt, if any are."""
 
-    line: int
+    number: int
     messages: list[dict[str, Any]]
     tools: list[Any] | None
     num_prompt: int
 
 
 @dataclass(frozen=True)
-class Records:
-    """The good records of a file in order, the bad lines, and what the file holds."""
+class Layout:
+    """How the rows of a source are read."""
 
-    path: Path
     format: str
     is_chat: bool
-    good: list[TextRecord] | list[ChatRecord]
-    bad: list[Problem]
+    """Whether a row is a conversation, to be rendered by the chat template."""
+    fields: Mapping[str, str]
+    """The format's name of a column -> its name in the rows, where they differ."""
+
+    def column(self, name: str) -> str:
+        """Returns what the rows call the format's column `name`."""
+        return self.fields.get(name, name)
 
 
-def read_records(path: Path, format: str) -> Records:
-    """Returns every record of a JSONL file; `format` may be auto.
+def known_columns(fields: Mapping[str, str]) -> frozenset[str]:
+    """Returns all column names that any format would read."""
+    names = {name for columns in COLUMNS.values() for name in columns}
+    return frozenset(names | set(fields.values()))
+
+
+def detect_layout(
+    row: Mapping[str, Any],
+    *,
+    format: str,
+    fields: Mapping[str, str],
+    has_template: bool,
+    where: str,
+) -> Layout:
+    """Returns the layout of a source from its first row; `format` may be auto.
 
     Raises:
-        UnsupportedError: a format that jlora does not read.
-        CorruptError: the first record fits no format.
+        UsageError: a field that no format has, or not the named one.
+        CorruptError: the row fits no format.
     """
-    rows, bad = read_rows(path)
-    first_line, first = rows[0]
+    formats = list(REQUIRED) if format == "auto" else [format]
+    fitting = [name for name in formats if set(fields) <= set(COLUMNS[name])]
+    if not fitting:
+        known = sorted({name for f in formats for name in COLUMNS[f]})
+        wrong = next((name for name in fields if name not in known), "")
+        what = f"{wrong!r} is no field of" if wrong else "no one format has all of"
+        raise UsageError(
+            f"data.fields={dict(fields)}: {what} format {listing(formats)}"
+            f"{nearest(wrong, known)}; the fields are {listing(known, limit=20)}"
+        )
     if format == "auto":
-        format = _detect(first, f"{path}, line {first_line}")
-    is_chat = format == "messages" or (
-        format == "prompt_completion" and isinstance(first.get("prompt"), list)
-    )
-    good: list[Any] = []
-    for line, row in rows:
-        try:
-            good.append(_record(line, row, format, is_chat))
-        except RowError as error:
-            bad.append(Problem(line, str(error)))
-    return Records(path, format, is_chat, good, bad)
+        format = _detect(row, fitting, fields, where)
+    is_chat = {
+        "text": False,
+        "prompt_completion": isinstance(row.get(fields.get("prompt", "prompt")), list),
+        "alpaca": has_template,
+    }.get(format, True)
+    return Layout(format, is_chat, dict(fields))
 
 
-def _detect(row: Mapping[str, Any], where: str) -> str:
-    for format, columns in _COLUMNS.items():
-        if all(column in row for column in columns):
+def _detect(
+    row: Mapping[str, Any], formats: list[str], fields: Mapping[str, str], where: str
+) -> str:
+    for format in formats:
+        if all(fields.get(name, name) in row for name in REQUIRED[format]):
             return format
-    for name, column in (("sharegpt", "conversations"), ("alpaca", "instruction")):
-        if column in row:
-            raise UnsupportedError(
-                f"{where}: the column {column!r} looks like the {name} format, which "
-                "jlora does not read; convert the records to messages"
-            )
-    expected = " or ".join(" + ".join(columns) for columns in _COLUMNS.values())
+    expected = " or ".join(
+        " + ".join(fields.get(name, name) for name in REQUIRED[format])
+        for format in formats
+    )
     raise CorruptError(
-        f"{where}: the keys {listing(sorted(row)) or '(none)'} fit no format; "
-        f"expected {expected}"
+        f"{where}: the keys {listing(sorted(row)) or '(none)'} fit no format; expected "
+        f"{expected}, or give the names with data.fields, such as "
+        "{prompt: question, completion: answer}"
     )
 
 
-def _record(
-    line: int, row: Mapping[str, Any], format: str, is_chat: bool
+def make_record(
+    number: int, row: Mapping[str, Any], layout: Layout
 ) -> TextRecord | ChatRecord:
-    if format == "text":
-        return TextRecord(line, "", _string(row, "text"))
-    if not is_chat:
-        return TextRecord(line, _string(row, "prompt"), _string(row, "completion"))
-    tools = row.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f"tools is {type_name(tools)}; expected a list")
-    if format == "messages":
-        return ChatRecord(line, _messages(row, "messages"), tools, 0)
-    prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
-    return ChatRecord(line, prompt + completion, tools, len(prompt))
+    """Returns the record of one row.
+
+    Raises:
+        RowError: the row does not hold what its format needs.
+    """
+    view = _View(row, layout)
+    if layout.format == "text":
+        return TextRecord(number, "", view.text("text"))
+    if layout.format == "alpaca":
+        return _alpaca(number, view, layout.is_chat)
+    if layout.format == "sharegpt":
+        messages = view.optional_system() + _sharegpt_messages(view)
+        return ChatRecord(number, messages, view.tools(), 0)
+    if layout.format == "messages":
+        return ChatRecord(number, view.messages("messages"), view.tools(), 0)
+    if not layout.is_chat:
+        return TextRecord(number, view.text("prompt"), view.text("completion"))
+    prompt, completion = view.messages("prompt"), view.messages("completion")
+    return ChatRecord(number, prompt + completion, view.tools(), len(prompt))
 
 
-def _string(row: Mapping[str, Any], column: str) -> str:
-    value = _present(row, column)
-    if not isinstance(value, str):
-        raise RowError(f"{column} is {type_name(value)}; expected a string")
-    if not value:
-        raise RowError(f"{column} is empty")
-    return value
+class _View:
+    """A row under its format's column names; whoever asks gets the right type."""
 
+    def __init__(self, row: Mapping[str, Any], layout: Layout) -> None:
+        self._row, self._layout = row, layout
 
-def _messages(row: Mapping[str, Any], column: str) -> list[dict[str, Any]]:
-    value = _present(row, column)
-    if not isinstance(value, list):
-        raise RowError(f"{column} is {type_name(value)}; expected a list of messages")
-    if not value:
-        raise RowError(f"{column} is an empty list")
-    for index, message in enumerate(value):
-        _check_message(message, f"{column}[{index}]")
-    return value
+    def value(self, name: str) -> tuple[str, Any]:
+        column = self._layout.column(name)
+        if column not in self._row:
+            raise RowError(f"no {column}{nearest(column, self._row)}")
+        return column, self._row[column]
+
+    def text(self, name: str) -> str:
+        column, value = self.value(name)
+        if not isinstance(value, str):
+            raise RowError(f"{column} is {type_name(value)}; expected a string")
+        if not value:
+            raise RowError(f"{column} is empty")
+        return value
+
+    def optional_text(self, name: str) -> str:
+        value = self._row.get(self._layout.column(name))
+        return "" if value is None or value == "" else self.text(name)
+
+    def optional_system(self) -> list[dict[str, Any]]:
+        system = self.optional_text("system")
+        return [{"role": "system", "content": system}] if system else []
+
+    def tools(self) -> list[Any] | None:
+        has_tools = self._row.get(self._layout.column("tools")) is not None
+        return self.optional_list("tools") if has_tools else None
+
+    def optional_list(self, name: str) -> list[Any]:
+        column = self._layout.column(name)
+        value = self._row.get(column)
+        if value is not None and not isinstance(value, list):
+            raise RowError(f"{column} is {type_name(value)}; expected a list")
+        return value or []
+
+    def items(self, name: str) -> tuple[str, list[Any]]:
+        column, value = self.value(name)
+        if not isinstance(value, list):
+            raise RowError(
+                f"{column} is {type_name(value)}; expected a list of messages"
+            )
+        if not value:
+            raise RowError(f"{column} is an empty list")
+        return column, value
+
+    def messages(self, name: str) -> list[dict[str, Any]]:
+        column, value = self.items(name)
+        for index, message in enumerate(value):
+            _check_message(message, f"{column}[{index}]")
+        return value
 
 
 def _check_message(message: Any, name: str) -> None:
@@ -139,7 +234,67 @@ def _check_message(message: Any, name: str) -> None:
         raise RowError(f"{name}.{'content' if message['role'] else 'role'} is empty")
 
 
-def _present(row: Mapping[str, Any], column: str) -> Any:
-    if column not in row:
-        raise RowError(f"no {column}{nearest(column, row)}")
-    return row[column]
+def _sharegpt_messages(view: _View) -> list[dict[str, Any]]:
+    column, turns = view.items("conversations")
+    messages = []
+    for index, turn in enumerate(turns):
+        name = f"{column}[{index}]"
+        if not isinstance(turn, dict):
+            raise RowError(f"{name} is {type_name(turn)}; expected an object")
+        for key in ("from", "value"):
+            if key not in turn:
+                hint = ""
+                if "role" in turn and "content" in turn:
+                    hint = (
+                        "; role and content belong to the format messages: give "
+                        f"data.format=messages and data.fields={{messages: {column}}}"
+                    )
+                raise RowError(f"{name} has no {key}{hint}")
+            if not isinstance(turn[key], str):
+                raise RowError(
+                    f"{name}.{key} is {type_name(turn[key])}; expected a string"
+                )
+        if turn["from"] not in _SHAREGPT_ROLES:
+            raise RowError(
+                f"{name}.from is {turn['from']!r}"
+                f"{nearest(turn['from'], _SHAREGPT_ROLES)}; "
+                f"expected one of {', '.join(_SHAREGPT_ROLES)}"
+            )
+        message = {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
+        if not turn["value"] and message["role"] not in ("system", "tool"):
+            raise RowError(f"{name}.value is empty")
+        messages.append(message)
+    return messages
+
+
+def _alpaca(number: int, view: _View, is_chat: bool) -> TextRecord | ChatRecord:
+    instruction, output = view.text("instruction"), view.text("output")
+    input, system = view.optional_text("input"), view.optional_system()
+    history = _history(view)
+    if is_chat:
+        question = f"{instruction}\n{input}" if input else instruction
+        turns = [*history, (question, output)]
+        messages = system + [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        return ChatRecord(number, messages, None, 0)
+    if system or history:
+        raise RowError(
+            f"{'system' if system else 'history'} needs a chat template, "
+            "which the model does not have"
+        )
+    form = _ALPACA_WITH_INPUT if input else _ALPACA
+    return TextRecord(number, form.format(instruction=instruction, input=input), output)
+
+
+def _history(view: _View) -> list[tuple[str, str]]:
+    pairs = view.optional_list("history")
+    for index, pair in enumerate(pairs):
+        is_pair = isinstance(pair, list) and len(pair) == 2
+        if not is_pair or not all(isinstance(text, str) and text for text in pair):
+            raise RowError(
+                f"history[{index}] is no pair of question and answer, two strings"
+            )
+    return [(question, answer) for question, answer in pairs]

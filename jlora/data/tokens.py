@@ -1,4 +1,4 @@
-"""Records to token ids, and which of them the loss counts."""
+"""Rows to token ids, and which of them the loss counts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -7,19 +7,23 @@ from pathlib import Path
 import numpy as np
 
 from jlora.data.control import Encoded, Rendered, Span, check_text
-from jlora.data.jsonl import Problem, RowError
+from jlora.data.files import Chunk, place
+from jlora.data.jsonl import Problem, RowError, parse_rows
 from jlora.data.masks import Plan, find_spans, plan_conversation
-from jlora.data.records import ChatRecord, Records, TextRecord
+from jlora.data.records import ChatRecord, Layout, TextRecord, make_record
 from jlora.data.tokenizer import Tokenizer
 from jlora.errors import UsageError, listing
 
-# Records are encoded together, which is fast; in chunks, which bounds the memory.
-_CHUNK = 1024
+_CHAT_CHOICES = ("assistant", "last_assistant", "completion", "all")
 _CHOICES = {
     ("text", False): ("all",),
     ("prompt_completion", False): ("completion", "all"),
-    ("prompt_completion", True): ("completion", "assistant", "all"),
-    ("messages", True): ("assistant", "completion", "all"),
+    ("prompt_completion", True): ("completion", "assistant", "last_assistant", "all"),
+    ("messages", True): _CHAT_CHOICES,
+    ("sharegpt", True): _CHAT_CHOICES,
+    ("alpaca", True): _CHAT_CHOICES,
+    # The only answer, whatever it is called.
+    ("alpaca", False): ("completion", "assistant", "last_assistant", "all"),
 }
 
 
@@ -27,14 +31,25 @@ _CHOICES = {
 class Example:
     """Token ids int32 [n]; loss_mask uint8 [n] is 1 where the token is to be learnt."""
 
-    line: int
+    path: Path
+    number: int
+    """Line or row of the file, from 1."""
     tokens: np.ndarray
     loss_mask: np.ndarray
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a source become examples."""
+
+    layout: Layout
+    train_on: str
+    """Never auto."""
+
+
 @dataclass
 class Tokenized:
-    """Examples in file order, and what there is to say about the others."""
+    """Examples in file order, and what there is to say about the other rows."""
 
     examples: list[Example] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
@@ -44,59 +59,77 @@ class Tokenized:
     """Lines with an answer that no control token ends."""
 
 
-def resolve_train_on(records: Records, train_on: str) -> str:
+def resolve_train_on(layout: Layout, train_on: str, where: str) -> str:
     """Returns what auto means here: the first choice that fits the format.
 
     Raises:
-        UsageError: a choice that fits no column of the file.
+        UsageError: a choice that fits no column of the source.
     """
-    choices = _CHOICES[records.format, records.is_chat]
+    choices = _CHOICES[layout.format, layout.is_chat]
     if train_on == "auto":
         return choices[0]
     if train_on not in choices:
-        kind = " with strings" if records.format == "prompt_completion" else ""
+        kind = " with strings" if layout.format == "prompt_completion" else ""
         raise UsageError(
-            f"data.train_on={train_on} does not fit {records.path}, which is of format "
-            f"{records.format}{kind}; choose {listing(['auto', *choices])}"
+            f"data.train_on={train_on} does not fit {where}, which is of format "
+            f"{layout.format}{kind}; choose {listing(['auto', *choices])}"
         )
     return train_on
 
 
-def tokenize(records: Records, tokenizer: Tokenizer, train_on: str) -> Tokenized:
-    """Returns one example per record; `train_on` is a resolved choice.
+def tokenize(chunk: Chunk, reading: Reading, tokenizer: Tokenizer) -> Tokenized:
+    """Returns one example per good row of a chunk; a pure function of its arguments.
 
     Raises:
         UsageError: conversations without a chat template, text without an EOS token.
         UnsupportedError: a template that does not show what the assistant said.
     """
-    result = Tokenized()
-    if not records.is_chat and tokenizer.eos_id is None:
+    layout = reading.layout
+    if layout.is_chat:
+        tokenizer.template()  # one message now instead of one per record
+    elif tokenizer.eos_id is None:
         raise UsageError(
             "the tokenizer has no EOS token, so the model would never learn to stop; "
             "set eos_token in tokenizer_config.json"
         )
-    for begin in range(0, len(records.good), _CHUNK):
-        chunk = records.good[begin : begin + _CHUNK]
-        texts = [record for record in chunk if isinstance(record, TextRecord)]
-        chats = [record for record in chunk if isinstance(record, ChatRecord)]
-        _tokenize_texts(texts, tokenizer, train_on, result)
-        _tokenize_chats(chats, tokenizer, train_on, result, records.path)
+    rows, problems = parse_rows(chunk)
+    result = Tokenized(problems=problems)
+    texts: list[TextRecord] = []
+    chats: list[ChatRecord] = []
+    for number, row in rows:
+        try:
+            record = make_record(number, row, layout)
+        except RowError as error:
+            result.problems.append(Problem(chunk.path, number, str(error)))
+            continue
+        if isinstance(record, TextRecord):
+            texts.append(record)
+        else:
+            chats.append(record)
+    if texts:
+        _tokenize_texts(texts, chunk, reading, tokenizer, result)
+    if chats:
+        _tokenize_chats(chats, chunk, reading, tokenizer, result)
+    result.problems.sort(key=lambda problem: problem.number)
     return result
 
 
-def _example(line: int, ids: Sequence[int], spans: Iterable[Span]) -> Example:
+def _example(
+    path: Path, number: int, ids: Sequence[int], spans: Iterable[Span]
+) -> Example:
     tokens = np.array(ids, np.int32)
     loss_mask = np.zeros(len(ids), np.uint8)
     for start, end in spans:
         loss_mask[start:end] = 1
     loss_mask[:1] = 0  # nothing comes before the first token to predict it from
-    return Example(line, tokens, loss_mask)
+    return Example(path, number, tokens, loss_mask)
 
 
 def _tokenize_texts(
     records: Sequence[TextRecord],
+    chunk: Chunk,
+    reading: Reading,
     tokenizer: Tokenizer,
-    train_on: str,
     result: Tokenized,
 ) -> None:
     usable = []
@@ -106,7 +139,7 @@ def _tokenize_texts(
             check_text(record.completion)
             usable.append(record)
         except RowError as error:
-            result.problems.append(Problem(record.line, str(error)))
+            result.problems.append(Problem(chunk.path, record.number, str(error)))
     wholes = tokenizer.encode_many([r.prompt + r.completion for r in usable])
     heads = tokenizer.encode_many([r.prompt for r in usable])
     for record, ids, head in zip(usable, wholes, heads, strict=True):
@@ -115,33 +148,34 @@ def _tokenize_texts(
             try:
                 ids = head + tokenizer.encode_continuation(record.completion)
             except RowError as error:
-                result.problems.append(Problem(record.line, str(error)))
+                result.problems.append(Problem(chunk.path, record.number, str(error)))
                 continue
-            result.encoded_apart.append(record.line)
+            result.encoded_apart.append(record.number)
         tokens = tokenizer.with_bos(ids)
         start = len(head) + len(tokens) - len(ids)
         if tokens[-1:] != [tokenizer.eos_id]:
             tokens = [*tokens, tokenizer.eos_id]
-        span = (0 if train_on == "all" else start, len(tokens))
-        result.examples.append(_example(record.line, tokens, [span]))
+        span = (0 if reading.train_on == "all" else start, len(tokens))
+        result.examples.append(_example(chunk.path, record.number, tokens, [span]))
 
 
 def _tokenize_chats(
     records: Sequence[ChatRecord],
+    chunk: Chunk,
+    reading: Reading,
     tokenizer: Tokenizer,
-    train_on: str,
     result: Tokenized,
-    path: Path,
 ) -> None:
     plans = []
     for record in records:
-        where = f"{path}, line {record.line}"
+        where = place(chunk.path, record.number)
         try:
-            plans.append(
-                plan_conversation(record, tokenizer, train_on=train_on, where=where)
+            plan = plan_conversation(
+                record, tokenizer, train_on=reading.train_on, where=where
             )
+            plans.append(plan)
         except RowError as error:
-            result.problems.append(Problem(record.line, str(error)))
+            result.problems.append(Problem(chunk.path, record.number, str(error)))
     encoded = _encode_all(plans, tokenizer)
 
     def lookup(rendered: Rendered) -> Encoded:
@@ -153,11 +187,11 @@ def _tokenize_chats(
         try:
             ids, spans, all_end = find_spans(plan, tokenizer, lookup)
         except RowError as error:
-            result.problems.append(Problem(plan.line, str(error)))
+            result.problems.append(Problem(chunk.path, plan.number, str(error)))
             continue
-        result.examples.append(_example(plan.line, ids, spans))
+        result.examples.append(_example(chunk.path, plan.number, ids, spans))
         if not all_end:
-            result.without_end.append(plan.line)
+            result.without_end.append(plan.number)
 
 
 def _encode_all(plans: Sequence[Plan], tokenizer: Tokenizer) -> dict[Rendered, Encoded]:

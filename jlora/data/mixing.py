@@ -1,0 +1,62 @@
+"""Which records are held out and how often the others come: functions of their content.
+
+A record's rank is a keyed hash of its tokens, so that neither its place in a file nor
+the other records decide about it, and copies of one record are held out together.
+"""
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+from jaxtyping import Bool, Int, UInt64
+
+from jlora.errors import UsageError
+
+
+def content_ranks(records: Iterable[np.ndarray], seed: int) -> UInt64[np.ndarray, " n"]:
+    """Returns a pseudo-random rank of each record (int32 token ids)."""
+    key = seed.to_bytes(16, "little")
+    ranks = [
+        int.from_bytes(
+            hashlib.blake2b(
+                np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8, key=key
+            ).digest(),
+            "little",
+        )
+        for tokens in records
+    ]
+    return np.array(ranks, np.uint64)
+
+
+def hold_out(
+    ranks: UInt64[np.ndarray, " n"], fraction: float
+) -> Bool[np.ndarray, " n"]:
+    """Returns which records are held out: the share `fraction` of the different ones.
+
+    Raises:
+        UsageError: too few different records to hold any out.
+    """
+    different = np.unique(ranks)
+    count = max(1, round(fraction * len(different)))
+    if count >= len(different):
+        raise UsageError(
+            f"data.eval_fraction={fraction} of {len(different)} different records "
+            "leaves none to train on; give more records or a data.eval file"
+        )
+    return ranks < different[count]
+
+
+def repeat(
+    ranks: UInt64[np.ndarray, " n"], passes: float
+) -> Int[np.ndarray, " passes_n"]:
+    """Returns the records of one epoch in order, each `passes` times on average.
+
+    2.25 takes every record twice and a quarter of them, at least one, once more.
+    """
+    whole, part = divmod(passes, 1.0)
+    times = np.full(len(ranks), int(whole))
+    extra = round(part * len(ranks))
+    if len(ranks) and not whole:
+        extra = max(extra, 1)
+    times[np.argsort(ranks, kind="stable")[:extra]] += 1
+    return np.repeat(np.arange(len(ranks)), times)

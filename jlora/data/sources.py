@@ -1,0 +1,155 @@
+"""What the user named to the files to read: a file, folder or glob, and its weight."""
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.strict_json import parse_json_object
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
+_COMPRESSIONS = ("", ".gz", ".zst")
+Given = str | Path | Sequence[str] | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one format."""
+
+    name: str
+    """As the user gave it."""
+    files: tuple[Path, ...]
+    weight: float = 1.0
+    """Passes over the source per epoch."""
+    ignored: tuple[str, ...] = ()
+    """Names of a folder's files that hold no records."""
+
+
+def find_sources(given: Given) -> list[Source]:
+    """Returns the sources in the order given, the files of each in order of name.
+
+    Raises:
+        UsageError: nothing is there, a path given twice, or a weight that is none.
+        UnsupportedError: an old Hugging Face data-set folder.
+        CorruptError: a Hugging Face data-set folder whose files are missing.
+    """
+    weights = {str(given): 1.0} if isinstance(given, str | Path) else given
+    if not isinstance(weights, Mapping):
+        names = [str(name) for name in weights]
+        if double := [name for name in names if names.count(name) > 1]:
+            raise UsageError(
+                f"{double[0]} is given twice; to train on it more often give weights: "
+                f"{{{double[0]}: 2}}"
+            )
+        weights = dict.fromkeys(names, 1.0)
+    if not weights:
+        raise UsageError("no data is named; give a file, a folder or a glob")
+    return [_source(name, weight) for name, weight in weights.items()]
+
+
+def _source(name: str, weight: float) -> Source:
+    if not 0 < weight <= 1000:
+        raise UsageError(
+            f"{name}: the weight {weight} is not above 0 and at most 1000; a weight of "
+            "2 shows each record twice per epoch, one of 0.5 half of the records"
+        )
+    path = Path(name)
+    if path.is_dir():
+        files, ignored = _folder(path)
+        return Source(name, files, weight, ignored)
+    if not path.exists() and glob.has_magic(name):
+        found = sorted(Path(match) for match in glob.glob(name, recursive=True))
+        files = tuple(file for file in found if file.is_file())
+        if not files:
+            raise UsageError(f"{name}: no file matches")
+        return Source(name, files, weight)
+    _check_file(path)
+    return Source(name, (path,), weight)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.exists():
+        raise UsageError(
+            f"{path}: no records; it is a device or a pipe, and jlora reads files "
+            "(more than once); write the records to a file"
+        )
+    folder = path.parent
+    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    raise UsageError(f"{path}: no such file{nearest(path.name, names)}")
+
+
+def _folder(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Returns the data files of a folder, and the names of its other files."""
+    if (path / "dataset_dict.json").is_file():
+        return _folder(_training_split(path))
+    if (path / "state.json").is_file():
+        return _saved_files(path), ()
+    names = sorted(
+        file.name
+        for file in path.iterdir()
+        if file.is_file() and not file.name.startswith(".")
+    )
+    data = [name for name in names if _is_data(name)]
+    if not data:
+        inside = sorted(item.name for item in path.iterdir() if item.is_dir())
+        hint = f"; it has the folders {listing(inside)}" if inside else ""
+        raise UsageError(
+            f"{path}: the folder has no data files ({', '.join(SUFFIXES)}, the first "
+            f"three also .gz or .zst){hint}"
+        )
+    return tuple(path / name for name in data), tuple(
+        name for name in names if name not in data
+    )
+
+
+def _is_data(name: str) -> bool:
+    if name in ("dataset_info.json", "dataset_infos.json"):  # of the hub's folders
+        return False
+    return any(
+        name.endswith(suffix + compression)
+        for suffix in SUFFIXES
+        for compression in (_COMPRESSIONS if "json" in suffix else ("",))
+    )
+
+
+def _training_split(path: Path) -> Path:
+    """The folder of split `train` in what `DatasetDict.save_to_disk` wrote."""
+    splits = _read(path / "dataset_dict.json").get("splits")
+    if not isinstance(splits, list) or "train" not in splits:
+        raise UsageError(
+            f"{path} holds the splits {splits} and none is named train; "
+            f"name one of its folders, such as {path / 'NAME'}"
+        )
+    return path / "train"
+
+
+def _saved_files(path: Path) -> tuple[Path, ...]:
+    """The files of what `Dataset.save_to_disk` wrote, in its order."""
+    state = _read(path / "state.json")
+    if state.get("_indices_data_files"):
+        raise UnsupportedError(
+            f"{path} is a selection of rows that an old version of datasets saved; "
+            "load it and save it again with a new one"
+        )
+    entries = state.get("_data_files")
+    try:
+        names = [str(entry["filename"]) for entry in entries or ()]
+    except (TypeError, KeyError) as error:
+        raise CorruptError(f"{path / 'state.json'}: no list _data_files") from error
+    missing = [
+        name for name in names if Path(name).name != name or not (path / name).is_file()
+    ]
+    if missing or not names:
+        raise CorruptError(
+            f"{path / 'state.json'} names files that are not in the folder: "
+            f"{listing(missing) or '(none at all)'}"
+        )
+    return tuple(path / name for name in names)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return parse_json_object(path.read_bytes(), str(path))
