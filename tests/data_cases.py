@@ -56,7 +56,7 @@ def write_rows(path: Path, rows: Sequence[object]) -> Path:
 
 
 def load(
-    path: Path,
+    path: Path | dict[str, float],
     tokenizer: Tokenizer | None = None,
     *,
     vocab_size: int = 500,

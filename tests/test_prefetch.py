@@ -1,5 +1,6 @@
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,7 +29,9 @@ def mesh_of(config: MeshConfig = MESHES[0]):
 def data() -> Dataset:
     rng = np.random.default_rng(0)
     examples = [
-        Example(i, rng.integers(0, 99, n).astype(np.int32), np.ones(n, np.uint8))
+        Example(
+            Path("a"), i, rng.integers(0, 99, n).astype(np.int32), np.ones(n, np.uint8)
+        )
         for i, n in enumerate(rng.integers(2, 30, 40))
     ]
     return make_dataset(
