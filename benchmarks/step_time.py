@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
-from jlora.config import LlamaConfig, LoraConfig, RopeParameters
+from jlora.config import LlamaConfig, LoraConfig
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import (
@@ -30,6 +30,7 @@ from jlora.plan import (
     peak_memory_bytes,
     plan_workload,
 )
+from jlora.rope_config import RopeParameters
 from jlora.settings import ComputeConfig, MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.training import TrainState, make_train_step

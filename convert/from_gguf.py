@@ -1,14 +1,11 @@
-"""GGUF files as a `Source`: names, rotary layout, block formats and tokenizer.
+"""GGUF files as a `Source`: names, rotary layout, block formats and configuration.
 
 llama.cpp's converter interleaves the rotary pairs of q and k; here the rows are put back
 in HF's order. Quantised blocks become float32, one tensor at a time.
 
-One format, one file: tensors, configuration and tokenizer are read off the same metadata.
-
-Source: llama.cpp, convert_hf_to_gguf.py and src/llama-vocab.cpp; gguf.constants.
+Source: llama.cpp, convert_hf_to_gguf.py and src/llama-model.cpp; gguf.constants.
 """
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,8 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from convert.gguf_file import GGUFFile, Tensor, read_gguf
+from convert.gguf_tokenizer import tokenizer_files
 from convert.names import Name, all_names
-from convert.safetensors import Spec, read_bytes, reading
+from convert.safetensors import Spec, read_bytes
 from convert.source import Source, check_names, check_values, parse_config
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
@@ -57,14 +55,17 @@ _MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "llama.attention.scale": (None, 0.0),
     "llama.attention.sliding_window": (None, 0),
     "llama.attention.causal": (None, True),
-    "llama.rope.scale_linear": (None, 1.0),
+    "llama.attention.max_alibi_bias": (None, 0.0),
+    "llama.attention.clamp_kqv": (None, 0.0),
+    "llama.attn_logit_softcapping": (None, 0.0),
+    "llama.final_logit_softcapping": (None, 0.0),
+    "llama.rope.scaling.attn_factor": (None, 1.0),
+    "llama.rope.scaling.alpha": (None, 0.0),
+    "llama.rope.scaling.yarn_attn_factor": (None, 1.0),
+    "llama.rope.scaling.yarn_ext_factor": (None, 1.0, -1.0),
+    "llama.rope.scaling.yarn_log_multiplier": (None, 0.0),
     "split.count": (None, 0, 1),
 }
-_CONTROL, _USER_DEFINED = 3, 4
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def open_gguf(path: Path) -> Source:
@@ -107,7 +108,7 @@ def open_gguf(path: Path) -> Source:
             for path, name in names.items()
         },
         read=read,
-        files=_tokenizer_files(file),
+        files=tokenizer_files(file),
         provenance={
             "format": "gguf",
             "source": str(path),
@@ -269,17 +270,38 @@ def _decimal(value: Any) -> Any:
 
 
 def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
+    """Returns the file's rotary scaling as HF's `rope_scaling`."""
     get = file.metadata.get
-    kind = get("llama.rope.scaling.type")
-    if kind not in (None, "", "none"):
-        scaling = {
-            "rope_type": kind,
-            "factor": _decimal(get("llama.rope.scaling.factor")),
-        }
-        original = get("llama.rope.scaling.original_context_length")
-        if original is not None:
-            scaling["original_max_position_embeddings"] = original
-        return scaling
+    # llama.cpp's default type is linear, and its older key means the same.
+    kind = get("llama.rope.scaling.type") or "linear"
+    factor = get("llama.rope.scaling.factor", get("llama.rope.scale_linear")) or 1.0
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedError(
+            f"{file.path}: llama.rope.scaling.type={kind!r:.80}; jlora reads none, linear "
+            "and yarn from GGUF, use the original model"
+        )
+    divisors = _rope_divisors(file, head_dim)
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return _divided(file, head_dim, divisors)
+    if divisors is not None:
+        raise UnsupportedError(
+            f"{file.path}: llama.rope.scaling.type={kind!r} together with {_ROPE_FREQS}; "
+            "jlora supports one of them, use the original model"
+        )
+    scaling = {"rope_type": kind, "factor": _decimal(factor)}
+    original = get("llama.rope.scaling.original_context_length")
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        for key in ("beta_fast", "beta_slow"):
+            value = get(f"llama.rope.scaling.yarn_{key}")
+            if value is not None:
+                scaling[key] = _decimal(value)
+    return scaling
+
+
+def _rope_divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
+    """Returns what each pair's frequency is divided by, or None if by nothing."""
     tensor = file.tensors.get(_ROPE_FREQS)
     if tensor is None:
         return None
@@ -289,22 +311,40 @@ def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
             f"{tensor.type}; expected F32 of shape [{head_dim // 2}]"
         )
     divisors = read_bytes(file.path, tensor.offset, 2 * head_dim).view(np.float32)
-    if (divisors == 1).all():
+    if not (np.isfinite(divisors).all() and (divisors > 0).all()):
+        raise CorruptError(
+            f"{file.path}: {_ROPE_FREQS} holds values that are not above 0; the file is "
+            "damaged, use another copy"
+        )
+    return None if (divisors == 1).all() else divisors
+
+
+def _divided(
+    file: GGUFFile, head_dim: int, divisors: np.ndarray | None
+) -> dict[str, Any] | None:
+    """Returns the divisors as llama3, if its numbers reproduce them, else as longrope."""
+    if divisors is None:
         return None
-    scaling = {
+    llama3 = {
         "rope_type": "llama3",
         "factor": _decimal(float(divisors[-1])),
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    theta = get("llama.rope.freq_base", 10000.0)
-    if not np.allclose(divisors, _llama3_divisors(theta, head_dim, scaling), rtol=1e-5):
-        raise UnsupportedError(
-            f"{file.path}: {_ROPE_FREQS} holds divisors that are not those of Llama 3.1 "
-            f"(factor {scaling['factor']}, 1 to 4, 8192); use the original model"
-        )
-    return scaling
+    theta = file.metadata.get("llama.rope.freq_base", 10000.0)
+    expected = _llama3_divisors(theta, head_dim, llama3)
+    if divisors[-1] >= 1 and np.allclose(divisors, expected, rtol=1e-5):
+        return llama3
+    values = [float(value) for value in divisors]
+    return {
+        "rope_type": "longrope",
+        "short_factor": values,
+        "long_factor": values,
+        "attention_factor": 1.0,
+        "factor": 1.0,
+        "original_max_position_embeddings": file.metadata.get("llama.context_length"),
+    }
 
 
 def _llama3_divisors(
@@ -316,128 +356,3 @@ def _llama3_divisors(
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return 1 / (kept + (1 - kept) / scaling["factor"])
-
-
-def _tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
-    """Returns tokenizer.json, tokenizer_config.json and generation_config.json."""
-    get = file.metadata.get
-    tokens = get("tokenizer.ggml.tokens") or []
-    ids = {
-        kind: _token_id(file, kind, len(tokens))
-        for kind in ("bos", "eos", "unknown", "padding", "eot")
-    }
-    add_bos = get("tokenizer.ggml.add_bos_token")
-    if add_bos is None:  # llama.cpp's defaults
-        add_bos = (
-            get("tokenizer.ggml.pre") in _LLAMA3_NAMES
-            or get("tokenizer.ggml.model") == "llama"
-        )
-    names = {kind: None if i is None else tokens[i] for kind, i in ids.items()}
-    tokenizer_config = {
-        "add_bos_token": bool(add_bos),
-        "bos_token": names["bos"],
-        "chat_template": get("tokenizer.chat_template"),
-        "clean_up_tokenization_spaces": False,
-        "eos_token": names["eos"],
-        "model_max_length": get("llama.context_length"),
-        "pad_token": names["padding"],
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": names["unknown"],
-    }
-    stops = sorted({i for i in (ids["eos"], ids["eot"]) if i is not None})
-    generation_config = {
-        "bos_token_id": ids["bos"],
-        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
-        "pad_token_id": ids["padding"],
-    }
-    beside = file.path.parent / "tokenizer.json"
-    if beside.is_file():
-        with reading(beside):
-            tokenizer = beside.read_bytes()
-    elif get("tokenizer.huggingface.json"):
-        tokenizer = get("tokenizer.huggingface.json", "").encode()
-    else:
-        tokenizer = _build_tokenizer(file, tokens, names["bos"] if add_bos else None)
-    return {
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": _json_bytes(tokenizer_config),
-        "generation_config.json": _json_bytes(generation_config),
-    }
-
-
-def _json_bytes(document: dict[str, Any]) -> bytes:
-    present = {key: value for key, value in document.items() if value is not None}
-    return (json.dumps(present, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _token_id(file: GGUFFile, kind: str, num_tokens: int) -> int | None:
-    key = f"tokenizer.ggml.{kind}_token_id"
-    value = file.metadata.get(key)
-    if value is not None and not (isinstance(value, int) and value < num_tokens):
-        raise CorruptError(f"{file.path}: {key}={value!r}, with {num_tokens} tokens")
-    return value
-
-
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
-
-
-def _build_tokenizer(file: GGUFFile, tokens: list[str], bos: str | None) -> bytes:
-    """Returns a tokenizer.json equal in effect to the one the file was made from."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
-
-    get = file.metadata.get
-    model, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
-    known = ("smollm", "gpt-2", *_LLAMA3_NAMES)
-    if model != "gpt2" or pre not in known:
-        raise UnsupportedError(
-            f"{file.path}: tokenizer.ggml.model={model!r}, tokenizer.ggml.pre={pre!r} "
-            "cannot be rebuilt exactly (known: model 'gpt2' with pre "
-            f"{listing(known)}); put the model's tokenizer.json beside the file"
-        )
-    types = get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges") or []]
-    if len(vocabulary) != len(tokens) or len(types) != len(tokens):
-        raise CorruptError(
-            f"{file.path}: tokenizer.ggml.tokens has {len(tokens)} entries, "
-            f"{len(vocabulary)} of them different, and {len(types)} types"
-        )
-    try:
-        tokenizer = Tokenizer(
-            models.BPE(
-                vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES
-            )
-        )
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise CorruptError(f"{file.path}: tokenizer.ggml.merges: {error}") from error
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
-    if bos is not None:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"],
-            pair=[bos, "$A", f"{bos}:1", "$B:1"],
-            special_tokens=[(bos, vocabulary[bos])],
-        )
-    return tokenizer.to_str().encode()
-
-
-def _pre_tokenizer(pre: str) -> Any:
-    """Returns the splitter of a `tokenizer.ggml.pre` name; never a guess."""
-    from tokenizers import Regex, pre_tokenizers
-
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    if pre == "gpt-2":
-        return gpt2
-    if pre == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        return pre_tokenizers.Sequence([digits, gpt2])
-    split = pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
-    return pre_tokenizers.Sequence([split, whole])

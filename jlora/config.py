@@ -6,40 +6,17 @@ adapter_config.json, which are the schemas. Validation lives here and nowhere el
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+from jlora.architectures import refuse_other_architectures
+from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.fields import Fields, is_int, is_number, joined
+from jlora.rope_config import RopeParameters, read_rope
 
 # Beyond the width of any Llama: a larger rank is a slip, not a wish.
 MAX_RANK = 65536
-SUPPORTED_ROPE_TYPES = ("default", "llama3")
-_ARCHITECTURES = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
-# Keys that change the computation, with the value that leaves a Llama a Llama.
-_MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "embedding_multiplier": (None, 1),
-    "residual_multiplier": (None, 1),
-    "attention_multiplier": (None, 1),
-    "logits_scaling": (None, 1),
-    "logit_scale": (None, 1),
-    "sliding_window": (None, False),
-    "no_rope_layers": (None, []),
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "partial_rotary_factor": (None, 1),
-    "quantization_config": (None,),
-}
-
-
-@dataclass(frozen=True)
-class RopeParameters:
-    """Rotary embedding settings; field names as in HF's `rope_parameters`."""
-
-    rope_theta: float
-    rope_type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 0
+# A name is made for every tensor of every layer before a file is opened.
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -73,53 +50,51 @@ class LlamaConfig:
 
         Source: transformers `LlamaConfig`, `modeling_rope_utils`.
         """
-        _refuse_other_architectures(config)
-        heads = _positive_int(config, "num_attention_heads")
-        kv_heads = _positive_int(config, "num_key_value_heads", heads)
-        hidden = _positive_int(config, "hidden_size")
-        if heads % kv_heads:
-            raise CorruptError(
-                f"config.json: num_attention_heads={heads} is not a multiple of "
-                f"num_key_value_heads={kv_heads}"
-            )
-        if config.get("head_dim") is None and hidden % heads:
-            raise CorruptError(
-                f"config.json: hidden_size={hidden} is not a multiple of "
-                f"num_attention_heads={heads}, and head_dim is not given"
-            )
-        head_dim = _positive_int(config, "head_dim", hidden // heads)
-        if head_dim % 2:
-            raise CorruptError(
-                f"config.json: head_dim={head_dim} is odd; rotary embeddings need pairs"
-            )
-        eps = config.get("rms_norm_eps")
-        if not _is_number(eps) or not eps > 0:
-            raise CorruptError(
-                f"config.json: rms_norm_eps={eps!r}; expected a number above 0"
-            )
-        eos = config.get("eos_token_id")
-        return cls(
-            vocab_size=_positive_int(config, "vocab_size"),
+        is_mistral = refuse_other_architectures(config)
+        problems: list[str] = []
+        fields = Fields(config, problems)
+        heads = fields.size("num_attention_heads")
+        kv_heads = fields.size("num_key_value_heads", None if is_mistral else heads)
+        hidden = fields.size("hidden_size")
+        head_dim = fields.size("head_dim", max(hidden // heads, 1))
+        # Absent, a Llama and a Mistral mean different numbers.
+        default = None if is_mistral else 2048
+        positions = fields.size("max_position_embeddings", default)
+        result = cls(
+            vocab_size=fields.size("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=_positive_int(config, "intermediate_size"),
-            num_hidden_layers=_positive_int(config, "num_hidden_layers"),
+            intermediate_size=fields.size("intermediate_size"),
+            num_hidden_layers=fields.size("num_hidden_layers", most=MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=float(eps),
-            rope_parameters=_rope_parameters(config),
-            max_position_embeddings=_positive_int(
-                config, "max_position_embeddings", 2048
+            rms_norm_eps=fields.number("rms_norm_eps", above=0),
+            rope_parameters=read_rope(
+                config, head_dim=head_dim, max_positions=positions, problems=problems
             ),
-            attention_bias=_boolean(config, "attention_bias"),
-            mlp_bias=_boolean(config, "mlp_bias"),
-            tie_word_embeddings=_boolean(config, "tie_word_embeddings"),
-            bos_token_id=_token_id(config, "bos_token_id"),
-            eos_token_id=tuple(eos)
-            if isinstance(eos, list) and all(_is_int(i) for i in eos)
-            else tuple(i for i in [_token_id(config, "eos_token_id")] if i is not None),
-            pad_token_id=_token_id(config, "pad_token_id"),
+            max_position_embeddings=positions,
+            attention_bias=fields.boolean("attention_bias") and not is_mistral,
+            mlp_bias=fields.boolean("mlp_bias") and not is_mistral,
+            tie_word_embeddings=fields.boolean("tie_word_embeddings"),
+            bos_token_id=fields.token_id("bos_token_id"),
+            eos_token_id=fields.token_ids("eos_token_id"),
+            pad_token_id=fields.token_id("pad_token_id"),
         )
+        if not problems and config.get("head_dim") is None and hidden % heads:
+            problems.append(
+                f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}, "
+                "and head_dim is not given"
+            )
+        if heads % kv_heads:
+            problems.append(
+                f"num_attention_heads={heads} is not a multiple of "
+                f"num_key_value_heads={kv_heads}"
+            )
+        if not problems and head_dim % 2:
+            problems.append(f"head_dim={head_dim} is odd, rotary embeddings need pairs")
+        if problems:
+            raise CorruptError(f"config.json: {joined(problems)}")
+        return result
 
     def check_length(self, length: int, name: str) -> None:
         """Raises UsageError if rows of `length` tokens are longer than the model's."""
@@ -129,179 +104,6 @@ class LlamaConfig:
                 f"max_position_embeddings={self.max_position_embeddings}; "
                 "give at most that"
             )
-
-
-def _refuse_other_architectures(config: dict[str, Any]) -> None:
-    names = config.get("architectures") or []
-    kind = config.get("model_type")
-    known = isinstance(names, list) and all(name in _ARCHITECTURES for name in names)
-    if not known or kind not in (None, "llama"):
-        found = listing(names if isinstance(names, list) else [names]) or "none"
-        raise UnsupportedError(
-            f"config.json: architectures={found}, model_type={kind!r} is not a Llama; "
-            "jlora supports LlamaForCausalLM only"
-        )
-    if not names and kind is None:
-        raise UnsupportedError(
-            "config.json: neither architectures nor model_type says what this model "
-            "is; jlora supports model_type 'llama' only"
-        )
-    for key, neutral in _MUST_BE_NEUTRAL.items():
-        if config.get(key) not in neutral:
-            what = config[key]
-            if key == "quantization_config" and isinstance(what, dict):
-                method = what.get("quant_method", "unknown method")
-                raise UnsupportedError(
-                    f"config.json: the checkpoint is quantised ({method}); "
-                    "use the original bfloat16 or float32 model"
-                )
-            raise UnsupportedError(
-                f"config.json: {key}={what!r} changes the computation, so this is not "
-                "a plain Llama; jlora does not support it"
-            )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UnsupportedError(
-            f"config.json: hidden_act={config['hidden_act']!r}; jlora supports 'silu'"
-        )
-    layer_types = config.get("layer_types")
-    if layer_types and not (
-        isinstance(layer_types, list)
-        and all(kind == "full_attention" for kind in layer_types)
-    ):
-        raise UnsupportedError(
-            f"config.json: layer_types={layer_types!r:.120}; "
-            "jlora supports full_attention in every layer only"
-        )
-
-
-def _rope_parameters(config: dict[str, Any]) -> RopeParameters:
-    """Reads the three places rope settings live in; contradictions are errors."""
-    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    for name, group in (("rope_scaling", old), ("rope_parameters", new)):
-        if not isinstance(group, dict):
-            raise CorruptError(f"config.json: {name} is not an object")
-        for key, value in group.items():
-            if key == "mrope_section" or isinstance(value, dict):
-                raise UnsupportedError(
-                    f"config.json: {name} has {key}={value!r:.80}; jlora supports one "
-                    "rotary embedding for all layers and dimensions"
-                )
-        if group.get("partial_rotary_factor", 1) != 1:
-            raise UnsupportedError(
-                f"config.json: {name} has partial_rotary_factor="
-                f"{group['partial_rotary_factor']!r}; jlora rotates whole heads only"
-            )
-    thetas = []
-    for group in (config, old, new):
-        if "rope_theta" in group:
-            theta = group["rope_theta"]
-            if not _is_number(theta) or theta <= 1:
-                raise CorruptError(
-                    f"config.json: rope_theta={theta!r}; expected a number > 1"
-                )
-            thetas.append(float(theta))
-    if len(set(thetas)) > 1:
-        raise CorruptError(
-            f"config.json: rope_theta is given as {listing(sorted(set(thetas)))}; "
-            "keep the right one"
-        )
-    theta = thetas[0] if thetas else 10000.0
-    if old and new:
-        # A writer that serves every reader repeats the same numbers in both places.
-        differing = [
-            key
-            for key in sorted(set(old) | set(new))
-            if key not in ("rope_theta", "type", "rope_type")
-            and old.get(key) != new.get(key)
-        ]
-        if _rope_type(old) != _rope_type(new) or differing:
-            raise CorruptError(
-                "config.json: rope_scaling and rope_parameters differ "
-                f"(in {listing(differing or ['rope_type'])}); remove the wrong one"
-            )
-    group = new or old
-    rope_type = _rope_type(group)
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise UnsupportedError(
-            f"config.json: rope_type={rope_type!r}; jlora supports "
-            f"{listing(SUPPORTED_ROPE_TYPES)}"
-        )
-    if rope_type == "default":
-        return RopeParameters(rope_theta=theta)
-    values = {}
-    for key in ("factor", "low_freq_factor", "high_freq_factor"):
-        value = group.get(key)
-        if not _is_number(value) or value <= 0:
-            raise CorruptError(
-                f"config.json: rope_type 'llama3' needs {key} as a number above 0, "
-                f"found {value!r}"
-            )
-        values[key] = float(value)
-    original = group.get("original_max_position_embeddings")
-    outer = config.get("original_max_position_embeddings")
-    if not _is_int(original) or original <= 0:
-        raise CorruptError(
-            "config.json: rope_type 'llama3' needs original_max_position_embeddings "
-            f"as an integer above 0, found {original!r}"
-        )
-    if outer is not None and outer != original:
-        raise CorruptError(
-            f"config.json: original_max_position_embeddings is {outer} at the top and "
-            f"{original} in the rope settings"
-        )
-    if values["factor"] < 1 or values["high_freq_factor"] <= values["low_freq_factor"]:
-        raise CorruptError(
-            "config.json: llama3 rope needs factor >= 1 and high_freq_factor > "
-            f"low_freq_factor, found {values}"
-        )
-    return RopeParameters(
-        rope_theta=theta,
-        rope_type="llama3",
-        original_max_position_embeddings=original,
-        **values,
-    )
-
-
-def _rope_type(group: dict[str, Any]) -> str:
-    kinds = {
-        str(group[key]) for key in ("rope_type", "type") if group.get(key) is not None
-    }
-    if len(kinds) > 1:
-        raise CorruptError(
-            f"config.json: type and rope_type differ: {listing(sorted(kinds))}"
-        )
-    return kinds.pop() if kinds else "default"
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _positive_int(config: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None and default is not None:
-        return default
-    if not _is_int(value) or value <= 0:
-        raise CorruptError(f"config.json: {key}={value!r}; expected an integer above 0")
-    return value
-
-
-def _boolean(config: dict[str, Any], key: str) -> bool:
-    value = config.get(key)
-    if value not in (None, False, True) or _is_int(value):
-        raise CorruptError(f"config.json: {key}={value!r}; expected true or false")
-    return bool(value)
-
-
-def _token_id(config: dict[str, Any], key: str) -> int | None:
-    value = config.get(key)
-    if value is not None and not _is_int(value):
-        raise CorruptError(f"config.json: {key}={value!r}; expected a token id")
-    return value
 
 
 @dataclass(frozen=True)
@@ -345,7 +147,7 @@ class LoraConfig:
             UnsupportedError: a PEFT feature that jlora does not have.
         """
         for name, rank in [("r", self.r), *self.rank_pattern.items()]:
-            if not _is_int(rank) or not 1 <= rank <= MAX_RANK:
+            if not is_int(rank) or not 1 <= rank <= MAX_RANK:
                 raise UsageError(
                     f"lora: rank {name}={rank!r}; expected an integer from 1 to "
                     f"{MAX_RANK:,}"
@@ -354,12 +156,12 @@ class LoraConfig:
             ("lora_alpha", self.lora_alpha),
             *self.alpha_pattern.items(),
         ]:
-            if not _is_number(alpha) or alpha <= 0:
+            if not is_number(alpha) or alpha <= 0:
                 raise UsageError(
                     f"lora: {name}={alpha!r}; expected a number above 0, "
                     "otherwise the adapter has no effect"
                 )
-        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+        if not is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise UsageError(
                 f"lora.lora_dropout={self.lora_dropout!r}; expected 0 <= p < 1"
             )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from jlora.config import LlamaConfig
 from jlora.errors import UsageError
 from jlora.lora import Params
 from jlora.model import KVCache, Llama
@@ -64,8 +65,8 @@ def generate_tokens(
             f"the prompt's {len(prompt)} tokens and max_new_tokens={max_new_tokens} "
             f"exceed the model's max_position_embeddings={limit}; {hint}"
         )
-    padded = _round_up(len(prompt))
-    size = _round_up(max(padded, len(prompt) + max_new_tokens))
+    size = _cache_size(model.config, len(prompt) + max_new_tokens)
+    padded = min(_round_up(len(prompt)), size)
     cache = KVCache.empty(model.config, 1, size, model.dtype)
     tokens = np.zeros((1, padded), np.int32)
     tokens[0, : len(prompt)] = prompt
@@ -87,6 +88,13 @@ def generate_tokens(
             return
         yield token
         tokens, count = np.asarray(new)[:, None], 1
+
+
+def _cache_size(config: LlamaConfig, needed: int) -> int:
+    """Returns `needed` rounded up, not past a length where rotary angles change."""
+    original = config.rope_parameters.original_max_position_embeddings
+    limits = (original, config.max_position_embeddings)
+    return min(_round_up(needed), *(limit for limit in limits if needed <= limit))
 
 
 def _round_up(count: int) -> int:

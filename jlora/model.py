@@ -358,7 +358,10 @@ class Llama(nn.Module):
     ) -> tuple[Array, KVCache | None]:
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        cos, sin = rope_angles(self.config, positions)
+        # Static, so rotary types that depend on the length are constants of the call: a
+        # cache is made for the whole text, so its keys are all turned by one rule.
+        length = tokens.shape[1] if cache is None else cache.keys[0].shape[1]
+        cos, sin = rope_angles(self.config, positions, length)
         call = _Call(cos, sin, segment_ids, None if cache is None else cache.length)
         x = self.embed_tokens(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))

@@ -6,31 +6,60 @@ and sin are float32. The layout is HF's: pairs are (x_j, x_{j + H/2}).
 Source: "RoFormer" (Su et al., 2021); transformers `modeling_rope_utils`.
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jlora.config import LlamaConfig, RopeParameters
+from jlora.config import LlamaConfig
+from jlora.rope_config import RopeParameters
 
 
-def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:
     """Returns the angle per position of each pair, radians, float32 [H/2].
+
+    Args:
+        config: the model.
+        length: of the call (largest position + 1); dynamic and longrope depend on it.
+
+    Source: transformers `modeling_rope_utils`, whose float32 arithmetic is followed.
+    """
+    rope, dim = config.rope_parameters, config.head_dim
+    theta = np.float64(rope.rope_theta)
+    if rope.rope_type == "dynamic":
+        stretch = max(length / config.max_position_embeddings, 1.0)
+        theta *= (rope.factor * stretch - (rope.factor - 1)) ** (dim / (dim - 2))
+    power = _powers(theta, dim)
+    with np.errstate(over="ignore"):  # a power beyond float32: that pair never turns
+        match rope.rope_type:
+            case "linear":
+                return 1 / power / np.float32(rope.factor)
+            case "llama3":
+                return _llama3(1 / power, rope)
+            case "yarn":
+                return _yarn(power, rope)
+            case "longrope":
+                is_long = length > rope.original_max_position_embeddings
+                scales = rope.long_factor if is_long else rope.short_factor
+                return 1 / (np.array(scales, np.float32) * power)
+            case _:
+                return 1 / power
+
+
+def _powers(theta: np.float64, dim: int) -> np.ndarray:
+    """Returns theta ** (2j / dim), float32 [dim/2].
 
     float32(theta ** e) with a float32 exponent e follows HF's arithmetic most closely:
     one unit in the last place here is 5e-4 in cos at position 8192.
     """
-    rope, dim = config.rope_parameters, config.head_dim
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    power = np.float64(rope.rope_theta) ** exponent.astype(np.float64)
-    frequencies = np.float32(1) / power.astype(np.float32)
-    return _llama3(frequencies, rope) if rope.rope_type == "llama3" else frequencies
+    with np.errstate(over="ignore"):
+        return (theta ** exponent.astype(np.float64)).astype(np.float32)
 
 
 def _llama3(frequencies: np.ndarray, rope: RopeParameters) -> np.ndarray:
-    """Divides long wavelengths by `factor`, keeps short ones, blends between.
-
-    Source: transformers `_compute_llama3_parameters`.
-    """
+    """Divides long wavelengths by `factor`, keeps short ones, blends between."""
     turns = rope.original_max_position_embeddings * frequencies / np.float32(2 * np.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
     keep = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
@@ -39,13 +68,42 @@ def _llama3(frequencies: np.ndarray, rope: RopeParameters) -> np.ndarray:
     )
 
 
+def _yarn(power: np.ndarray, rope: RopeParameters) -> np.ndarray:
+    """Divides slow pairs by `factor`, keeps fast ones, blends between by their index.
+
+    Source: "YaRN" (Peng et al., 2023), section 3.2.
+    """
+    dim, original = 2 * len(power), rope.original_max_position_embeddings
+
+    def pair_that_turns(times: float) -> float:
+        """Returns the index of the pair that turns so often in the original context."""
+        log_turns = math.log(original / (times * 2 * math.pi))
+        return dim * log_turns / (2 * math.log(rope.rope_theta))
+
+    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(
+        high - low
+    )
+    keep = 1 - np.clip(ramp, 0, 1)
+    return (1 / (np.float32(rope.factor) * power)) * (1 - keep) + (1 / power) * keep
+
+
 def rope_angles(
-    config: LlamaConfig, positions: Int[Array, "B T"]
+    config: LlamaConfig, positions: Int[Array, "B T"], length: int
 ) -> tuple[Float[Array, "B T 1 H_half"], Float[Array, "B T 1 H_half"]]:
-    """Returns (cos, sin) of every position's angles, float32."""
-    frequencies = jnp.asarray(rope_frequencies(config))
+    """Returns (cos, sin) of every position's angles, float32, times attention_factor.
+
+    `length` is that of the call, see `rope_frequencies`.
+    """
+    frequencies = jnp.asarray(rope_frequencies(config, length))
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    factor = jnp.float32(config.rope_parameters.attention_factor)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
 def apply_rope(

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.config import LlamaConfig, RopeParameters
+from jlora.config import LlamaConfig
 from jlora.data import Dataset, Tokenizer, load_dataset
+from jlora.rope_config import RopeParameters
 from jlora.settings import DataConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "chat"

@@ -46,17 +46,61 @@ def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
 
 
-def rope_frequencies(config: dict[str, Any]) -> np.ndarray:
+def rope_frequencies(config: dict[str, Any], length: int = 0) -> np.ndarray:
     """Returns the angle per position of each pair of a head, radians [H/2]."""
-    rope = config["rope_parameters"]
-    dim = _head_dim(config)
+    rope, dim = config["rope_parameters"], _head_dim(config)
+    theta, most = rope["rope_theta"], config["max_position_embeddings"]
+    kind, factor = rope["rope_type"], rope.get("factor")
+    original = rope.get("original_max_position_embeddings") or most
+    if kind == "dynamic":
+        stretch = factor * max(length, most) / most - (factor - 1)
+        theta *= stretch ** (dim / (dim - 2))
     result = np.empty(dim // 2)
     for j in range(dim // 2):
-        frequency = rope["rope_theta"] ** (-2 * j / dim)
-        if rope["rope_type"] == "llama3":
+        frequency = theta ** (-2 * j / dim)
+        if kind == "llama3":
             frequency = _llama3(frequency, rope)
+        elif kind == "linear":
+            frequency /= factor
+        elif kind == "longrope":
+            which = "long_factor" if length > original else "short_factor"
+            frequency /= rope[which][j]
+        elif kind == "yarn":
+            divided = _yarn_share(j, dim, theta, original, rope)
+            frequency *= (1 - divided) + divided / (factor or most / original)
         result[j] = frequency
     return result
+
+
+def rope_scale(config: dict[str, Any]) -> float:
+    """Returns what cos and sin are multiplied by."""
+    rope, most = config["rope_parameters"], config["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or most
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    factor = rope.get("factor") or most / original
+    if factor <= 1 or rope["rope_type"] not in ("yarn", "longrope"):
+        return 1.0
+    if rope["rope_type"] == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    above, below = rope.get("mscale") or 0, rope.get("mscale_all_dim") or 0
+    if not (above and below):
+        above, below = 1, 0
+    return (0.1 * above * math.log(factor) + 1) / (0.1 * below * math.log(factor) + 1)
+
+
+def _yarn_share(j: int, dim: int, theta: float, original: int, rope: Any) -> float:
+    """Returns how much of pair j is divided by the factor, from 0 to 1."""
+    edges = []
+    for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1):
+        wavelength = original / turns
+        edges.append(dim / 2 * math.log(wavelength / (2 * math.pi)) / math.log(theta))
+    if rope.get("truncate", True):
+        edges = [math.floor(edges[0]), math.ceil(edges[1])]
+    low, high = max(edges[0], 0), min(edges[1], dim - 1)
+    if low == high:
+        high += 0.001
+    return min(max((j - low) / (high - low), 0), 1)
 
 
 def _llama3(frequency: float, rope: dict[str, Any]) -> float:
@@ -118,12 +162,12 @@ def _attention(
     dim = _head_dim(config)
     heads = config["num_attention_heads"]
     group = heads // config["num_key_value_heads"]
-    frequencies = rope_frequencies(config)
+    frequencies, scale = rope_frequencies(config, len(q)), rope_scale(config)
     outputs = []
     for n in range(heads):
         kv = n // group
-        query = _rotate(q[:, n * dim : (n + 1) * dim], frequencies)
-        key = _rotate(k[:, kv * dim : (kv + 1) * dim], frequencies)
+        query = scale * _rotate(q[:, n * dim : (n + 1) * dim], frequencies)
+        key = scale * _rotate(k[:, kv * dim : (kv + 1) * dim], frequencies)
         value = v[:, kv * dim : (kv + 1) * dim]
         out = np.empty_like(query)
         for t in range(len(query)):

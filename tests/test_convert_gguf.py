@@ -211,10 +211,64 @@ def test_divisors_of_ones_are_no_scaling(path):
     assert rope.rope_type == "default"
 
 
-def test_unknown_divisors_are_refused(path):
-    arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([3, 8], np.float32)}
-    with pytest.raises(UnsupportedError, match="divisors that are not those of Llama"):
+def test_other_divisors_become_longrope_with_the_same_list_twice(path):
+    arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([3, 8.5], np.float32)}
+    rope = open_source(write_gguf(path, arrays)).config.rope_parameters
+    assert rope.rope_type == "longrope"
+    assert rope.short_factor == rope.long_factor == (3.0, 8.5)
+    assert rope.attention_factor == 1.0
+
+
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
+def test_divisors_that_are_not_above_zero_are_refused(path, value):
+    arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([1, value], np.float32)}
+    with pytest.raises(CorruptError, match=r"rope_freqs\.weight holds values"):
         open_source(write_gguf(path, arrays))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({}, None),
+        ({"type": "none", "factor": 4.0}, None),
+        ({"type": "linear", "factor": 1.0}, None),
+        ({"type": "linear"}, None),
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        # llama.cpp takes a factor without a type as linear.
+        ({"factor": 2.5}, {"rope_type": "linear", "factor": 2.5}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 16},
+            {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        (
+            {"type": "yarn", "factor": 2.0, "yarn_beta_fast": 8.0},
+            {"rope_type": "yarn", "factor": 2.0, "beta_fast": 8.0},
+        ),
+    ],
+)
+def test_rope_scaling_metadata_becomes_that_of_hf(path, metadata, scaling):
+    changes = {f"llama.rope.scaling.{key}": v for key, v in metadata.items()}
+    source = open_source(write_gguf(path, tensors(CONFIG), changes))
+    assert source.hf_config["rope_scaling"] == scaling
+    expected = LlamaConfig.from_hf(CONFIG | {"rope_scaling": scaling})
+    assert source.config.rope_parameters == expected.rope_parameters
+
+
+def test_the_older_key_of_linear_scaling_means_the_same(path):
+    changes = {"llama.rope.scale_linear": 4.0}
+    source = open_source(write_gguf(path, tensors(CONFIG), changes))
+    assert source.hf_config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_scaling_and_divisors_together_are_refused(path):
+    changes = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}
+    arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([1, 8], np.float32)}
+    with pytest.raises(UnsupportedError, match=r"'yarn' together with rope_freqs"):
+        open_source(write_gguf(path, arrays, changes))
 
 
 @pytest.mark.parametrize(
@@ -222,7 +276,9 @@ def test_unknown_divisors_are_refused(path):
     [
         ({"llama.expert_count": 8}, "expert_count=8"),
         ({"llama.rope.dimension_count": 2}, "dimension_count=2 differs"),
-        ({"llama.rope.scaling.type": "longrope"}, "rope_type='longrope'"),
+        ({"llama.rope.scaling.type": "longrope"}, "type='longrope'.*linear and yarn"),
+        ({"llama.rope.scaling.attn_factor": 0.5}, "attn_factor=0.5"),
+        ({"llama.attn_logit_softcapping": 30.0}, "softcapping=30.0"),
         ({"llama.attention.sliding_window": 16}, "sliding_window=16"),
         ({"general.type": "adapter"}, "general.type='adapter'"),
         ({"split.count": 2}, "--merge"),

@@ -12,8 +12,9 @@ import pytest
 
 import jlora
 from jlora.attention import attend
-from jlora.config import LlamaConfig, RopeParameters
+from jlora.config import LlamaConfig
 from jlora.optimizer import make_optimizer, make_schedule
+from jlora.rope_config import RopeParameters
 from jlora.settings import MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.training import TrainState, make_train_step

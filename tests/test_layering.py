@@ -9,7 +9,10 @@ COMMANDS = ("train", "generate", "evaluate")
 # A module may import rows above its own; `data` is a package whose files import each other.
 ROWS = (
     {"errors"},
-    {"strict_json", "strict_yaml", "flags", "config", "settings"},
+    {"strict_json", "strict_yaml", "flags", "fields"},
+    {"architectures", "rope_config"},
+    {"config"},
+    {"settings"},
     {"rope", "attention", "sharding", "targets", "quantize"},
     {"lora"},
     {"model"},
@@ -22,7 +25,7 @@ OWNERS = {
     "flax": ("jlora.lora", "jlora.model", "jlora.sharding"),
     "optax": ("jlora.optimizer", "jlora.training"),
     "orbax": ("jlora.checkpoint",),
-    "tokenizers": ("jlora.data", "convert.from_gguf"),
+    "tokenizers": ("jlora.data", "convert.gguf_tokenizer"),
     "jinja2": ("jlora.data",),
     "pyarrow": ("jlora.data.columnar",),
     "safetensors": ("convert",),

@@ -127,7 +127,7 @@ def test_the_reference_sees_the_adapters():
 def test_rotary_angles_equal_the_reference(rope):
     config = PLAIN | CONFIGS[rope]
     positions = np.array([[0, 1, 2, 17, 127]], np.int32)
-    cos, sin = rope_angles(LlamaConfig.from_hf(config), jnp.asarray(positions))
+    cos, sin = rope_angles(LlamaConfig.from_hf(config), jnp.asarray(positions), 128)
     angles = positions[:, :, None, None] * reference.rope_frequencies(config)
     # One unit in the last place of a float32 frequency is 1e-5 radians at position 127.
     np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=2e-5)
