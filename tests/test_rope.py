@@ -39,6 +39,10 @@ def make(changes):
     return LlamaConfig.from_hf(PLAIN | changes)
 
 
+def apply(model: Any, params, tokens) -> np.ndarray:
+    return np.asarray(model.apply({"params": params}, jnp.asarray(tokens)))
+
+
 @pytest.fixture(scope="module")
 def params():
     return load_params(open_source(str(GOLDEN)), dtype="float32")
@@ -47,8 +51,8 @@ def params():
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers(name, length, params):
-    tokens = jnp.asarray(EXPECTED["tokens"][:, :length])
-    logits = Llama(make(v5(CASES[name]))).apply({"params": params}, tokens)
+    tokens = EXPECTED["tokens"][:, :length]
+    logits = apply(Llama(make(v5(CASES[name]))), params, tokens)
     expected = EXPECTED[f"logits {name} {length}"]
     # Both sum in float32, in another order: measured 1e-5 at most.
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
@@ -204,8 +208,7 @@ def test_generated_tokens_are_those_of_the_whole_text(name, needed, params):
     new = list(
         generate_tokens(model, params, prompt, max_new_tokens=needed - len(prompt))
     )
-    text = jnp.asarray([prompt + new])
-    logits = model.apply({"params": params}, text)
+    logits = apply(model, params, [prompt + new])
     assert new == np.argmax(logits[0, len(prompt) - 1 : -1], axis=-1).tolist()
 
 
@@ -228,6 +231,6 @@ def test_a_folder_with_scaling_loads_as_such(tmp_path):
     settings = PLAIN | v4(CASES["yarn"])
     (tmp_path / "config.json").write_text(json.dumps(settings))
     model, params = convert.load(str(tmp_path))
-    logits = model.apply({"params": params}, jnp.asarray(EXPECTED["tokens"]))
+    logits = apply(model, params, EXPECTED["tokens"])
     expected = EXPECTED[f"logits yarn {LENGTHS[-1]}"]
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)

@@ -110,7 +110,7 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(HERE)
     (HERE / "generation_config.json").unlink(missing_ok=True)
     tokens = np.random.RandomState(0).randint(0, PLAIN["vocab_size"], (1, LENGTHS[-1]))
-    arrays = {"tokens": np.int32(tokens)}
+    arrays: dict[str, Any] = {"tokens": np.int32(tokens)}
     for name, settings in CASES.items():
         for length in LENGTHS:
             arrays[f"logits {name} {length}"] = logits(settings, tokens[:, :length])
@@ -164,7 +164,7 @@ def rescaled(name: str, size: tuple[int, float, int, int]) -> dict[str, Any]:
 
 def frequencies(
     name: str, size: tuple[int, float, int, int], length: int, settings: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.float64]:
     """Returns Transformers' inverse frequencies and attention factor."""
     head_dim, theta, positions, _ = size
     config = LlamaConfig(
