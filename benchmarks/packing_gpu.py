@@ -1,0 +1,298 @@
+"""What does packing gain, and does the GPU ever wait for data? One JSON line per case.
+
+Llama-3-8B with random weights, r=16 on all seven projections, bfloat16, 8192 tokens a step,
+through the library's own data set, prefetching thread and train step:
+
+- dense: rows of 4096 tokens without documents, plain causal attention
+- packed: short documents (below), packed into the same rows, each seeing only itself
+- padded: the same documents one per row, rows as long as the longest of them
+- peer: PEFT on Transformers (with Liger kernels if installed) on rows packed alike
+
+The documents are instructions (70 %, median 100 tokens) and chats (30 %, median 350), both
+log-normal, at most 2048 tokens long. tokens_per_second counts no padding. The peer runs
+first, in a process of its own; what cannot be imported is said. The last line is a summary.
+
+    python benchmarks/packing_gpu.py [--tiny] [--no-peer]
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+SEQ_LEN, ROWS, LONGEST, DOCUMENTS = 4096, 2, 2048, 20_000
+STEPS, WARM_UP = 10, 3
+SOME = 100  # tokens come from this part of the vocabulary, which a few steps can learn
+RATE = 1e-3
+PEER_LIMIT_S = 100
+TINY = "--tiny" in sys.argv
+if TINY:  # to try the script itself on a CPU
+    SEQ_LEN, ROWS, LONGEST, DOCUMENTS, STEPS = 256, 2, 128, 300, 3
+
+
+def lengths() -> np.ndarray:
+    """Returns the lengths of the documents, in random order."""
+    rng = np.random.default_rng(0)
+    median = np.where(rng.random(DOCUMENTS) < 0.7, 100, 350) * LONGEST / 2048
+    drawn = np.exp(np.log(median) + 0.8 * rng.standard_normal(DOCUMENTS))
+    return np.clip(drawn.astype(int), 8, LONGEST)
+
+
+def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
+    """Returns the documents with random tokens, the last two thirds of each learnt."""
+    from jlora.data.batches import make_dataset
+    from jlora.data.tokens import Example
+
+    rng = np.random.default_rng(1)
+    examples = []
+    for number, length in enumerate(lengths().tolist()):
+        tokens = rng.integers(0, vocab_size // SOME, length, np.int32)
+        learnt = (np.arange(length) >= max(1, length // 3)).astype(np.uint8)
+        examples.append(Example(number, tokens, learnt))
+    return make_dataset(
+        examples,
+        seq_len=SEQ_LEN,
+        packing=packing,
+        batch_size=batch_size,
+        pad_id=0,
+        seed=0,
+        shuffle=True,
+        summary=[],
+    )
+
+
+class Dense:
+    """Stands for a data set whose rows are one document each, without padding."""
+
+    batch_size, row_length, max_segments = ROWS, SEQ_LEN, 0
+
+    def __init__(self, vocab_size: int) -> None:
+        """Draws two batches."""
+        rng = np.random.default_rng(2)
+        shape = (2, ROWS, SEQ_LEN + 1)
+        self._tokens = rng.integers(0, vocab_size // SOME, shape, np.int32)
+
+    def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+        """Returns rows of batch `step`."""
+        tokens = self._tokens[step % 2][rows]
+        shape = (len(tokens), SEQ_LEN)
+        return {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "loss_mask": np.ones(shape, np.float32),
+            "segment_ids": np.ones(shape, np.int32),
+            "positions": np.tile(np.arange(SEQ_LEN, dtype=np.int32), (len(tokens), 1)),
+        }
+
+
+def settings() -> tuple[Any, Any, Any]:
+    """Returns (model configuration, adapter, number format)."""
+    import jax.numpy as jnp
+    from step_time import ALL, LLAMA_3_8B
+
+    if not TINY:
+        return LLAMA_3_8B, ALL, jnp.dtype("bfloat16")
+    tiny = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    return replace(LLAMA_3_8B, vocab_size=512, **tiny), ALL, jnp.dtype("float32")
+
+
+class Trainer:
+    """The model with an adapter, shared by all cases."""
+
+    def __init__(self) -> None:
+        """Draws the weights."""
+        import jax
+        from step_time import random_base
+
+        import jlora
+        from jlora.settings import MeshConfig
+        from jlora.sharding import make_mesh
+
+        self.config, lora, self.dtype = settings()
+        self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        base = random_base(self.config, self.dtype)
+        self.params = jlora.add_lora(base, lora, jax.random.key(1))
+
+    def measure(self, name: str, data: Any, *, packed: bool) -> dict[str, Any]:
+        """Returns the figures of one case."""
+        import jax
+
+        from jlora.data import Prefetch
+        from jlora.model import Llama
+        from jlora.optimizer import make_optimizer, make_schedule
+        from jlora.plan import peak_memory_bytes, plan_workload
+        from jlora.settings import ComputeConfig, OptimConfig
+        from jlora.training import TrainState, make_train_step
+
+        rows, length = data.batch_size, data.row_length
+        compute = ComputeConfig(dtype=self.dtype.name, remat="minimal")
+        work = plan_workload(
+            self.config,
+            self.params,
+            self.mesh,
+            compute=compute,
+            rows=rows,
+            length=length,
+        )
+        model = Llama(
+            self.config,
+            self.dtype,
+            work.attention,
+            work.remat,
+            max_segments=data.max_segments if packed else 0,
+        )
+        optim = OptimConfig(learning_rate=RATE, lr_schedule="constant")
+        optimizer = make_optimizer(optim, make_schedule(optim, 100))
+        state, frozen = TrainState.create(self.params, optimizer, self.mesh)
+        step = make_train_step(
+            model, optimizer, self.mesh, state=state, frozen=frozen, packed=packed
+        )
+        log = Log()
+        with Prefetch(data, self.mesh, start=0, stop=WARM_UP + STEPS) as batches:
+            for batch in batches:
+                if log.compile_s is None:
+                    begin = time.perf_counter()
+                    step = step.lower(state, frozen, batch).compile()
+                    log.compile_s = time.perf_counter() - begin
+                state, metrics = step(state, frozen, batch)
+                log.add(metrics, batches.waited_s)
+            log.flush()
+        return log.figures(name, data, work.attention, peak_memory_bytes(), jax)
+
+
+class Log:
+    """Reads each step's metrics one step late, as a run does."""
+
+    def __init__(self) -> None:
+        """Begins empty."""
+        self.compile_s: float | None = None
+        self.losses: list[float] = []
+        self.tokens: list[int] = []
+        self.learnt: list[int] = []
+        self.ends: list[float] = []
+        self.waited: list[float] = []
+        self.norm = 0.0
+        self._pending: tuple[Any, float] | None = None
+
+    def add(self, metrics: Any, waited_s: float) -> None:
+        """Takes a step that may still run."""
+        self.flush()
+        self._pending = metrics, waited_s
+
+    def flush(self) -> None:
+        """Waits for the step before."""
+        if self._pending is None:
+            return
+        (metrics, waited), self._pending = self._pending, None
+        self.losses.append(float(metrics["loss"]))
+        self.tokens.append(int(metrics["tokens"]))
+        self.learnt.append(int(metrics["supervised_tokens"]))
+        self.norm = float(metrics["grad_norm"])
+        self.ends.append(time.perf_counter())
+        self.waited.append(waited)
+
+    def figures(
+        self, name: str, data: Any, attention: str, peak: int, jax: Any
+    ) -> dict[str, Any]:
+        """Returns what the steps after the warm-up say."""
+        seconds = self.ends[-1] - self.ends[WARM_UP - 1]
+        real = sum(self.tokens[WARM_UP:])
+        padded = STEPS * data.batch_size * data.row_length
+        wait = self.waited[-1] - self.waited[WARM_UP - 1]
+        return {
+            "case": name,
+            "framework": "jlora",
+            "device": jax.devices()[0].device_kind,
+            "rows": [data.batch_size, data.row_length],
+            "tokens_per_second": round(real / seconds, 1),
+            "supervised_per_second": round(sum(self.learnt[WARM_UP:]) / seconds, 1),
+            "padded_per_second": round(padded / seconds, 1),
+            "fill": round(real / padded, 4),
+            "max_segments": data.max_segments,
+            "step_ms": round(1e3 * seconds / STEPS, 2),
+            "waiting_for_data": round(wait / seconds, 5),
+            "compile_s": round(self.compile_s or 0, 1),
+            "peak_gib": round(peak / 2**30, 2),
+            "loss": [round(self.losses[0], 3), round(self.losses[-1], 3)],
+            "grad_norm": round(self.norm, 5),
+            "attention": attention,
+            "jax": jax.__version__,
+        }
+
+
+def run_peer() -> dict[str, Any]:
+    """Returns the peer's figures, or why there are none."""
+    script = str(Path(__file__).with_name("packing_peer.py"))
+    command = [sys.executable, script, *(["--tiny"] if TINY else [])]
+    # The data set comes from the library; the GPU's memory belongs to PyTorch.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=PEER_LIMIT_S,
+            env=environment,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"case": "peer", "missing": f"took more than {PEER_LIMIT_S} s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0 and lines:
+        return json.loads(lines[-1])
+    reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return {"case": "peer", "missing": reason[:300]}
+
+
+def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the ratios that matter."""
+    rate = {c["case"]: c.get("tokens_per_second") for c in cases}
+    packed = next(c for c in cases if c["case"] == "packed")
+    return {
+        "tokens_per_second": rate,
+        "packed/dense, no padding counted": round(rate["packed"] / rate["dense"], 3),
+        "packed/padded": round(rate["packed"] / rate["padded"], 2),
+        "packed/peer": round(rate["packed"] / rate["peer"], 2)
+        if rate["peer"]
+        else None,
+        "packed fill": packed["fill"],
+        "packed waiting_for_data": packed["waiting_for_data"],
+    }
+
+
+def main() -> None:
+    """Runs all cases."""
+    cases = []
+
+    def show(figures: dict[str, Any]) -> None:
+        cases.append(figures)
+        print(json.dumps(figures), flush=True)
+
+    show(
+        {"case": "peer", "missing": "left out by --no-peer"}
+        if "--no-peer" in sys.argv
+        else run_peer()
+    )
+    trainer = Trainer()
+    vocab_size = trainer.config.vocab_size
+    show(trainer.measure("dense", Dense(vocab_size), packed=False))
+    data = data_set(vocab_size, packing=True, batch_size=ROWS)
+    show(trainer.measure("packed", data, packed=True))
+    padded = ROWS * SEQ_LEN // LONGEST
+    data = data_set(vocab_size, packing=False, batch_size=padded)
+    show(trainer.measure("padded", data, packed=False))
+    print(json.dumps({"summary": summary(cases)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
