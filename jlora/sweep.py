@@ -159,7 +159,7 @@ def _varied(members: Sequence[Member], total_steps: int) -> _Varied:
     steps = jnp.arange(total_steps)
     each = [
         _Varied(
-            rates=jax.vmap(make_schedule(m.optim, total_steps))(steps),
+            rates=jnp.asarray(jax.vmap(make_schedule(m.optim, total_steps))(steps)),
             numbers=Numbers.of(m.optim),
             key=jax.random.key(m.seed),
             # What is kept is rounded as where it is a constant: float32(1 - p).

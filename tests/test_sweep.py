@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ UNEVEN = LoraConfig(
     init_lora_weights=False,
 )
 # name: per adapter (optimizer, adapter, seed, order of the data)
-CASES = {
+CASES: dict[str, list[tuple[Any, ...]]] = {
     "optimizer": [(LINEAR, LORA, 0, 0), (WILD, LORA, 0, 0), (UNCLIPPED, LORA, 0, 0)],
     "adapters": [(LINEAR, LORA, 0, 0), (LINEAR, UNEVEN, 1, 0)],
     "orders": [(LINEAR, replace(LORA, lora_dropout=0.3), s, s) for s in (0, 1)],
@@ -56,7 +57,8 @@ def start(optim, lora, seed, mesh):
     return optimizer, *TrainState.create(params, optimizer, mesh)
 
 
-def train_alone(optim, lora, seed, order, mesh, accumulate):
+def train_alone(settings, mesh, accumulate):
+    optim, lora, seed, order = settings
     optimizer, state, frozen = start(optim, lora, seed, mesh)
     step = make_train_step(
         Llama(CONFIG, lora_dropout=lora.lora_dropout),
@@ -116,7 +118,7 @@ def named(tree):
 def assert_equal_runs(case, mesh, accumulate=1):
     sweep, state, found = train_together(case, mesh, accumulate)
     for index, settings in enumerate(case):
-        expected, alone = train_alone(*settings, mesh, accumulate)
+        expected, alone = train_alone(settings, mesh, accumulate)
         for step, metrics in enumerate(expected):
             ours = {name: value[index].item() for name, value in found[step].items()}
             # One adapter's sums are made in another order beside others.
