@@ -10,9 +10,10 @@ from convert.peft import attach_adapter
 from convert.source import load_params, open_source
 from jlora.attention import choose_attention
 from jlora.cli import run_command
-from jlora.data import Tokenizer, load_dataset
+from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
 from jlora.model import Llama, compute_dtype
+from jlora.report import show_samples
 from jlora.settings import DataConfig, MeshConfig
 from jlora.sharding import check_divisible, make_mesh, tree_shardings
 from jlora.training import evaluate, make_eval_step
@@ -48,6 +49,8 @@ class Arguments:
     """Put several records in one row; the loss is the same."""
     batch_size: int = 8
     """Rows at a time, over all devices."""
+    show: bool = False
+    """Print the data as the model would read it, then stop."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
 
@@ -78,6 +81,10 @@ def main(args: Arguments) -> None:
         seed=0,
         shuffle=False,
     )
+    if args.show:
+        print("\n".join([*data.summary, *plan_lines(data), ""]))
+        show_samples(make_samples(data, tokenizer))
+        return
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     check_divisible(mesh, config, args.batch_size)
     params = load_params(source)

@@ -2,27 +2,28 @@
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import yaml
 from jax.sharding import Mesh
 
 from convert.peft import attach_adapter, open_adapter, write_adapter
-from convert.source import Source, load_params, open_source
+from convert.source import Source, abstract_params, load_params, open_source
 from jlora.checkpoint import RunCheckpoints, fingerprint, locked, resume
 from jlora.cli import run_command
 from jlora.config import LoraConfig
-from jlora.data import Prefetch, Tokenizer, load_split
-from jlora.errors import StopRequested, UsageError
+from jlora.data import Prefetch, Tokenizer, load_split, make_samples, plan_lines
+from jlora.errors import StopRequested
 from jlora.loop import StepLog, check_remaining, is_due, stop_requests
 from jlora.lora import Params, add_lora, format_parameter_count, join
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import flops_per_token, memory_table, plan_workload
-from jlora.report import Report, plot
+from jlora.report import Report, plot, show_samples
 from jlora.settings import (
     ComputeConfig,
     DataConfig,
@@ -65,8 +66,6 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
-    if args.data.train is None:
-        raise UsageError("--data.train is missing; give a file to train on")
     mesh = make_mesh(args.mesh)
     source = open_source(args.model)
     config = source.config
@@ -101,7 +100,8 @@ def main(args: Arguments) -> None:
         flush=True,
     )
     if args.plan:
-        print("\n".join(memory_table(params, work)))
+        print("\n".join([*plan_lines(data), *memory_table(params, work), ""]))
+        show_samples(make_samples(data, tokenizer))
         return
     segments = max(d.max_segments for d in (data, held_out) if d)
     options = (work.dtype, work.attention, work.remat, lora.lora_dropout, segments)
@@ -178,14 +178,18 @@ def load_model(
     args: Arguments, source: Source, mesh: Mesh
 ) -> tuple[Params, Params, LoraConfig]:
     """Returns (base on the mesh, base with adapter, the adapter's settings)."""
-    base = load_params(
-        source,
-        dtype=args.compute.base_dtype,  # type: ignore[arg-type]
-        sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
-    )
+    dtype: Any = args.compute.base_dtype
+    if args.plan:  # for which shapes are enough
+        base = abstract_params(source, dtype=dtype)
+    else:
+        base = load_params(
+            source,
+            dtype=dtype,
+            sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
+        )
     if args.init_adapter is None:
-        params = add_lora(base, args.lora, jax.random.key(args.seed))
-        return base, params, args.lora
+        add = partial(add_lora, config=args.lora, key=jax.random.key(args.seed))
+        return base, jax.eval_shape(add, base) if args.plan else add(base), args.lora
     adapter = open_adapter(args.init_adapter)
     lora = replace(adapter.config, lora_dropout=args.lora.lora_dropout)
     return base, attach_adapter(base, source.config, adapter), lora

@@ -315,6 +315,15 @@ def load_params(
     return params
 
 
+def abstract_params(source: Source, *, dtype: Dtype = "keep") -> Params:
+    """Returns shapes and dtypes as `load_params` would give, without a byte read."""
+    params: Params = {}
+    for path, spec in source.tensors.items():
+        leaf = jax.ShapeDtypeStruct(spec.shape, stored_dtype(spec, dtype))
+        set_leaf(params, path, leaf)
+    return params
+
+
 def set_leaf(tree: Params, path: str, leaf: Any) -> None:
     """Puts a leaf at a slash-separated path of a nested dict."""
     *parents, last = path.split("/")

@@ -25,6 +25,7 @@ from jlora.flags import (
     as_text,
     describe,
     help_text,
+    join_lists,
     nearest_setting,
     summary_of,
 )
@@ -138,6 +139,8 @@ def parse(cls: type[T], words: Sequence[str], *, positional: Sequence[str] = ())
     settings = {s.key: s for s in all_settings(cls)}
     flags = {key: s for key, s in settings.items() if key not in positional}
     parser = _make_parser(cls, positional, settings)
+    if not positional:  # which could stand after a list
+        words = join_lists(words, flags.values())
     words, file = _take_config_file(_check_flags(words, flags))
     from_file = {} if file is None else _read_config(file, flags, words)
     try:
@@ -204,7 +207,7 @@ def _explain(
     if match := re.match(r"[Uu]nrecognized arguments: (.*)", message):
         return (
             f"unexpected: {match[1]}; a flag starts with --, a switch takes true or "
-            "false, a list is one word: [q_proj,v_proj]"
+            "false, a list is one word: [a,b]"
         )
     return message
 

@@ -41,6 +41,28 @@ class Setting:
         return self.kind in (bool, bool | None)
 
 
+def join_lists(words: Sequence[str], settings: Iterable[Setting]) -> list[str]:
+    """Returns the words with `--flag a b`, as a shell writes a glob, as `--flag ["a","b"]`."""
+    takes_list = {setting.flag for setting in settings if _has_list(setting.kind)}
+    joined: list[str] = []
+    values: list[str] = []
+    for word in [*words, "--"]:
+        if values and word.startswith("--"):
+            joined.append(values[0] if len(values) == 1 else json.dumps(values))
+            values = []
+        elif values or (joined and joined[-1] in takes_list):
+            values.append(word)
+            continue
+        joined.append(word)
+    return joined[:-1]
+
+
+def _has_list(kind: Any) -> bool:
+    return typing.get_origin(kind) is list or any(
+        _has_list(part) for part in typing.get_args(kind)
+    )
+
+
 def all_settings(cls: type, prefix: str = "") -> Iterator[Setting]:
     """Yields the fields of a dataclass and, after them, of those inside it."""
     documents = docstring_parser.parse_from_object(cls).params

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.text import Text
 
 
 class Report:
@@ -92,6 +94,22 @@ class Report:
             self._progress.console.print(message, markup=False, highlight=False)
         else:
             print(message, flush=True)
+
+
+def show_samples(samples: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> None:
+    """Prints records, each a title and stretches of text that are learnt or not.
+
+    What is learnt is green on a terminal; elsewhere it stands between {+ and +}.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    for title, pieces in samples:
+        text = Text()
+        for piece, is_learnt in pieces:
+            if console.is_terminal:
+                text.append(piece, "bold green" if is_learnt else "dim")
+            else:
+                text.append(f"{{+{piece}+}}" if is_learnt else piece)
+        console.print(Text(title, "bold underline"), text, "", sep="\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

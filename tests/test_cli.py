@@ -152,6 +152,26 @@ def test_missing_flags_are_named_with_their_meaning():
     assert message() == "missing: --model (Where the model is); --help lists all"
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["a"], "a"),
+        (["a", "b"], ["a", "b"]),
+        (["a", "-b", "c d", "e,f"], ["a", "-b", "c d", "e,f"]),
+        (["[a,b]"], ["a", "b"]),
+    ],
+)
+def test_a_list_may_be_several_words(words, names):
+    for after in ([], ["--plan"], ["--text", "x"]):
+        assert read("--group.names", *words, *after).group.names == names
+
+
+def test_words_after_a_list_are_positional_where_a_command_has_some():
+    words = ["--group.names", "a", "m"]
+    got = parse(Arguments, words, positional=("model",))
+    assert (got.model, got.group.names) == ("m", "a")
+
+
 def test_missing_words_are_named_in_capitals():
     said = message(cls=Arguments, positional=("model",))
     assert said == "missing: MODEL (Where the model is); --help lists all"
@@ -173,7 +193,7 @@ def test_missing_words_are_named_in_capitals():
         (["--group.ranks", "{a:4}"], "expected a mapping such as {q_proj: 16}"),
         (["--group.ranks", "{a: b}"], "expected a mapping such as {q_proj: 16}"),
         (["--group.rank"], "--group.rank needs a value: an integer"),
-        (["--group.names", "a", "b"], "unexpected: b; "),
+        (["--text", "a", "b"], "unexpected: b; "),
         (["--plan", "yes"], "unexpected: yes; "),
     ],
 )

@@ -358,11 +358,30 @@ def test_accumulation_gives_the_same_losses(run, tmp_path):
     assert parts == pytest.approx(full, rel=1e-6)
 
 
-def test_plan_trains_nothing_and_writes_nothing(tmp_path):
+def test_plan_reads_no_weights_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.load_params", pytest.fail)
     out = succeed("train", *training(tmp_path / "run", "--plan"))
     assert out.startswith("trainable params: 7,424")
-    assert "activations" in out
+    for words in (
+        "activations",
+        "tokens per record",
+        "What is a?{+ It is a.<|im_end|>+}",
+    ):
+        assert words in out
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_continues_an_adapter(run, tmp_path):
+    words = training(tmp_path / "new", "--plan", "--init_adapter", run)
+    assert succeed("train", *words).startswith("trainable params: 7,424")
+
+
+def test_evaluate_shows_what_would_be_read(monkeypatch):
+    monkeypatch.setattr("evaluate.load_params", pytest.fail)
+    out = succeed(
+        "evaluate", "--model", "hf", "--data", "chat.jsonl", "--show", "--seq_len", 64
+    )
+    assert "{+The sum is five.<|im_end|>+}" in out
 
 
 def test_an_adapter_is_continued(run, tmp_path):

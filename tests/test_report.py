@@ -7,7 +7,7 @@ import pytest
 
 from jlora.errors import DivergedError
 from jlora.loop import MAX_SKIPPED_IN_A_ROW, StepLog, is_due
-from jlora.report import Report, plot, read_metrics
+from jlora.report import Report, plot, read_metrics, show_samples
 
 LINE = {"loss": 2.0, "learning_rate": 1e-4}
 
@@ -201,3 +201,16 @@ def test_flush_without_a_step_does_nothing():
     listener = Listener()
     make_log(listener).flush()
     assert listener.lines == []
+
+
+def test_samples_mark_what_is_learnt_without_a_terminal(capsys):
+    show_samples([("a.jsonl, line 1", [("[bold] ask ", False), ("answer", True)])])
+    assert capsys.readouterr().out == "a.jsonl, line 1\n[bold] ask {+answer+}\n\n"
+
+
+def test_samples_are_coloured_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    show_samples([("title", [("ask ", False), ("answer", True)])])
+    out = capsys.readouterr().out
+    assert "\x1b[1;32manswer\x1b[0m" in out
+    assert "{+" not in out

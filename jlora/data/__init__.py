@@ -4,6 +4,7 @@ from jlora.data.batches import Dataset
 from jlora.data.dataset import load_dataset, load_split
 from jlora.data.jsonl import RowError
 from jlora.data.prefetch import Prefetch
+from jlora.data.preview import make_samples, plan_lines
 from jlora.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -13,4 +14,6 @@ __all__ = [
     "Tokenizer",
     "load_dataset",
     "load_split",
+    "make_samples",
+    "plan_lines",
 ]

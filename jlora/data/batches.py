@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jlora.data.account import Account
 from jlora.data.packing import Packing, one_per_row, pack_documents
 from jlora.data.tokens import Example
 
@@ -33,6 +34,10 @@ class Dataset:
     packing: bool
     summary: list[str] = field(default_factory=list)
     """Lines for the log."""
+    accounts: list[Account] = field(default_factory=list)
+    """What became of the rows of each source."""
+    samples: list[Example] = field(default_factory=list)
+    """A few examples to show."""
     # The plan of the epoch asked for last: a memo, no state.
     _plans: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 

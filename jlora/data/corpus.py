@@ -1,11 +1,10 @@
 """All rows of some sources as examples, with an account of every row that is not one."""
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 from typing import NoReturn
 
+from jlora.data.account import MAX_LISTED, Account
 from jlora.data.files import Chunk, place, read_chunks
 from jlora.data.jsonl import Problem, parse_rows
 from jlora.data.records import detect_layout, known_columns
@@ -15,65 +14,7 @@ from jlora.data.tokens import Example, Reading, resolve_train_on, tokenize
 from jlora.errors import CorruptError, UsageError, listing
 from jlora.settings import DataConfig
 
-_MAX_LISTED = 12
 _MAX_SKIPPED_CHUNKS = 8
-
-
-@dataclass
-class Places:
-    """How many rows something happened to, and where the first of them stand."""
-
-    count: int = 0
-    first: list[tuple[Path, int]] = field(default_factory=list)
-
-    def add(self, path: Path, number: int) -> None:
-        """Counts one more row."""
-        self.count += 1
-        if len(self.first) < 8:
-            self.first.append((path, number))
-
-    def __str__(self) -> str:
-        files = {path for path, _ in self.first}
-        if len(files) == 1:
-            (path,) = files
-            unit = place(path, 0).removeprefix(f"{path}, ").removesuffix(" 0")
-            shown = f"{unit} {', '.join(str(number) for _, number in self.first)}"
-        else:
-            shown = "; ".join(place(path, number) for path, number in self.first)
-        rest = self.count - len(self.first)
-        return f"{shown} and {rest} more" if rest else shown
-
-    @property
-    def records(self) -> str:
-        """The count with its noun."""
-        return f"{self.count:,} record{'s' * (self.count != 1)}"
-
-
-@dataclass
-class Account:
-    """What became of the rows of one source."""
-
-    source: Source
-    reading: Reading
-    rows: int = 0
-    bad: list[Problem] = field(default_factory=list)
-    """The first bad rows."""
-    bad_reasons: dict[str, Places] = field(default_factory=dict)
-    encoded_apart: Places = field(default_factory=Places)
-    without_end: Places = field(default_factory=Places)
-
-    @property
-    def num_bad(self) -> int:
-        """Rows that cannot be used."""
-        return sum(places.count for places in self.bad_reasons.values())
-
-    def add_bad(self, problem: Problem) -> None:
-        """Counts a bad row under its reason, numbers and quotations left out."""
-        if len(self.bad) < _MAX_LISTED:
-            self.bad.append(problem)
-        reason = re.sub(r"'[^']*'|\"[^\"]*\"", "...", problem.reason)
-        reason = re.sub(r"\d+", "N", reason)
-        self.bad_reasons.setdefault(reason, Places()).add(problem.path, problem.number)
 
 
 def read_source(
@@ -99,7 +40,7 @@ def read_source(
                 if len(skipped) == _MAX_SKIPPED_CHUNKS:
                     break  # not a file of records, whatever its end may hold
                 continue
-            account = Account(source, reading)
+            account = Account(source, reading, config.seq_len)
         for part in [*skipped, chunk]:
             examples += _read_chunk(part, account, tokenizer)
         skipped.clear()
@@ -175,10 +116,34 @@ def check_bad_rows(accounts: Sequence[Account], config: DataConfig) -> None:
 
 
 def _list_bad(name: str, problems: Sequence[Problem], count: int, rows: int) -> str:
-    lines = "".join(f"\n  {problem}" for problem in problems[:_MAX_LISTED])
-    rest = count - min(len(problems), _MAX_LISTED)
+    lines = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
+    rest = count - min(len(problems), MAX_LISTED)
     more = f"\n  and {rest} more" if rest > 0 else ""
     return (
         f"{name}: {count} of {rows} records cannot be used; correct or remove them, or "
         f"leave them out with data.on_bad_row=skip:{lines}{more}"
     )
+
+
+def fit(example: Example, account: Account) -> Example | None:
+    """Returns an example cut to account.seq_len; None if nothing in it is learnt."""
+    length, limit = len(example.tokens), account.seq_len
+    account.lengths[length.bit_length()] += 1
+    if not example.loss_mask.any():
+        account.empty.add(example.path, example.number)
+        return None
+    if length > limit:
+        account.tokens_lost += length - limit
+        account.cut.add(example.path, example.number)
+        example = replace(
+            example,
+            tokens=example.tokens[:limit],
+            loss_mask=example.loss_mask[:limit],
+        )
+        if not example.loss_mask.any():
+            account.emptied.add(example.path, example.number)
+            return None
+    account.kept += 1
+    account.tokens += len(example.tokens)
+    account.supervised += int(example.loss_mask.sum())
+    return example

@@ -2,25 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+from typing import NoReturn
 
 import numpy as np
 
+from jlora.data.account import Account
 from jlora.data.batches import Dataset, make_dataset
-from jlora.data.corpus import Account, Places, check_bad_rows, read_source
+from jlora.data.corpus import check_bad_rows, fit, read_source
 from jlora.data.files import place
 from jlora.data.mixing import content_ranks, hold_out, repeat
+from jlora.data.preview import choose_samples
 from jlora.data.sources import Given, find_sources
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example
 from jlora.errors import CorruptError, UsageError, listing
 from jlora.settings import DataConfig, check_seed
-
-_LEARNT = {
-    "assistant": "every assistant turn",
-    "last_assistant": "the last assistant turn",
-    "completion": "the completion",
-    "all": "every token",
-}
 
 
 def load_split(
@@ -40,25 +37,18 @@ def load_split(
     """
     if config.train is None:
         raise UsageError("--data.train is missing; give a file to train on")
-    corpus = _Corpus(config.train, tokenizer, config, vocab_size)
+    corpus = _Corpus(config.train, tokenizer, config, vocab_size=vocab_size, seed=seed)
     held = np.zeros(len(corpus.examples), bool)
     if config.eval_fraction:
-        held = hold_out(corpus.ranks(seed), config.eval_fraction)
+        held = hold_out(corpus.ranks, config.eval_fraction)
     train = corpus.dataset(
-        corpus.epoch(~held, seed),
-        name="data.train",
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=True,
+        corpus.epoch(~held), name="data.train", batch_size=batch_size, shuffle=True
     )
+    train = replace(train, summary=corpus.lines() + train.summary)
     held_out = None
     if config.eval_fraction:
-        chosen = np.flatnonzero(held)
         held_out = corpus.dataset(
-            chosen, name="held out", batch_size=batch_size, seed=seed, shuffle=False
-        )
-        held_out.summary.insert(
-            0, f"held out: {len(chosen):,} of {len(held):,} records of data.train"
+            np.flatnonzero(held), name="held out", batch_size=batch_size, shuffle=False
         )
     elif config.eval is not None:
         held_out = load_dataset(
@@ -83,103 +73,114 @@ def load_dataset(
     shuffle: bool = False,
 ) -> Dataset:
     """Returns the batches of all records of the files given; raises as `load_split`."""
-    corpus = _Corpus(given, tokenizer, config, vocab_size)
+    corpus = _Corpus(given, tokenizer, config, vocab_size=vocab_size, seed=seed)
     everything = np.ones(len(corpus.examples), bool)
-    return corpus.dataset(
-        corpus.epoch(everything, seed),
-        name=corpus.accounts[0].source.name,
+    names = [account.source.name for account in corpus.accounts]
+    dataset = corpus.dataset(
+        corpus.epoch(everything),
+        name=names[0] if len(names) == 1 else "all",
         batch_size=batch_size,
-        seed=seed,
         shuffle=shuffle,
     )
+    return replace(dataset, summary=corpus.lines() + dataset.summary)
 
 
 class _Corpus:
-    """The examples of all sources, checked."""
+    """The examples of all sources that teach something, checked and cut to length."""
 
     def __init__(
         self,
         given: Given,
         tokenizer: Tokenizer,
         config: DataConfig,
+        *,
         vocab_size: int,
+        seed: int,
     ) -> None:
-        self._config, self._pad_id = config, tokenizer.pad_id or 0
-        self.examples: list[Example] = []
+        check_seed(seed)
+        self._config, self._pad_id, self._seed = config, tokenizer.pad_id or 0, seed
+        whole: list[Example] = []
         self.accounts: list[Account] = []
-        sources = []
+        sources: list[int] = []
         for index, source in enumerate(find_sources(given)):
             examples, account = read_source(source, tokenizer, config)
-            self.examples += examples
+            whole += examples
             self.accounts.append(account)
             sources += [index] * len(examples)
-        self._source = np.array(sources, np.int64)
         check_bad_rows(self.accounts, config)
-        _check_ids(self.examples, tokenizer, vocab_size)
-        self._check_ends()
+        _check_ids(whole, tokenizer, vocab_size)
+        _check_ends(whole, self.accounts)
+        fitted = [fit(e, self.accounts[i]) for e, i in zip(whole, sources, strict=True)]
+        self.examples = [example for example in fitted if example is not None]
+        good = [i for i, example in enumerate(fitted) if example is not None]
+        self._source = np.array([sources[i] for i in good], np.int64)
+        if not good:
+            _refuse_nothing_to_learn(self.accounts)
+        # By the whole record: what is held out does not depend on where it is cut.
+        self._whole = [whole[i].tokens for i in good]
 
-    def ranks(self, seed: int) -> np.ndarray:
-        return content_ranks((example.tokens for example in self.examples), seed)
+    def lines(self) -> list[str]:
+        """What there is to say about each source."""
+        return [line for account in self.accounts for line in account.lines()]
 
-    def epoch(self, wanted: np.ndarray, seed: int) -> np.ndarray:
-        """Returns the records of one epoch among the wanted, by their weights."""
+    @cached_property
+    def ranks(self) -> np.ndarray:
+        """A pseudo-random rank of each example; see `mixing`."""
+        return content_ranks(self._whole, self._seed)
+
+    def epoch(self, wanted: np.ndarray) -> np.ndarray:
+        """Returns the examples of one epoch among the wanted, by their weights."""
         weights = [account.source.weight for account in self.accounts]
         if set(weights) == {1.0}:
             return np.flatnonzero(wanted)
-        ranks = self.ranks(seed)
         parts = []
         for index, weight in enumerate(weights):
             members = np.flatnonzero(wanted & (self._source == index))
-            parts.append(members[repeat(ranks[members], weight)])
+            parts.append(members[repeat(self.ranks[members], weight)])
         return np.concatenate(parts)
 
     def dataset(
-        self,
-        chosen: np.ndarray,
-        *,
-        name: str,
-        batch_size: int,
-        seed: int,
-        shuffle: bool,
+        self, chosen: np.ndarray, *, name: str, batch_size: int, shuffle: bool
     ) -> Dataset:
-        """Returns the batches of the chosen examples.
-
-        Raises:
-            UsageError: none of them has anything to learn.
-        """
-        check_seed(seed)
-        kept, notes = _fit([self.examples[i] for i in chosen], self._config.seq_len)
-        learnt = {account.reading.train_on for account in self.accounts}
-        if not kept:
-            raise UsageError(
-                f"{name}: nothing to learn with data.train_on={listing(sorted(learnt))}"
-                + "".join(f"; {note}" for note in notes)
-            )
+        """Returns the batches of the chosen examples."""
+        examples = [self.examples[i] for i in chosen]
         dataset = make_dataset(
-            kept,
+            examples,
             seq_len=self._config.seq_len,
             packing=self._config.packing,
             batch_size=batch_size,
             pad_id=self._pad_id,
-            seed=seed,
+            seed=self._seed,
             shuffle=shuffle,
             summary=[],
         )
-        lines = [line for account in self.accounts for line in _account_lines(account)]
-        totals = [f"{name}: {line}" for line in [*_totals(dataset), *notes]]
-        return replace(dataset, summary=lines + totals)
+        return replace(
+            dataset,
+            summary=[f"{name}: {line}" for line in _totals(dataset)],
+            accounts=self.accounts,
+            samples=choose_samples(examples),
+        )
 
-    def _check_ends(self) -> None:
-        answers = sum(bool(example.loss_mask.any()) for example in self.examples)
-        without = sum(account.without_end.count for account in self.accounts)
-        if answers and without >= answers:
-            places = self.accounts[0].without_end
-            raise UsageError(
-                f"the end of no answer would be learnt ({places}): the chat template "
-                "writes no control token after an answer, or leaves it outside its "
-                "generation block, so the model would never learn to stop; use a "
-                "template that ends each answer with the EOS or an end-of-turn token"
-            )
+
+def _check_ends(examples: Sequence[Example], accounts: Sequence[Account]) -> None:
+    answers = sum(bool(example.loss_mask.any()) for example in examples)
+    without = sum(account.without_end.count for account in accounts)
+    if answers and without >= answers:
+        raise UsageError(
+            f"the end of no answer would be learnt ({accounts[0].without_end}): the "
+            "chat template writes no control token after an answer, or leaves it "
+            "outside its generation block, so the model would never learn to stop; use "
+            "a template that ends each answer with the EOS or an end-of-turn token"
+        )
+
+
+def _refuse_nothing_to_learn(accounts: Sequence[Account]) -> NoReturn:
+    names = listing([account.source.name for account in accounts], limit=3)
+    learnt = sorted({account.reading.train_on for account in accounts})
+    lines = "".join(f"\n  {line}" for a in accounts for line in a.lines())
+    raise UsageError(
+        f"{names}: nothing to learn with data.train_on={listing(learnt)}:{lines}"
+    )
 
 
 def _check_ids(
@@ -206,42 +207,6 @@ def _check_ids(
         )
 
 
-def _fit(examples: Sequence[Example], seq_len: int) -> tuple[list[Example], list[str]]:
-    """Returns the examples cut at `seq_len` that still teach something, and notes."""
-    kept: list[Example] = []
-    cut, empty, emptied = Places(), Places(), Places()
-    lost = 0
-    for example in examples:
-        if not example.loss_mask.any():
-            empty.add(example.path, example.number)
-            continue
-        if len(example.tokens) > seq_len:
-            lost += len(example.tokens) - seq_len
-            cut.add(example.path, example.number)
-            example = replace(
-                example,
-                tokens=example.tokens[:seq_len],
-                loss_mask=example.loss_mask[:seq_len],
-            )
-            if not example.loss_mask.any():
-                emptied.add(example.path, example.number)
-                continue
-        kept.append(example)
-    notes = []
-    if cut.count:
-        notes.append(
-            f"cut {cut.records} at data.seq_len={seq_len}, {lost:,} tokens lost ({cut})"
-        )
-    if emptied.count:
-        notes.append(
-            f"dropped {emptied.count} of them, which had nothing to learn left "
-            f"({emptied})"
-        )
-    if empty.count:
-        notes.append(f"dropped {empty.records} with nothing to learn ({empty})")
-    return kept, notes
-
-
 def _totals(dataset: Dataset) -> list[str]:
     share = dataset.num_supervised / dataset.num_tokens
     fill = dataset.num_tokens / (dataset.num_rows * dataset.row_length)
@@ -252,29 +217,3 @@ def _totals(dataset: Dataset) -> list[str]:
         f"{dataset.num_rows:,} rows of {dataset.row_length:,} tokens{packed}, "
         f"{fill:.1%} full",
     ]
-
-
-def _account_lines(account: Account) -> list[str]:
-    source, reading = account.source, account.reading
-    files = f"{len(source.files)} files, " if len(source.files) > 1 else ""
-    weight = "" if source.weight == 1 else f", {source.weight:g} passes per epoch"
-    lines = [
-        f"format {reading.layout.format}, the loss counts {_LEARNT[reading.train_on]}, "
-        f"{files}{account.rows:,} records{weight}"
-    ]
-    if source.ignored:
-        lines.append(f"not data, ignored: {listing(source.ignored, limit=5)}")
-    for reason, places in account.bad_reasons.items():
-        lines.append(f"left out {places.records}: {reason} ({places})")
-    if account.encoded_apart.count:
-        apart = account.encoded_apart
-        lines.append(
-            f"prompt and completion encoded apart in {apart.records}, where they would "
-            f"share a token ({apart})"
-        )
-    if account.without_end.count:
-        lines.append(
-            f"no control token ends the answer in {account.without_end.records}; the "
-            f"model may not learn to stop ({account.without_end})"
-        )
-    return [f"{source.name}: {line}" for line in lines]

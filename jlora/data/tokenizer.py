@@ -124,6 +124,10 @@ class Tokenizer:
         """Returns the text, special tokens left out."""
         return self._backend.decode(list(ids), skip_special_tokens=True)
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Returns the text, special tokens as they are written."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
     def token(self, index: int) -> str:
         """Returns a token as the vocabulary spells it, for messages."""
         return self._backend.id_to_token(index) or "?"
