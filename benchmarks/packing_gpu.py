@@ -57,7 +57,7 @@ def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
     for number, length in enumerate(lengths().tolist()):
         tokens = rng.integers(0, vocab_size // SOME, length, np.int32)
         learnt = (np.arange(length) >= max(1, length // 3)).astype(np.uint8)
-        examples.append(Example(number, tokens, learnt))
+        examples.append(Example(Path("random"), number, tokens, learnt))
     return make_dataset(
         examples,
         seq_len=SEQ_LEN,

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.hf_config import export_config
 from convert.names import Name, all_names
 from convert.peft import Adapter, check_fit, open_adapter
 from convert.safetensors import (
@@ -43,9 +44,6 @@ from jlora.lora import merge_kernel
 MAX_SHARD_BYTES = 5_000_000_000
 # Above this, checking the logits costs minutes; the digests are compared anyway.
 MAX_VERIFIED_PARAMETERS = 1_000_000_000
-# llama.cpp takes this where config.json has no such key at the top.
-_LLAMA_CPP_ORIGINAL_POSITIONS = 8192
-_STRIPPED = ("auto_map", "quantization_config")
 
 
 @dataclass(frozen=True)
@@ -218,36 +216,6 @@ def _main_dtype(specs: Mapping[str, Spec]) -> str:
     for spec in specs.values():
         sizes[spec.dtype.name] += spec.nbytes
     return sizes.most_common(1)[0][0]
-
-
-def export_config(source: Source, dtype: str) -> dict[str, Any]:
-    """Returns config.json so that transformers 4 and 5, vLLM and llama.cpp agree on it.
-
-    Readers look for the dtype and the rotary settings in different places; every place
-    gets the same numbers. The rest is the source's, but for what names code or formats.
-    """
-    config = {
-        key: value
-        for key, value in source.hf_config.items()
-        if key not in _STRIPPED and not key.startswith("_")
-    }
-    rope = source.config.rope_parameters
-    group = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    for key in ("type", "rope_type", "rope_theta"):
-        group.pop(key, None)
-    scaled = rope.rope_type != "default"
-    scaling = {"rope_type": rope.rope_type, **(group if scaled else {})}
-    config["rope_theta"] = rope.rope_theta
-    config["rope_scaling"] = scaling if scaled else None
-    config["rope_parameters"] = {**scaling, "rope_theta": rope.rope_theta}
-    original = group.get("original_max_position_embeddings")
-    if rope.rope_type == "llama3" and original != _LLAMA_CPP_ORIGINAL_POSITIONS:
-        config["original_max_position_embeddings"] = original
-    # Old spellings and the headless class are written out as what the files now hold.
-    config["architectures"] = ["LlamaForCausalLM"]
-    config["model_type"] = "llama"
-    config["torch_dtype"] = config["dtype"] = dtype
-    return config
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class LoRADense(nn.Module):
 
     features: int
     use_bias: bool = False
-    dropout: float = 0.0
+    dropout: float | Array = 0.0
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -57,7 +57,7 @@ class LoRADense(nn.Module):
         if not self.has_variable("params", "lora_A"):
             return y
         a, b, scaling = (self.get_variable("params", leaf) for leaf in LORA_LEAVES)
-        if self.dropout > 0 and self.has_rng("dropout"):
+        if self.has_rng("dropout"):
             keep = jax.random.bernoulli(
                 self.make_rng("dropout"), 1 - self.dropout, x.shape
             )

@@ -118,7 +118,7 @@ class _Options:
     dtype: Any
     attention: str
     remat: str
-    lora_dropout: float
+    lora_dropout: float | Array
     max_segments: int
 
     def dense(
@@ -290,7 +290,7 @@ class Llama(nn.Module):
     dtype: Any = jnp.float32
     attention: str = "xla"
     remat: str = "none"
-    lora_dropout: float = 0.0
+    lora_dropout: float | Array = 0.0
     max_segments: int = 0
 
     def setup(self) -> None:

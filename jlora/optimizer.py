@@ -51,7 +51,7 @@ def group_of(path: tuple[str, ...]) -> str:
         return "embedding" if "embed_tokens" in path else leaf
     if leaf.startswith("lora_magnitude"):
         return "magnitude"
-    return "norm" if leaf in ("scale", "bias") else "whole"
+    return "norm" if leaf.endswith(("scale", "bias")) else "whole"
 
 
 @jax.tree_util.register_dataclass

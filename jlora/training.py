@@ -102,6 +102,70 @@ def summed_loss(
     )
 
 
+def step_function(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    packed: bool,
+    grad_accum_steps: int,
+    chunk_tokens: int = LOSS_CHUNK_TOKENS,
+) -> Any:
+    """Returns the step (state, frozen, batch, key) -> (state, metrics), not yet jitted.
+
+    Arguments and results are those of `make_train_step`; the key is dropout's, from which
+    each step derives its own.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    # A sweep has an array here; a rate that is plainly 0 costs no random numbers.
+    drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
+
+    def gradient(
+        trainable: Params, frozen: Params, batch: Batch, key: Array
+    ) -> tuple[Array, Params]:
+        def loss(trainable: Params, part: Batch, index: Array | int) -> Array:
+            return summed_loss(
+                model,
+                join(trainable, frozen),
+                part,
+                packed=packed,
+                chunk=_chunk(part, shards, chunk_tokens),
+                dropout_key=jax.random.fold_in(key, index) if drops else None,
+            )
+
+        with_gradient = jax.value_and_grad(loss)
+        if grad_accum_steps == 1:
+            return with_gradient(trainable, batch, 0)
+
+        def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, with_gradient(trainable, *part)), None
+
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+        parts = jax.tree.map(lambda x: _split_rows(x, grad_accum_steps), batch)
+        return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(grad_accum_steps)))[0]
+
+    def step(
+        state: TrainState, frozen: Params, batch: Batch, key: Array
+    ) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(key, state.step)
+        with use_mesh(mesh):
+            total, gradients = gradient(state.trainable, frozen, batch, key)
+        supervised = jnp.sum(batch["loss_mask"])
+        share = 1 / jnp.maximum(supervised, 1)
+        gradients = jax.tree.map(lambda g: g * share, gradients)
+        metrics = {
+            "loss": total * share,
+            "grad_norm": optax.tree.norm(gradients),
+            "supervised_tokens": supervised.astype(jnp.int32),
+            "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.int32),
+        }
+        after = _advance(optimizer, state, frozen, gradients, metrics)
+        counters = {"skipped": after.skipped, "in_a_row": after.skipped_in_a_row}
+        return after, {**metrics, **counters}
+
+    return step
+
+
 def make_train_step(
     model: Llama,
     optimizer: optax.GradientTransformation,
@@ -131,56 +195,20 @@ def make_train_step(
         grad_accum_steps: parts of a batch whose activations exist one at a time.
         seed: of dropout; the key of a step follows from (seed, step).
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-
-    def gradient(
-        trainable: Params, frozen: Params, batch: Batch, key: Array
-    ) -> tuple[Array, Params]:
-        def loss(trainable: Params, part: Batch, index: Array | int) -> Array:
-            return summed_loss(
-                model,
-                join(trainable, frozen),
-                part,
-                packed=packed,
-                chunk=_chunk(part, shards),
-                dropout_key=jax.random.fold_in(key, index),
-            )
-
-        with_gradient = jax.value_and_grad(loss)
-        if grad_accum_steps == 1:
-            return with_gradient(trainable, batch, 0)
-
-        def accumulate(carry: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, with_gradient(trainable, *part)), None
-
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-        parts = jax.tree.map(lambda x: _split_rows(x, grad_accum_steps), batch)
-        return jax.lax.scan(accumulate, zeros, (parts, jnp.arange(grad_accum_steps)))[0]
+    function = step_function(
+        model, optimizer, mesh, packed=packed, grad_accum_steps=grad_accum_steps
+    )
 
     def step(
         state: TrainState, frozen: Params, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with use_mesh(mesh):
-            total, gradients = gradient(state.trainable, frozen, batch, key)
-        supervised = jnp.sum(batch["loss_mask"])
-        share = 1 / jnp.maximum(supervised, 1)
-        gradients = jax.tree.map(lambda g: g * share, gradients)
-        metrics = {
-            "loss": total * share,
-            "grad_norm": optax.tree.norm(gradients),
-            "supervised_tokens": supervised.astype(jnp.int32),
-            "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.int32),
-        }
-        after = _advance(optimizer, state, frozen, gradients, metrics)
-        counters = {"skipped": after.skipped, "in_a_row": after.skipped_in_a_row}
-        return after, {**metrics, **counters}
+        return function(state, frozen, batch, jax.random.key(seed))
 
     state_shardings = tree_shardings(mesh, state)
     return jax.jit(
         step,
         donate_argnums=0,
-        compiler_options=_compiler_options(mesh),
+        compiler_options=compiler_options(mesh),
         in_shardings=(
             state_shardings,
             tree_shardings(mesh, frozen),
@@ -205,13 +233,14 @@ def make_eval_step(
 
     return jax.jit(
         step,
-        compiler_options=_compiler_options(mesh),
+        compiler_options=compiler_options(mesh),
         in_shardings=(tree_shardings(mesh, params), batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )
 
 
-def _compiler_options(mesh: Mesh) -> Any:
+def compiler_options(mesh: Mesh) -> Any:
+    """Returns what `jax.jit` is told for the devices of this mesh."""
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
@@ -227,9 +256,9 @@ def evaluate(
     return total / count, int(count)
 
 
-def _chunk(batch: Batch, shards: int) -> int:
-    """Returns the positions per row that make LOSS_CHUNK_TOKENS on one device."""
-    return max(1, LOSS_CHUNK_TOKENS * shards // batch["tokens"].shape[0])
+def _chunk(batch: Batch, shards: int, tokens: int = LOSS_CHUNK_TOKENS) -> int:
+    """Returns the positions per row that make so many tokens on one device."""
+    return max(1, tokens * shards // batch["tokens"].shape[0])
 
 
 def _split_rows(x: Array, parts: int) -> Array:

@@ -10,10 +10,11 @@ from adapters import CASES, GOLDEN, bits, changed_copy, golden, tensors
 
 from convert import to_hf, verify
 from convert.base import write_base
+from convert.hf_config import export_config
 from convert.names import module_path
 from convert.peft import check_fit, read_adapter
 from convert.source import open_source
-from convert.to_hf import export_config, plan_shards, write_merged
+from convert.to_hf import plan_shards, write_merged
 from convert.to_peft import Arguments as ToPeft
 from convert.to_peft import bake
 from convert.to_peft import main as to_peft

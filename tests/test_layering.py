@@ -18,7 +18,7 @@ ROWS = (
     {"model"},
     {"loss", "optimizer", "checkpoint", "data", "report", "cli", "generation"},
     {"training"},
-    {"plan"},
+    {"plan", "sweep"},
     {"loop"},
 )
 OWNERS = {

@@ -26,6 +26,21 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 48,
 }
+ORIGINAL = {"original_max_position_embeddings": 48}
+LONG = [1.0 + 1.5 * j for j in range(4)]
+# Rotary settings besides theta; `random_tokens` rows are longer than every original
+# context, and than all positions of "dynamic".
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.3, 1.5],
+        "long_factor": LONG,
+        **ORIGINAL,
+    },
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "mha": {},
     "gqa": {"num_key_value_heads": 2},
@@ -34,14 +49,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "head_dim": {"head_dim": 20, "num_key_value_heads": 4},
     "llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True},
+    **{
+        name: {"rope_parameters": {"rope_theta": 20000.0, **rope}}
+        for name, rope in ROPES.items()
+    },
 }
+CONFIGS["dynamic"]["max_position_embeddings"] = 64
 
 
 def save(
     folder: Path, name: str = "gqa", dtype: torch.dtype = torch.float32, **options: Any
 ) -> LlamaForCausalLM:
     """Writes a model to a folder and returns it as Transformers reads it, in float32."""
-    torch.manual_seed(sorted(CONFIGS).index(name))
+    torch.manual_seed(len(name))
     model = LlamaForCausalLM(LlamaConfig(**(PLAIN | CONFIGS[name])))
     with torch.no_grad():
         for key, parameter in model.named_parameters():

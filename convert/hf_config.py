@@ -1,0 +1,58 @@
+"""A config.json that every reader takes alike: transformers 4 and 5, vLLM, llama.cpp.
+
+They look for the dtype and the rotary settings in different places, and some know other
+defaults: every place gets the same resolved numbers. All else is the source's.
+"""
+
+from typing import Any
+
+from convert.source import Source
+from jlora.architectures import LLAMA, MISTRAL
+from jlora.rope_config import RopeParameters
+
+# llama.cpp takes this where config.json has no such key at the top.
+_LLAMA_CPP_ORIGINAL_POSITIONS = 8192
+_ORIGINAL = "original_max_position_embeddings"
+_STRIPPED = ("auto_map", "quantization_config")
+
+
+def export_config(source: Source, dtype: str) -> dict[str, Any]:
+    """Returns the config.json of a merged model whose tensors are mostly `dtype`."""
+    config = {
+        key: value
+        for key, value in source.hf_config.items()
+        if key not in _STRIPPED and not key.startswith("_")
+    }
+    rope = source.config.rope_parameters
+    scaling = _scaling(config, rope)
+    config["rope_theta"] = rope.rope_theta
+    config["rope_scaling"] = scaling if rope.rope_type != "default" else None
+    config["rope_parameters"] = {**scaling, "rope_theta": rope.rope_theta}
+    # transformers 4 reads it only there for longrope, llama.cpp for llama3.
+    original = rope.original_max_position_embeddings
+    if rope.rope_type == "longrope" or (
+        rope.rope_type == "llama3" and original != _LLAMA_CPP_ORIGINAL_POSITIONS
+    ):
+        config[_ORIGINAL] = original
+    # Old spellings and the headless class are written out as what the files now hold.
+    names = config.get("architectures") or []
+    is_mistral = config.get("model_type") == "mistral" or names[:1] == [MISTRAL[0]]
+    config["architectures"] = [MISTRAL[0] if is_mistral else LLAMA[0]]
+    config["model_type"] = "mistral" if is_mistral else "llama"
+    config["torch_dtype"] = config["dtype"] = dtype
+    return config
+
+
+def _scaling(config: dict[str, Any], rope: RopeParameters) -> dict[str, Any]:
+    """Returns the rotary settings without theta; defaults are written out as numbers."""
+    if rope.rope_type == "default":
+        return {"rope_type": "default"}
+    group = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    for key in ("type", "rope_theta"):
+        group.pop(key, None)
+    group |= {"rope_type": rope.rope_type, "factor": rope.factor}
+    if rope.rope_type in ("llama3", "yarn", "longrope"):
+        group[_ORIGINAL] = rope.original_max_position_embeddings
+    if rope.rope_type == "longrope":  # its default differs between versions
+        group["attention_factor"] = rope.attention_factor
+    return group

@@ -1,0 +1,225 @@
+"""Several adapters over one frozen base, trained by one vmapped step.
+
+The base has no adapter axis, so each of its products stays one large product over the
+rows of all adapters; only the products with A and B are batched. Adapters differ in what
+is data to a compiled step: start values, rank (padded with zeros), scaling, dropout,
+learning rates, weight decay, clipping, and the order of their batches.
+
+Padding stays zero by itself: the gradient of a padded column of A is a product with a
+zero row of B and the other way round, and AdamW moves no zero with zero moments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from jlora.errors import UsageError
+from jlora.lora import Params, map_leaves
+from jlora.model import Llama
+from jlora.optimizer import Numbers, make_optimizer, make_schedule
+from jlora.settings import OptimConfig
+from jlora.sharding import batch_sharding, tree_shardings
+from jlora.training import (
+    LOSS_CHUNK_TOKENS,
+    Batch,
+    TrainState,
+    compiler_options,
+    step_function,
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One adapter: how it is trained, and its state as a run of its own has it."""
+
+    optim: OptimConfig
+    seed: int
+    lora_dropout: float
+    state: TrainState
+    frozen: Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Varied:
+    """What a step of one adapter takes besides its state; stacked, a leading axis k."""
+
+    rates: Float[Array, "... steps"]
+    numbers: Numbers
+    key: Any
+    dropout: Any
+
+
+class Sweep:
+    """k adapters as one state.
+
+    Attributes:
+        state: every leaf with a leading axis k, ranks padded to the largest.
+        frozen: the base as it is; the adapters' own frozen leaves with an axis k.
+        step: (state, frozen, batches) -> (state, metrics [k]); donates the state.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        model: Llama,
+        mesh: Mesh,
+        *,
+        total_steps: int,
+        orders: Sequence[int],
+        packed: bool = True,
+        grad_accum_steps: int = 1,
+    ) -> None:
+        """Stacks the members and makes their step.
+
+        Args:
+            members: the adapters; their trees differ in ranks at most.
+            model: the forward pass; its lora_dropout is not used.
+            mesh: devices; every adapter is laid out over all of them.
+            total_steps: of every schedule.
+            orders: which of a step's batches each member takes.
+            packed: whether rows hold several documents.
+            grad_accum_steps: parts of a batch, as for a single run.
+
+        Raises:
+            UsageError: the members' trees have other leaves.
+        """
+        self._shapes = [jax.tree.map(jax.typeof, m.state) for m in members]
+        _check_same_leaves(members)
+        shardings = _with_axis(mesh, tree_shardings(mesh, members[0].state))
+        self.state = jax.device_put(_stack([m.state for m in members]), shardings)
+        self.frozen, layout = _stack_frozen([m.frozen for m in members], mesh)
+        shared = replace(
+            members[0].optim, max_grad_norm=max(m.optim.max_grad_norm for m in members)
+        )
+        dropouts = {m.lora_dropout for m in members}
+        dropout = dropouts.pop() if len(dropouts) == 1 else None
+
+        def one(
+            state: TrainState, frozen: Params, batch: Batch, varied: _Varied
+        ) -> tuple[TrainState, Any]:
+            rate = varied.dropout if dropout is None else dropout
+            step = step_function(
+                model.clone(lora_dropout=rate),
+                make_optimizer(shared, lambda n: varied.rates[n], varied.numbers),
+                mesh,
+                packed=packed,
+                grad_accum_steps=grad_accum_steps,
+                chunk_tokens=max(1, LOSS_CHUNK_TOKENS // len(members)),
+            )
+            return step(state, frozen, batch, varied.key)
+
+        every = jax.vmap(one, in_axes=(0, layout, 0, 0))
+
+        def step(
+            state: TrainState, frozen: Params, batches: list[Batch], varied: _Varied
+        ) -> tuple[TrainState, Any]:
+            chosen = [batches[order] for order in orders]
+            # Stacked even where all adapters see the same rows: attention's kernels take
+            # an axis that all of their operands have.
+            batch = jax.tree.map(lambda *parts: jnp.stack(parts), *chosen)
+            return every(state, frozen, batch, varied)
+
+        replicated = NamedSharding(mesh, PartitionSpec())
+        frozen_shardings = jax.tree.map(lambda leaf: leaf.sharding, self.frozen)
+        compiled = jax.jit(
+            step,
+            donate_argnums=0,
+            compiler_options=compiler_options(mesh),
+            in_shardings=(
+                shardings,
+                frozen_shardings,
+                batch_sharding(mesh),
+                replicated,
+            ),
+            out_shardings=(shardings, replicated),
+        )
+        varied = jax.device_put(_varied(members, total_steps), replicated)
+        self.step = lambda state, frozen, batches: compiled(
+            state, frozen, batches, varied
+        )
+
+    def member(self, state: TrainState, index: int) -> TrainState:
+        """Returns one adapter's state at its true rank, as a run of its own has it."""
+        return jax.tree.map(
+            lambda leaf, like: leaf[index][tuple(map(slice, like.shape))],
+            state,
+            self._shapes[index],
+        )
+
+
+def _varied(members: Sequence[Member], total_steps: int) -> _Varied:
+    """Returns the numbers of all members, computed as a single run computes them."""
+    steps = jnp.arange(total_steps)
+    each = [
+        _Varied(
+            rates=jnp.asarray(jax.vmap(make_schedule(m.optim, total_steps))(steps)),
+            numbers=Numbers.of(m.optim),
+            key=jax.random.key(m.seed),
+            # What is kept is rounded as where it is a constant: float32(1 - p).
+            dropout=np.float32(1) - np.float32(1 - m.lora_dropout),
+        )
+        for m in members
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(list(map(_array, leaves))), *each)
+
+
+def _array(leaf: Any) -> Array:
+    return jnp.float32(leaf) if isinstance(leaf, float) else jnp.asarray(leaf)
+
+
+def _check_same_leaves(members: Sequence[Member]) -> None:
+    first = jax.tree.structure((members[0].state, members[0].frozen))
+    for index, member in enumerate(members):
+        if jax.tree.structure((member.state, member.frozen)) != first:
+            raise UsageError(
+                f"adapter {index + 1} of the sweep has other parts than the first; "
+                "only ranks, start values and numbers may differ"
+            )
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    """Returns one tree of leaves [k, ...], each padded with zeros to the largest."""
+
+    def join(*leaves: Array) -> Array:
+        shape = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
+        stacked = jnp.zeros((len(leaves), *shape), leaves[0].dtype)
+        for index, leaf in enumerate(leaves):
+            stacked = stacked.at[(index, *map(slice, leaf.shape))].set(leaf)
+        return stacked
+
+    return jax.tree.map(join, *trees)
+
+
+def _stack_frozen(trees: Sequence[Params], mesh: Mesh) -> tuple[Params, Params]:
+    """Returns (frozen leaves, 0 where one has an axis of adapters and None elsewhere)."""
+
+    def is_adapters(path: tuple[str, ...]) -> bool:
+        return path[-1].startswith("lora_")
+
+    layout = map_leaves(lambda path, _: 0 if is_adapters(path) else None, trees[0])
+    shardings = tree_shardings(mesh, trees[0])
+    stacked = jax.tree_util.tree_map_with_path(
+        lambda path, first, sharding, *others: (
+            jax.device_put(_stack([first, *others]), _with_axis(mesh, sharding))
+            if is_adapters(tuple(entry.key for entry in path))
+            else first
+        ),
+        trees[0],
+        shardings,
+        *trees[1:],
+    )
+    return stacked, layout
+
+
+def _with_axis(mesh: Mesh, shardings: Any) -> Any:
+    """Returns the shardings of the same leaves behind an axis of adapters."""
+    return jax.tree.map(
+        lambda s: NamedSharding(mesh, PartitionSpec(None, *s.spec)), shardings
+    )

@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+from tiny import CONFIG, tensors, write_hf
+
+from convert.hf_config import export_config
+from convert.source import open_source
+from jlora.config import LlamaConfig
+
+ROPE = json.loads((Path(__file__).parent / "golden/rope/cases.json").read_text())
+CASES = ROPE["cases"]
+SMALL = CONFIG | {"head_dim": 16}
+
+
+@pytest.fixture
+def export(tmp_path):
+    def convert(changes):
+        config = SMALL | changes
+        folder = write_hf(tmp_path / "model", config, tensors(config))
+        return export_config(open_source(str(folder)), "float32")
+
+    return convert
+
+
+def scaled(name):
+    return {"rope_theta": 5e4, "rope_scaling": CASES[name]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_exported_rope_means_the_same(name, export):
+    exported = export(scaled(name))
+    assert LlamaConfig.from_hf(exported) == LlamaConfig.from_hf(SMALL | scaled(name))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rope_stands_in_the_places_of_transformers_4_and_5(name, export):
+    exported = export(scaled(name))
+    theta = exported["rope_theta"]
+    assert theta == exported["rope_parameters"]["rope_theta"] == 5e4
+    older = exported["rope_scaling"] or {"rope_type": "default"}
+    assert exported["rope_parameters"] == older | {"rope_theta": theta}
+    assert "type" not in older
+
+
+@pytest.mark.parametrize("name", ["llama3", "yarn", "longrope"])
+def test_defaults_are_written_out_as_numbers(name, export):
+    changes = scaled(name)
+    changes["rope_scaling"] = {
+        key: value
+        for key, value in changes["rope_scaling"].items()
+        if name == "llama3" or not key.startswith("original")
+    }
+    exported = export(changes)["rope_scaling"]
+    assert isinstance(exported["factor"], float)
+    assert isinstance(exported["original_max_position_embeddings"], int)
+
+
+@pytest.mark.parametrize(
+    ("name", "original", "is_written"),
+    [
+        ("longrope", 32, True),
+        ("llama3", 32, True),
+        ("llama3", 8192, False),
+        ("yarn", 32, False),
+        ("linear", 32, False),
+    ],
+)
+def test_the_original_context_is_at_the_top_where_it_is_read(
+    name, original, is_written, export
+):
+    key = "original_max_position_embeddings"
+    changes = scaled(name)
+    changes["rope_scaling"] = changes["rope_scaling"] | {key: original}
+    assert export(changes).get(key) == (original if is_written else None)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "expected"),
+    [
+        (["LLaMAForCausalLM"], "llama", ("LlamaForCausalLM", "llama")),
+        (["LlamaModel"], "llama", ("LlamaForCausalLM", "llama")),
+        (None, "llama", ("LlamaForCausalLM", "llama")),
+        (["LlamaForCausalLM"], None, ("LlamaForCausalLM", "llama")),
+        (["MistralForCausalLM"], "mistral", ("MistralForCausalLM", "mistral")),
+        (["MistralForCausalLM"], None, ("MistralForCausalLM", "mistral")),
+        (None, "mistral", ("MistralForCausalLM", "mistral")),
+    ],
+)
+def test_the_class_is_the_one_of_a_model_with_a_head(names, kind, expected, export):
+    window = {"sliding_window": None}
+    exported = export({"architectures": names, "model_type": kind} | window)
+    assert (exported["architectures"], exported["model_type"]) == (
+        [expected[0]],
+        expected[1],
+    )
