@@ -1,0 +1,143 @@
+"""How long does an adapter's step take beside others? One JSON line per named workload.
+
+k adapters of one base, each with a small batch of its own, are stepped one after another
+(the step of a single run, k times) and together (`jlora.sweep`, as `train.py --sweep`).
+Random weights and tokens; the median of the timed steps after warm-up.
+
+    python benchmarks/sweep_time.py 8B-1024 8B-512
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from step_time import ALL, LLAMA_3_8B, SMOLLM2, llama, random_base
+
+import jlora
+from jlora.model import Llama
+from jlora.optimizer import make_optimizer, make_schedule
+from jlora.plan import peak_memory_bytes, plan_workload
+from jlora.settings import ComputeConfig, MeshConfig, OptimConfig
+from jlora.sharding import make_mesh
+from jlora.sweep import Member, Sweep
+from jlora.training import TrainState, make_train_step
+
+STEPS, WARM_UP, TOTAL = 8, 3, 100
+TINY = llama(512, 128, 256, 2, 4, 2, theta=1e4)
+BFLOAT16 = ComputeConfig(dtype="bfloat16")
+# name: model, compute settings, adapters, rows per adapter, tokens per row
+WORKLOADS = {
+    "8B-512": (LLAMA_3_8B, BFLOAT16, 4, 1, 512),
+    "8B-1024": (LLAMA_3_8B, BFLOAT16, 4, 1, 1024),
+    "8B-1024-minimal": (LLAMA_3_8B, replace(BFLOAT16, remat="minimal"), 4, 1, 1024),
+    "8B-512-eight": (LLAMA_3_8B, BFLOAT16, 8, 1, 512),
+    "SmolLM2-64": (SMOLLM2, ComputeConfig(dtype="float32"), 4, 1, 64),
+    "tiny": (TINY, ComputeConfig(dtype="float32"), 4, 1, 32),
+}
+
+
+def median_ms(step: Any, state: Any, frozen: Any, batch: Any) -> dict[str, Any]:
+    """Returns the median time of a step, the time of the first and the losses."""
+    ends, losses, pending = [time.perf_counter()], [], None
+    for _ in range(1 + WARM_UP + STEPS):
+        state, metrics = step(state, frozen, batch)
+        if pending is not None:  # read one step late, as a run does
+            losses.append(np.asarray(pending["loss"]).tolist())
+            ends.append(time.perf_counter())
+        pending = metrics
+    times = np.diff(ends)
+    median = float(np.median(times[WARM_UP:]))
+    return {"ms": 1e3 * median, "compile_s": times[0] - median, "loss": losses[-1]}
+
+
+def batch_of(vocabulary: int, rows: int, length: int, seed: int) -> dict[str, Any]:
+    """Returns random tokens without padding, on the device."""
+    tokens = np.random.default_rng(seed).integers(
+        0, vocabulary, (rows, length + 1), np.int32
+    )
+    return jax.device_put(
+        {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "loss_mask": np.ones((rows, length), np.float32),
+            "segment_ids": np.ones((rows, length), np.int32),
+            "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        }
+    )
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Returns the figures of one workload."""
+    config, compute, count, rows, length = WORKLOADS[name]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    base = random_base(config, jnp.dtype(compute.dtype))
+    batches = [batch_of(config.vocab_size, rows, length, i) for i in range(count)]
+    members, settings = [], []
+    for i in range(count):
+        optim = OptimConfig(learning_rate=1e-4 * (i + 1))
+        optimizer = make_optimizer(optim, make_schedule(optim, TOTAL))
+        params = jlora.add_lora(base, ALL, jax.random.key(i))
+        state, frozen = TrainState.create(params, optimizer, mesh)
+        members.append(Member(optim, i, 0.0, state, frozen))
+        settings.append(optimizer)
+
+    def model_for(adapters: int) -> tuple[Llama, str]:
+        work = plan_workload(
+            config, params, mesh, compute=compute, rows=rows * adapters, length=length
+        )
+        return Llama(config, work.dtype, work.attention, work.remat), work.remat
+
+    # First, as the single step donates the state of the adapter that it trains.
+    model, remat_together = model_for(count)
+    sweep = Sweep(
+        members,
+        model,
+        mesh,
+        total_steps=TOTAL,
+        orders=list(range(count)),
+        packed=False,
+    )
+    model, remat_alone = model_for(1)
+    step = make_train_step(
+        model,
+        settings[0],
+        mesh,
+        state=members[0].state,
+        frozen=members[0].frozen,
+        packed=False,
+    )
+    alone = median_ms(step, members[0].state, members[0].frozen, batches[0])
+    peak_alone = peak_memory_bytes()
+    together = median_ms(sweep.step, sweep.state, sweep.frozen, batches)
+    return {
+        "workload": name,
+        "device": jax.devices()[0].device_kind,
+        "adapters": count,
+        "tokens_per_adapter": rows * length,
+        "alone_ms": round(alone["ms"], 2),
+        "together_ms": round(together["ms"], 2),
+        "per_adapter_ms": round(together["ms"] / count, 2),
+        "ratio": round(together["ms"] / (count * alone["ms"]), 4),
+        "loss_alone": round(alone["loss"], 5),
+        "loss_together": [round(loss, 5) for loss in together["loss"]],
+        "compile_s": [round(x["compile_s"], 1) for x in (alone, together)],
+        "peak_gib": [round(x / 2**30, 2) for x in (peak_alone, peak_memory_bytes())],
+        "remat": [remat_alone, remat_together],
+        "attention": model.attention,
+        "versions": {"jax": jax.__version__},
+    }
+
+
+if __name__ == "__main__":
+    for workload in sys.argv[1:] or ["tiny"]:
+        print(json.dumps(measure(workload)), flush=True)
