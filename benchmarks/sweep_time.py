@@ -4,7 +4,7 @@ k adapters of one base, each with a small batch of its own, are stepped one afte
 (the step of a single run, k times) and together (`jlora.sweep`, as `train.py --sweep`).
 Random weights and tokens; the median of the timed steps after warm-up.
 
-    python benchmarks/sweep_time.py 8B-1024 8B-512
+    for name in 8B-1024 8B-512 8B-256; do python benchmarks/sweep_time.py $name; done
 """
 
 import json
@@ -37,6 +37,7 @@ TINY = llama(512, 128, 256, 2, 4, 2, theta=1e4)
 BFLOAT16 = ComputeConfig(dtype="bfloat16")
 # name: model, compute settings, adapters, rows per adapter, tokens per row
 WORKLOADS = {
+    "8B-256": (LLAMA_3_8B, BFLOAT16, 4, 1, 256),
     "8B-512": (LLAMA_3_8B, BFLOAT16, 4, 1, 512),
     "8B-1024": (LLAMA_3_8B, BFLOAT16, 4, 1, 1024),
     "8B-1024-minimal": (LLAMA_3_8B, replace(BFLOAT16, remat="minimal"), 4, 1, 1024),
