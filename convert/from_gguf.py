@@ -6,6 +6,7 @@ in HF's order. Quantised blocks become float32, one tensor at a time.
 Source: llama.cpp, convert_hf_to_gguf.py and src/llama-model.cpp; gguf.constants.
 """
 
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -79,7 +80,7 @@ def open_gguf(path: Path) -> Source:
     gguf = _import_gguf(path)
     file = read_gguf(path)
     _refuse_other_models(file)
-    kinds = {name: _kind(gguf, file, name) for name in file.tensors}
+    kinds = _kinds(gguf, file)
     hf_config = _hf_config(file, kinds)
     config = parse_config(hf_config, f"{path}: its metadata as ")
     names = {name.path: name for name in all_names(config)}
@@ -153,29 +154,54 @@ def _refuse_other_models(file: GGUFFile) -> None:
         )
 
 
-def _kind(gguf: ModuleType, file: GGUFFile, name: str) -> str:
-    """Returns the name of a tensor's ggml type, checking that its bytes are there."""
-    tensor = file.tensors[name]
+def _kinds(gguf: ModuleType, file: GGUFFile) -> dict[str, str]:
+    """Returns the name of every tensor's ggml type, checking that its bytes are there."""
     known = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
-    kind = known.get(tensor.type, f"number {tensor.type}")
-    if kind not in _PLAIN and kind not in _BLOCKS:
+    kinds = {
+        name: known.get(tensor.type, f"number {tensor.type}")
+        for name, tensor in file.tensors.items()
+    }
+    unsupported = [
+        f"{name} ({kind})"
+        for name, kind in kinds.items()
+        if kind not in _PLAIN and kind not in _BLOCKS
+    ]
+    if unsupported:
         raise UnsupportedError(
-            f"{file.path}: tensor {name!r} has type {kind}; jlora reads "
-            f"{listing([*_PLAIN, *_BLOCKS], 99)}"
+            f"{file.path}: tensors of types that are not read: {listing(unsupported)}; "
+            f"jlora reads {listing([*_PLAIN, *_BLOCKS], 99)}"
         )
-    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
-    if not tensor.shape or tensor.shape[-1] % block:
+    problems, ends = [], {}
+    for name, tensor in file.tensors.items():
+        block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+        if not tensor.shape or tensor.shape[-1] % block:
+            problems.append(
+                f"{name!r} of shape {list(tensor.shape)} is no whole number of "
+                f"{kinds[name]} blocks of {block}"
+            )
+            continue
+        ends[name] = tensor.offset + _num_bytes(gguf, tensor)
+        if ends[name] > file.size:
+            problems.append(
+                f"cut: {name!r} ends at byte {ends[name]:,}, the file at {file.size:,}"
+            )
+    if not problems:
+        problems = _overlaps(file, ends)
+    if problems:
         raise CorruptError(
-            f"{file.path}: tensor {name!r} of shape {list(tensor.shape)} is no whole "
-            f"number of {kind} blocks of {block}"
+            f"{file.path}: {listing(problems)}; copy or download it again"
         )
-    end = tensor.offset + _num_bytes(gguf, tensor)
-    if end > file.size:
-        raise CorruptError(
-            f"{file.path}: cut: tensor {name!r} ends at byte {end:,}, the file at "
-            f"{file.size:,}; copy or download it again"
-        )
-    return kind
+    return kinds
+
+
+def _overlaps(file: GGUFFile, ends: dict[str, int]) -> list[str]:
+    """Returns the tensors that start before another one's end."""
+    order = sorted(ends, key=lambda name: (file.tensors[name].offset, ends[name]))
+    return [
+        f"{second!r} overlaps {first!r}"
+        for first, second in itertools.pairwise(order)
+        if file.tensors[second].offset < ends[first]
+    ]
 
 
 def _num_bytes(gguf: ModuleType, tensor: Tensor) -> int:

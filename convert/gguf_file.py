@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from convert.safetensors import reading
+from convert.safetensors import reading, refuse_other_format
 from jlora.errors import CorruptError, UnsupportedError
 
 # Value types of the format: struct codes of the scalars, then string and array.
@@ -60,6 +60,8 @@ class _Reader:
 
     def read(self) -> GGUFFile:
         """Returns the whole header."""
+        refuse_other_format(self._path, self._file.read(64), "GGUF")
+        self._file.seek(0)
         if self._take(4) != b"GGUF":
             raise CorruptError(f"{self._path}: not a GGUF file (wrong first bytes)")
         version = self._number("I")

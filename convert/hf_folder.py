@@ -4,7 +4,6 @@ The index decides, else model.safetensors; nothing else is ever opened. Names, s
 and dtypes are compared with config.json before a byte of weights is read.
 """
 
-import fnmatch
 import logging
 import re
 from pathlib import Path
@@ -13,6 +12,13 @@ from typing import Any
 import numpy as np
 
 from convert.names import Name, all_names
+from convert.refusals import (
+    ADAPTER,
+    META,
+    refuse_other_models,
+    refuse_other_weights,
+    refuse_quantised,
+)
 from convert.safetensors import Entry, Spec, read_bytes, read_header, read_tensor
 from convert.source import (
     INDEX,
@@ -29,31 +35,7 @@ from jlora.config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
 MAX_INDEX_BYTES = 64 << 20
-_QUANTISED = re.compile(
-    r".*\.(qweight|qzeros|scales|g_idx|weight_scale(_inv)?|weight_packed|absmax"
-    r"|quant_map|quant_state\..*|SCB)"
-)
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
-_SAVE_AS = (
-    "load the model with transformers where you trust it and save it again with "
-    "save_pretrained(folder), which writes safetensors"
-)
-OTHER_WEIGHTS = {
-    "consolidated*.pth": "Meta's layout, whose rotary pairs are interleaved; use HF's "
-    "conversion script (transformers, convert_llama_weights_to_hf.py)",
-    "*.bin": f"pickled weights, which are never opened as they may run code; {_SAVE_AS}",
-    "*.pth": f"pickled weights, which are never opened as they may run code; {_SAVE_AS}",
-    "*.pt": f"pickled weights, which are never opened as they may run code; {_SAVE_AS}",
-    "*.ckpt": f"pickled weights, which are never opened as they may run code; {_SAVE_AS}",
-    "*.msgpack": f"Flax weights; {_SAVE_AS}",
-    "*.h5": f"TensorFlow weights; {_SAVE_AS}",
-    "*.ggml": "an obsolete format; use a .gguf file or the original model",
-    "*.gguf": "GGUF weights; give the path of the .gguf file itself",
-    "adapter_model.safetensors": "an adapter, not a model; give the base model here and "
-    "this folder as the adapter",
-    "consolidated*.safetensors": "Meta's tensor names; use the model.safetensors files "
-    "of the same repository",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -113,12 +95,9 @@ def _require_config(folder: Path) -> None:
     if (folder / "config.json").exists():
         return
     if (folder / "params.json").exists():
-        raise UnsupportedError(
-            f"{folder}: params.json without config.json is "
-            f"{OTHER_WEIGHTS['consolidated*.pth']}"
-        )
+        raise UnsupportedError(f"{folder}: params.json without config.json is {META}")
     if (folder / "adapter_config.json").exists():
-        raise UsageError(f"{folder}: {OTHER_WEIGHTS['adapter_model.safetensors']}")
+        raise UsageError(f"{folder}: {ADAPTER}")
     if (folder / "checkpoints").is_dir():
         raise UsageError(
             f"{folder}: a run folder, which holds an adapter, not a model; give the base "
@@ -138,10 +117,7 @@ def _find_tensors(folder: Path) -> dict[str, Entry]:
         raise CorruptError(
             f"{folder}: safetensors shards without {INDEX}; download it as well"
         )
-    for pattern, what in OTHER_WEIGHTS.items():
-        found = fnmatch.filter(files, pattern)
-        if found:
-            raise UnsupportedError(f"{folder}: only {listing(found)} found: {what}")
+    refuse_other_weights(folder, files)
     raise UsageError(f"{folder}: holds no weights; expected {SINGLE} or {INDEX}")
 
 
@@ -150,7 +126,8 @@ def _read_index(folder: Path) -> dict[str, Entry]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptError(f"{folder / INDEX}: expected a non-empty weight_map")
-    refuse_quantised(f"{folder / INDEX}", list(weight_map))
+    refuse_quantised(f"{folder / INDEX}", weight_map)
+    refuse_other_models(f"{folder / INDEX}", weight_map)
     bad = sorted(
         {repr(name) for name in weight_map.values() if not _is_plain_name(name)}
     )
@@ -233,21 +210,12 @@ def _check_total_size(
         )
 
 
-def refuse_quantised(where: str, names: list[str]) -> None:
-    """Raises UnsupportedError if tensor names belong to a quantised checkpoint."""
-    found = sorted(name for name in names if _QUANTISED.fullmatch(name))
-    if found:
-        raise UnsupportedError(
-            f"{where}: a quantised checkpoint ({listing(found, 4)}); use the original "
-            "bfloat16, float16 or float32 model"
-        )
-
-
 def _match(
     folder: Path, entries: dict[str, Entry], config: LlamaConfig, names: list[Name]
 ) -> dict[str, Entry]:
     """Returns the stored tensor of every HF key; all mismatches are raised at once."""
-    refuse_quantised(str(folder), list(entries))
+    refuse_quantised(str(folder), entries)
+    refuse_other_models(str(folder), entries)
     stored = {k: v for k, v in entries.items() if not k.endswith("rotary_emb.inv_freq")}
     if not any(key.startswith("model.") for key in stored):  # saved as a LlamaModel
         stored = {

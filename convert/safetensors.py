@@ -74,7 +74,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         first = file.read(64)
         length = int.from_bytes(first[:8], "little")
         if first[8:9] != b"{":
-            _refuse_other_format(path, first)
+            refuse_other_format(path, first, "safetensors")
         if size < 8 or length > size - 8:
             raise CorruptError(
                 f"{path}: cut or damaged: the file has {size:,} bytes and its header "
@@ -101,39 +101,47 @@ def read_header(path: Path) -> dict[str, Entry]:
             f"{path}: integer, fp8 or quantised tensors: {listing(sorted(unsupported))}; "
             "use the original bfloat16, float16 or float32 model"
         )
+    problems = {name: _problem(fields) for name, fields in document.items()}
+    wrong = [f"tensor {name!r:.200}: {what}" for name, what in problems.items() if what]
+    if wrong:
+        raise CorruptError(f"{path}: {listing(wrong)}; copy or download it again")
     entries = {
-        name: _entry(path, name, fields, 8 + length)
-        for name, fields in document.items()
+        name: _entry(path, fields, 8 + length) for name, fields in document.items()
     }
     _check_layout(path, entries, 8 + length, size)
     return entries
 
 
-def _entry(path: Path, name: str, fields: Any, start: int) -> Entry:
-    where = f"{path}: tensor {name!r}"
+def _problem(fields: Any) -> str | None:
+    """Returns what is wrong with one tensor's line of the header."""
     if not isinstance(fields, dict) or set(fields) != {
         "dtype",
         "shape",
         "data_offsets",
     }:
-        raise CorruptError(f"{where}: expected dtype, shape and data_offsets")
+        return "expected dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CorruptError(f"{where}: unknown dtype {dtype!r}")
+        return f"unknown dtype {dtype!r:.40}"
     if not _are_sizes(shape) or len(shape) > 8:
-        raise CorruptError(f"{where}: shape {shape!r} is not a list of sizes")
+        return f"shape {shape!r:.80} is not a list of sizes"
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CorruptError(f"{where}: data_offsets {offsets!r} are not two offsets")
-    itemsize = DTYPES[dtype].itemsize
-    expected = itemsize
+        return f"data_offsets {offsets!r:.80} are not two offsets"
+    expected = DTYPES[dtype].itemsize
     for size in shape:  # Python integers: a product that overflows 64 bits is seen
         expected *= size
     if offsets[1] - offsets[0] != expected:
-        raise CorruptError(
-            f"{where}: {dtype} of shape {shape} takes {expected:,} bytes, but "
+        return (
+            f"{dtype} of shape {shape} takes {expected:,} bytes, but "
             f"data_offsets={offsets} hold {offsets[1] - offsets[0]:,}"
         )
-    return Entry(tuple(shape), DTYPES[dtype], path, start + offsets[0])
+    return None
+
+
+def _entry(path: Path, fields: dict[str, Any], start: int) -> Entry:
+    """Returns a checked line of the header."""
+    begin = fields["data_offsets"][0]
+    return Entry(tuple(fields["shape"]), DTYPES[fields["dtype"]], path, start + begin)
 
 
 def _are_sizes(values: Any) -> bool:
@@ -206,18 +214,23 @@ def reading(path: Path) -> Iterator[None]:
         raise CorruptError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _refuse_other_format(path: Path, first: bytes) -> None:
-    """Names what the first bytes are, if they belong to a known other format."""
+def refuse_other_format(path: Path, first: bytes, wanted: str) -> None:
+    """Names what the first bytes are, if they belong to another known format.
+
+    Raises:
+        CorruptError: not the file itself.
+        UnsupportedError: another format of weights under this name.
+    """
     start = first.lstrip().lower()
     if first.startswith(b"version https://git-lfs"):
         raise CorruptError(
             f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`"
         )
-    if start.startswith((b"<!doc", b"<html")):
+    if start.startswith((b"<!doc", b"<html", b"<?xml")):
         raise CorruptError(
             f"{path}: a saved web page, not the file itself; download it again"
         )
-    if first.startswith(b"GGUF"):
+    if first.startswith(b"GGUF") and wanted != "GGUF":
         raise UnsupportedError(
             f"{path}: a GGUF file under another name; rename it to end in .gguf and "
             "give the path of the file itself"
@@ -226,9 +239,15 @@ def _refuse_other_format(path: Path, first: bytes) -> None:
         first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     ):
         raise UnsupportedError(
-            f"{path}: a pickled PyTorch file under another name; it is never opened, as "
-            "it may run code; save the model as safetensors "
+            f"{path}: a pickled PyTorch file (or another zip) under another name; it is "
+            "never opened, as it may run code; save the model as safetensors "
             "(save_pretrained of transformers does)"
+        )
+    length = int.from_bytes(first[:8], "little")
+    if wanted != "safetensors" and first[8:9] == b"{" and length < 1 << 40:
+        raise UnsupportedError(
+            f"{path}: a safetensors file under another name; give the folder that holds "
+            "it and its config.json"
         )
 
 

@@ -4,7 +4,6 @@
 `Source` then hands out one tensor at a time in jlora's layout.
 """
 
-import fnmatch
 import logging
 import re
 from collections.abc import Callable
@@ -18,12 +17,12 @@ import ml_dtypes
 import numpy as np
 
 from convert.names import Params
+from convert.refusals import refuse_other_file
 from convert.safetensors import Spec, reading
 from jlora.config import LlamaConfig
 from jlora.errors import (
     CorruptError,
     JloraError,
-    UnsupportedError,
     UsageError,
     listing,
     nearest,
@@ -110,11 +109,7 @@ def _open_file(path: Path) -> Source:
         return open_gguf(path)
     if path.suffix == ".safetensors":
         raise UsageError(f"{path}: give the folder that holds it and its config.json")
-    from convert.hf_folder import OTHER_WEIGHTS
-
-    for pattern, what in OTHER_WEIGHTS.items():
-        if fnmatch.fnmatch(path.name, pattern):
-            raise UnsupportedError(f"{path}: {what}")
+    refuse_other_file(path)
     raise UsageError(f"{path}: not a model folder nor a .gguf file")
 
 
@@ -188,6 +183,8 @@ def inside_folder(folder: Path, name: str) -> Path:
     The hub cache is the exception: it links snapshot files to its own blobs.
     """
     path, home = folder / name, folder.resolve()
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CorruptError(f"{path}: not a file")
     roots = [home]
     if home.parent.name == "snapshots":
         roots.append(home.parent.parent / "blobs")

@@ -54,29 +54,32 @@ class Fields:
         *,
         least: float | None = None,
         above: float | None = None,
+        most: float = math.inf,
     ) -> float:
-        """Returns a finite number >= `least` or > `above`; null means the default."""
+        """Returns a number >= `least` or > `above`; null means the default."""
         value = self._values.get(key)
         if value is None and default is not None:
             return default
         bound = "" if least is None else f" of at least {least:g}"
         bound += "" if above is None else f" above {above:g}"
+        bound += "" if most == math.inf else f", at most {most:g}"
         if (
             not is_number(value)
             or (least is not None and value < least)
             or (above is not None and value <= above)
+            or value > most
         ):
             self._note(key, value, f"a number{bound}")
             return 1.0 if default is None else default
         return float(value)
 
     def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """Returns a list of `count` numbers above 0."""
+        """Returns a list of `count` numbers above 0 that float32 can divide by."""
         value = self._values.get(key)
         if (
             not isinstance(value, list)
             or len(value) != count
-            or not all(is_number(item) and item > 0 for item in value)
+            or not all(is_number(item) and 1e-30 < item < 1e30 for item in value)
         ):
             found = f"a list of {len(value)}" if isinstance(value, list) else value
             self._note(key, found, f"{count} numbers above 0 (head_dim / 2)")

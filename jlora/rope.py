@@ -28,8 +28,9 @@ def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:
     rope, dim = config.rope_parameters, config.head_dim
     theta = np.float64(rope.rope_theta)
     if rope.rope_type == "dynamic":
+        # factor * stretch - (factor - 1), which is exactly 1 without stretch.
         stretch = max(length / config.max_position_embeddings, 1.0)
-        theta *= (rope.factor * stretch - (rope.factor - 1)) ** (dim / (dim - 2))
+        theta *= (1 + rope.factor * (stretch - 1)) ** (dim / (dim - 2))
     power = _powers(theta, dim)
     with np.errstate(over="ignore"):  # a power beyond float32: that pair never turns
         match rope.rope_type:

@@ -17,6 +17,8 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0
 # Frequencies are float32: above its largest number they would all be 0.
 MAX_THETA = 1e38
+# Far from any real setting, and from where the formulas leave float64.
+MAX_NUMBER = 1e6
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class _Settings:
 
     def factor(self) -> float:
         """Returns the factor, which must be given."""
-        return self.fields.number("factor", least=1)
+        return self.fields.number("factor", least=1, most=MAX_NUMBER)
 
     def original(self, default: int | None, least: int = 1) -> int:
         """Returns the original context, given in the group or at the top."""
@@ -176,8 +178,8 @@ def _dynamic(settings: _Settings) -> RopeParameters:
 
 def _llama3(settings: _Settings) -> RopeParameters:
     fields = settings.fields
-    low = fields.number("low_freq_factor", above=0)
-    high = fields.number("high_freq_factor", above=0)
+    low = fields.number("low_freq_factor", above=0, most=MAX_NUMBER)
+    high = fields.number("high_freq_factor", above=0, most=MAX_NUMBER)
     if high <= low and not fields.problems:
         fields.problems.append(
             f"high_freq_factor={high:g}, expected more than low_freq_factor={low:g}"
@@ -201,15 +203,14 @@ def _yarn(settings: _Settings) -> RopeParameters:
         factor = settings.max_positions / original
     else:
         factor = settings.factor()
-    fast = fields.number("beta_fast", 0.0, least=0) or 32.0
-    slow = fields.number("beta_slow", 0.0, least=0) or 1.0
+    fast, slow = _beta(settings, "beta_fast", 32.0), _beta(settings, "beta_slow", 1.0)
     if fast < slow:
         fields.problems.append(
             f"beta_fast={fast:g}, expected at least beta_slow={slow:g}"
         )
     # Zero stands for "not given"; negative ones have no meaning.
-    mscale = fields.number("mscale", 0.0, least=0)
-    mscale_all_dim = fields.number("mscale_all_dim", 0.0, least=0)
+    mscale = fields.number("mscale", 0.0, least=0, most=MAX_NUMBER)
+    mscale_all_dim = fields.number("mscale_all_dim", 0.0, least=0, most=MAX_NUMBER)
     if mscale and mscale_all_dim:
         attention = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
     else:
@@ -222,8 +223,17 @@ def _yarn(settings: _Settings) -> RopeParameters:
         beta_fast=fast,
         beta_slow=slow,
         truncate=fields.boolean("truncate", True),
-        attention_factor=fields.number("attention_factor", attention, least=0),
+        attention_factor=fields.number(
+            "attention_factor", attention, least=0, most=MAX_NUMBER
+        ),
     )
+
+
+def _beta(settings: _Settings, key: str, default: float) -> float:
+    """Returns how many turns a limit stands for; 0 and null mean the default."""
+    if settings.group.get(key) == 0 and settings.group[key] is not False:
+        return default
+    return settings.fields.number(key, default, least=1e-6, most=MAX_NUMBER)
 
 
 def _mscale(factor: float, scale: float) -> float:
@@ -247,7 +257,9 @@ def _longrope(settings: _Settings) -> RopeParameters:
         "longrope",
         factor=factor,
         original_max_position_embeddings=original,
-        attention_factor=fields.number("attention_factor", attention, least=0),
+        attention_factor=fields.number(
+            "attention_factor", attention, least=0, most=MAX_NUMBER
+        ),
         short_factor=fields.numbers("short_factor", pairs),
         long_factor=fields.numbers("long_factor", pairs),
     )

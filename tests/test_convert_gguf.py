@@ -302,10 +302,12 @@ def test_expert_tensors_are_refused(path):
         open_source(write_gguf(path, arrays))
 
 
-def test_integer_tensor_is_refused_with_its_type(path):
+def test_integer_tensors_are_refused_with_their_types(path):
     arrays = tensors(CONFIG)
     arrays["model.norm.weight"] = np.ones(16, np.int32)
-    with pytest.raises(UnsupportedError, match="has type I32"):
+    arrays[Q_PROJ] = np.ones((16, 16), np.int8)
+    types = r"blk\.0\.attn_q\.weight \(I8\), output_norm\.weight \(I32\)"
+    with pytest.raises(UnsupportedError, match=types):
         open_source(write_gguf(path, arrays))
 
 
