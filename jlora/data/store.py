@@ -1,0 +1,225 @@
+"""Token ids on disk: written once, read at random through memory maps, checked by digests.
+
+A store is a folder of three arrays and a note. It appears whole or not at all, one process
+builds it while others wait, and one that is damaged is built again.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from jlora.errors import ResourceError, UsageError
+
+SCHEMA = 1
+RECORD = np.dtype(
+    [
+        ("start", "<i8"),  # of its tokens
+        ("number", "<i8"),  # line or row of the file, from 1
+        ("length", "<i4"),
+        ("learnt", "<i4"),  # tokens to learn
+        ("first_learnt", "<i4"),  # index of the first one; length if there is none
+        ("file", "<i4"),  # index among all files of the data set
+    ]
+)
+_DTYPES = {"tokens": np.dtype("<i4"), "loss_mask": np.dtype("u1"), "records": RECORD}
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some records: tokens int32 [n], loss_mask uint8 [n], records RECORD [m]."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    records: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """The arrays of a `Block`, mapped from disk, and what was noted beside them."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+    records: np.ndarray
+    note: dict[str, Any]
+    digest: str
+    """A sha256 over tokens, masks and borders."""
+
+
+class StoreWriter:
+    """Appends blocks to the files of a new store."""
+
+    def __init__(self, folder: Path) -> None:
+        """Creates the files; the folder must exist."""
+        self.num_tokens = 0
+        self.num_records = 0
+        self._files: dict[str, IO[bytes]] = {
+            name: (folder / f"{name}.bin").open("wb") for name in _DTYPES
+        }
+        self._hashes = {name: hashlib.sha256() for name in [*_DTYPES, "lengths"]}
+
+    def append(self, block: Block) -> None:
+        """Writes a block, whose records count their starts from its own beginning."""
+        records = block.records.copy()
+        records["start"] += self.num_tokens
+        arrays = {
+            "tokens": block.tokens,
+            "loss_mask": block.loss_mask,
+            "records": records,
+        }
+        for name, array in arrays.items():
+            data = np.ascontiguousarray(array, _DTYPES[name]).tobytes()
+            self._files[name].write(data)
+            self._hashes[name].update(data)
+        self._hashes["lengths"].update(records["length"].tobytes())
+        self.num_tokens += len(block.tokens)
+        self.num_records += len(records)
+
+    def __enter__(self) -> "StoreWriter":
+        """Returns itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the files, whatever state they are in."""
+        for file in self._files.values():
+            with suppress(OSError):
+                file.close()
+
+    def finish(self) -> dict[str, str]:
+        """Brings everything to the disk and returns the sha256 of each part."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: digest.hexdigest() for name, digest in self._hashes.items()}
+
+
+def cached_store(
+    cache: Path, key: str, build: Callable[[StoreWriter], dict[str, Any]]
+) -> Store:
+    """Returns the store `key` of a cache folder, building it if need be.
+
+    Args:
+        cache: created if it is not there.
+        key: a digest of all that the content follows from.
+        build: appends everything and returns the note (JSON).
+
+    Raises:
+        UsageError: the folder cannot be written.
+        ResourceError: the disk is full.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{key}.lock", wait=True):
+            _clear_stale(cache, but=key)
+            found = _open(cache / key)
+            return _build(cache, key, build) if found is None else found
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(cache).free
+            raise ResourceError(
+                f"{cache}: the disk is full ({free:,} bytes free), and the token cache "
+                "takes 5 bytes per token; make room or give another data.cache_dir"
+            ) from error
+        if error.filename is None or not str(error.filename).startswith(str(cache)):
+            raise  # not of the cache: a file of the data
+        raise UsageError(
+            f"{cache}: the token cache cannot be written ({error.strerror}); "
+            "give another folder with data.cache_dir"
+        ) from error
+
+
+def _build(
+    cache: Path, key: str, build: Callable[[StoreWriter], dict[str, Any]]
+) -> Store:
+    temporary = cache / f"{key}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
+    temporary.mkdir()
+    try:
+        with StoreWriter(temporary) as writer:
+            note = build(writer)
+            digests = writer.finish()
+        about = {"schema": SCHEMA, "key": key, "sha256": digests, "note": note}
+        with (temporary / "note.json").open("w", encoding="utf-8") as file:
+            json.dump(about, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(cache / key, ignore_errors=True)  # damaged, or it would be used
+        temporary.rename(cache / key)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    store = _open(cache / key, verify=False)
+    assert store is not None
+    return store
+
+
+def _open(folder: Path, *, verify: bool = True) -> Store | None:
+    """Returns the store in a folder, None if there is none or it is damaged."""
+    if not folder.is_dir():
+        return None
+    try:
+        about = json.loads((folder / "note.json").read_text("utf-8"))
+        digests = about["sha256"]
+        if about["schema"] != SCHEMA or about["key"] != folder.name:
+            raise ValueError("the note belongs to another store")
+        arrays = {}
+        for name, dtype in _DTYPES.items():
+            path = folder / f"{name}.bin"
+            if verify and _file_digest(path) != digests[name]:
+                raise ValueError(f"{path.name} is damaged")
+            arrays[name] = _map(path, dtype)
+        parts = [digests[name] for name in ("tokens", "loss_mask", "lengths")]
+        digest = hashlib.sha256("".join(parts).encode()).hexdigest()
+        return Store(**arrays, note=about["note"], digest=digest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"warning: token cache {folder}: {error}; building it again", flush=True)
+        return None
+
+
+def _map(path: Path, dtype: np.dtype) -> np.ndarray:
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Holds a lock file; yields whether it could be had, which `wait` makes sure."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                yield False
+                return
+            print(f"waiting for another process that holds {path}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield True
+
+
+def _clear_stale(cache: Path, but: str) -> None:
+    """Removes what killed builds of other keys left behind."""
+    for temporary in cache.glob("*.tmp"):
+        if temporary.stem != but:
+            with _locked(cache / f"{temporary.stem}.lock", wait=False) as held:
+                if held:
+                    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def default_cache() -> Path:
+    """Returns ~/.cache/jlora, or its place under XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
