@@ -1,7 +1,7 @@
 """Causal grouped-query attention behind one function, with segment ids throughout.
 
 `xla` is the reference, with float32 scores, and runs everywhere. `cudnn` is the flash
-kernel on NVIDIA GPUs, for dense rows and for packed ones.
+kernel on NVIDIA GPUs, `splash` that of TPUs, both for dense rows and for packed ones.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import UsageError
+from jlora.splash import splash_attend
 
 # Sizes of a head that cuDNN's flash kernel takes, forward and backward.
 _CUDNN_HEAD_MULTIPLE, _CUDNN_HEAD_LIMIT = 8, 128
@@ -37,14 +38,16 @@ def attend(
         v: values, likewise.
         segment_ids: 1, 2, ... along a row, each without a gap; 0 for padding at its end.
         offset: for calls with a cache, which always take the reference.
-        implementation: xla or cudnn.
+        implementation: xla, cudnn or splash.
         max_segments: most segments in any row, without padding; cudnn needs it.
 
     Raises:
         UsageError: cudnn in float32, or with segments whose number it is not told.
     """
-    if implementation != "cudnn" or offset is not None:
+    if implementation == "xla" or offset is not None:
         return _reference(q, k, v, segment_ids, offset)
+    if implementation == "splash":
+        return splash_attend(q, k, v, segment_ids)
     if q.dtype == jnp.float32:
         raise UsageError(
             "compute.attention=cudnn needs compute.dtype bfloat16, found float32"
@@ -62,9 +65,13 @@ def choose_attention(wanted: str, *, dtype: Any, head_dim: int) -> str:
     """Returns the implementation that `auto` stands for here.
 
     Raises:
-        UsageError: cudnn is wanted where it cannot run.
+        UsageError: cudnn or splash is wanted where it cannot run.
     """
     backend = jax.default_backend()
+    if wanted == "splash" and backend != "tpu":
+        raise UsageError(
+            f"compute.attention=splash needs a TPU, and this is {backend}; use auto or xla"
+        )
     fits = head_dim % _CUDNN_HEAD_MULTIPLE == 0 and head_dim <= _CUDNN_HEAD_LIMIT
     if wanted == "cudnn" and backend != "gpu":
         raise UsageError(

@@ -183,7 +183,7 @@ class ComputeConfig:
     remat: Literal["auto", "none", "minimal", "full"] = "auto"
     """What the backward pass recomputes to save memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention kernel; auto: cudnn on GPU where it applies, else xla."""
+    """Attention kernel; auto: cudnn on GPU where it applies, else xla; splash: on TPU."""
 
     def __post_init__(self) -> None:
         """Raises UnsupportedError for choices that are not built yet."""
@@ -191,10 +191,6 @@ class ComputeConfig:
             raise UnsupportedError(
                 f"compute.base_dtype={self.base_dtype} is not supported yet; "
                 "use keep, bfloat16 or float32"
-            )
-        if self.attention == "splash":
-            raise UnsupportedError(
-                "compute.attention=splash is not supported yet; use auto, xla or cudnn"
             )
 
 

@@ -95,6 +95,11 @@ def test_cudnn_with_a_head_too_large_is_refused(monkeypatch):
         choose_attention("cudnn", dtype=jnp.dtype("bfloat16"), head_dim=256)
 
 
+def test_splash_without_a_tpu_is_refused():
+    with pytest.raises(UsageError, match="splash needs a TPU, and this is cpu"):
+        choose_attention("splash", dtype=jnp.dtype("bfloat16"), head_dim=64)
+
+
 @pytest.mark.parametrize(
     ("backend", "head_dim", "dtype", "expected"),
     [

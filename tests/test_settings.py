@@ -58,7 +58,6 @@ def test_num_epochs_does_not_matter_when_max_steps_decides():
         ({"base_dtype": "fp8"}, "fp8"),
         ({"base_dtype": "int8"}, "int8"),
         ({"base_dtype": "nf4"}, "nf4"),
-        ({"attention": "splash"}, "splash"),
     ],
 )
 def test_a_choice_that_is_not_built_yet_is_refused_by_name(changes, words):
