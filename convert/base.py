@@ -1,21 +1,38 @@
 """Converted bases: one Orbax tree per part of the model, so that one layer is in memory.
 
 A base folder holds config.json, tokenizer and template files, `params/<part>/` and
-jlora.json, which says where the model came from and the digest of every leaf.
+jlora.json, which says where the model came from and has the digest of every leaf and
+the checksum of every chunk. A chunk is a file of plain bytes: those that a process
+needs are read, and verified, straight into their place.
 """
 
-import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from convert.blocks import (
+    Index,
+    box_shape,
+    buffer,
+    empty,
+    for_each,
+    open_file,
+    read_into,
+    whole,
+)
 from convert.names import Params, all_names
-from convert.safetensors import Spec, atomic_folder
+from convert.safetensors import Spec, are_sizes, atomic_folder, reading
 from convert.source import (
     Dtype,
     Source,
@@ -26,11 +43,11 @@ from convert.source import (
     read_side_files,
     set_leaf,
 )
-from jlora.checkpoint import leaf_digest, restore_tree, save_tree
+from jlora.checkpoint import leaf_digest, save_tree
 from jlora.errors import CorruptError, UnsupportedError
 
-SCHEMA_VERSION = 1
-# A line of about 200 bytes per leaf: room for a model of a thousand layers.
+SCHEMA_VERSION = 2
+# About 200 bytes per leaf and 12 per chunk: room for a model of 500 billion weights.
 MAX_RECORD_BYTES = 16 << 20
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -46,16 +63,11 @@ def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
     leaves: dict[str, dict[str, Any]] = {}
     with atomic_folder(out, overwrite, source.location) as folder:
         for part, paths in _parts(list(source.tensors)).items():
-            tree: Params = {}
-            for path in paths:
-                array = np.ascontiguousarray(read_as(source, path, dtype))
-                leaves[path] = {
-                    "dtype": array.dtype.name,
-                    "shape": list(array.shape),
-                    "sha256": leaf_digest(array),
-                }
-                set_leaf(tree, path, array)
-            save_tree(folder / "params" / part, tree)
+            arrays = {
+                path: np.ascontiguousarray(read_as(source, path, dtype))
+                for path in paths
+            }
+            leaves |= _write_part(folder / "params" / part, arrays)
         for name, data in source.files.items():
             file = folder / name
             file.parent.mkdir(exist_ok=True)
@@ -70,6 +82,54 @@ def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
         _write_json(folder / "config.json", source.hf_config)
         _write_json(folder / "jlora.json", record)
     return digest
+
+
+def _write_part(
+    folder: Path, arrays: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, Any]]:
+    """Writes the leaves of one part; returns what jlora.json says of each."""
+    tree: Params = {}
+    for path, array in arrays.items():
+        set_leaf(tree, path, array)
+    with ThreadPoolExecutor(1) as pool:  # hashes while Orbax writes
+        digests = pool.map(leaf_digest, arrays.values())
+        chunks = save_tree(folder, tree)
+        return {
+            path: {
+                "dtype": array.dtype.name,
+                "shape": list(array.shape),
+                "sha256": digest,
+                "chunk": list(chunks[path.replace("/", ".")]),
+                "crc32": _checksums(array, chunks[path.replace("/", ".")]),
+            }
+            for (path, array), digest in zip(arrays.items(), digests, strict=True)
+        }
+
+
+def _checksums(array: np.ndarray, chunk: tuple[int, ...]) -> list[int]:
+    boxes = list(_grid(array.shape, chunk).values())
+    found = [0] * len(boxes)
+
+    def checksum(number: int) -> None:
+        part = array[boxes[number]]
+        bytes_ = buffer(part.nbytes)
+        bytes_.view(part.dtype).reshape(part.shape)[...] = part
+        found[number] = zlib.crc32(bytes_)
+
+    for_each(checksum, range(len(boxes)))
+    return found
+
+
+def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Index]:
+    """Returns {file name: box} of the chunks of a leaf, in order."""
+    counts = [range(size // part) for size, part in zip(shape, chunk, strict=True)]
+    return {
+        ".".join(map(str, numbers)) or "0": tuple(
+            slice(i * part, (i + 1) * part)
+            for i, part in zip(numbers, chunk, strict=True)
+        )
+        for numbers in itertools.product(*counts)
+    }
 
 
 def content_digest(leaf_digests: Mapping[str, str]) -> str:
@@ -111,64 +171,147 @@ def open_base(folder: Path) -> Source:
         )
     hf_config = read_json(folder, "config.json")
     config = parse_config(hf_config, f"{folder}/")
-    tensors, digests = _recorded_leaves(folder, record)
+    leaves = _recorded_leaves(folder, record)
     expected = {name.path: name.shape for name in all_names(config)}
-    found = {path: spec.shape for path, spec in tensors.items()}
+    found = {path: leaf.shape for path, leaf in leaves.items()}
     check_names(f"{folder / 'jlora.json'}", found, expected)
     part_of = {
         path: part for part, paths in _parts(list(expected)).items() for path in paths
     }
 
-    @functools.lru_cache(maxsize=1)
-    def read_part(part: str) -> Params:
-        return restore_tree(folder / "params" / part)
-
-    def read(path: str) -> np.ndarray:
-        array: Any = read_part(part_of[path])
-        for key in path.split("/"):
-            array = array.get(key) if isinstance(array, dict) else None
-        if array is None or leaf_digest(array) != digests[path]:
-            raise CorruptError(
-                f"{folder}: {path} is damaged (its digest differs from the one in "
-                "jlora.json); convert the model again"
-            )
-        return array
+    def read(path: str, box: Index | None = None) -> np.ndarray:
+        place = folder / "params" / part_of[path] / path.replace("/", ".")
+        leaf = leaves[path]
+        return _read_chunks(
+            place, path, leaf, whole(leaf.shape) if box is None else box
+        )
 
     return Source(
         kind="base",
         location=folder,
         config=config,
         hf_config=hf_config,
-        tensors={path: tensors[path] for path in expected},
+        tensors={path: leaves[path] for path in expected},
         read=read,
         files=read_side_files(folder),
         provenance={
             **record.get("provenance", {}),
-            "content_digest": content_digest(digests),
+            "content_digest": record["content_digest"],
         },
     )
 
 
-def _recorded_leaves(
-    folder: Path, record: dict[str, Any]
-) -> tuple[dict[str, Spec], dict[str, str]]:
-    """Returns the specs and digests that jlora.json lists."""
+@dataclass(frozen=True)
+class _Leaf(Spec):
+    """A leaf on disk: its spec, digest, and the shape and checksums of its chunks."""
+
+    sha256: str
+    chunk: tuple[int, ...]
+    crc32: list[int]
+
+
+def _read_chunks(folder: Path, path: str, leaf: _Leaf, box: Index) -> np.ndarray:
+    """Returns a box of a leaf from the chunks that it touches, each read once.
+
+    Raises:
+        CorruptError: a chunk is missing, cut, or not what was written.
+    """
+    result = empty(box_shape(box), leaf.dtype)
+
+    def copy(item: tuple[str, Index, int]) -> None:
+        name, chunk, checksum = item
+        parts = [
+            (max(part.start, outer.start), min(part.stop, outer.stop))
+            for part, outer in zip(chunk, box, strict=True)
+        ]
+        target = result[
+            tuple(
+                slice(start - outer.start, stop - outer.start)
+                for (start, stop), outer in zip(parts, box, strict=True)
+            )
+        ]
+        direct = target.shape == leaf.chunk and target.flags.c_contiguous
+        memory = target if direct else _buffer_for(leaf)
+        _read_chunk(folder / name, path, memory, checksum)
+        if not direct:
+            target[...] = memory[
+                tuple(
+                    slice(start - part.start, stop - part.start)
+                    for (start, stop), part in zip(parts, chunk, strict=True)
+                )
+            ]
+
+    for_each(copy, _touched(leaf, box))
+    return result
+
+
+def _buffer_for(leaf: _Leaf) -> np.ndarray:
+    size = math.prod(leaf.chunk) * leaf.dtype.itemsize
+    return buffer(size).view(leaf.dtype).reshape(leaf.chunk)
+
+
+def _touched(leaf: _Leaf, box: Index) -> Iterator[tuple[str, Index, int]]:
+    """Yields (file name, box, checksum) of the chunks that share something with `box`."""
+    grid = _grid(leaf.shape, leaf.chunk)
+    for (name, chunk), checksum in zip(grid.items(), leaf.crc32, strict=True):
+        if all(
+            part.start < outer.stop and outer.start < part.stop
+            for part, outer in zip(chunk, box, strict=True)
+        ):
+            yield name, chunk, checksum
+
+
+def _read_chunk(file: Path, path: str, memory: np.ndarray, checksum: int) -> None:
+    problem = "is shorter than it was written"
+    with reading(file):
+        descriptor = open_file(file)
+        try:
+            if read_into(memory, descriptor, 0):
+                found = zlib.crc32(memory.reshape(-1).view(np.uint8))
+                problem = "" if found == checksum else "differs from what was written"
+        finally:
+            os.close(descriptor)
+    if problem:
+        raise CorruptError(
+            f"{file}: {path} is damaged (this chunk {problem}); convert the model again"
+        )
+
+
+def _recorded_leaves(folder: Path, record: dict[str, Any]) -> dict[str, _Leaf]:
+    """Returns the leaves that jlora.json lists."""
     where = folder / "jlora.json"
     leaves = record.get("leaves")
     if not isinstance(leaves, dict):
         raise CorruptError(f"{where}: leaves is not an object")
-    specs, digests = {}, {}
+    found = {}
     for path, leaf in leaves.items():
-        valid = (
-            isinstance(leaf, dict)
-            and leaf.get("dtype") in _DTYPES
-            and isinstance(leaf.get("sha256"), str)
-            and isinstance(leaf.get("shape"), list)
+        if not isinstance(leaf, dict) or not _is_leaf(leaf):
+            raise CorruptError(
+                f"{where}: {path}: expected dtype, shape, sha256, chunk and crc32"
+            )
+        found[path] = _Leaf(
+            tuple(leaf["shape"]),
+            np.dtype(jnp.dtype(leaf["dtype"])),
+            leaf["sha256"],
+            tuple(leaf["chunk"]),
+            leaf["crc32"],
         )
-        if not valid:
-            raise CorruptError(f"{where}: {path}: expected dtype, shape and sha256")
-        specs[path] = Spec(tuple(leaf["shape"]), np.dtype(jnp.dtype(leaf["dtype"])))
-        digests[path] = leaf["sha256"]
+    digests = {path: leaf.sha256 for path, leaf in found.items()}
     if content_digest(digests) != record.get("content_digest"):
         raise CorruptError(f"{where}: content_digest does not fit the leaves' digests")
-    return specs, digests
+    return found
+
+
+def _is_leaf(leaf: dict[str, Any]) -> bool:
+    shape, chunk, checksums = (leaf.get(key) for key in ("shape", "chunk", "crc32"))
+    if not (are_sizes(shape) and are_sizes(chunk) and are_sizes(checksums)):
+        return False
+    fits = len(shape) == len(chunk) and all(
+        part > 0 and size % part == 0 for size, part in zip(shape, chunk, strict=True)
+    )
+    return (
+        fits
+        and leaf.get("dtype") in _DTYPES
+        and isinstance(leaf.get("sha256"), str)
+        and len(checksums) == math.prod(shape) // math.prod(chunk)
+    )

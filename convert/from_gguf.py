@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from convert.blocks import Index
 from convert.gguf_file import GGUFFile, Tensor, read_gguf
 from convert.gguf_tokenizer import tokenizer_files
 from convert.names import Name, all_names
@@ -91,11 +92,12 @@ def open_gguf(path: Path) -> Source:
         {stored[path]: name.hf_shape for path, name in names.items()},
     )
 
-    def read(path: str) -> np.ndarray:
+    def read(path: str, box: Index | None = None) -> np.ndarray:
         name = stored[path]
         array = _read_tensor(gguf, file.path, file.tensors[name], kinds[name])
         check_values(array, f"{file.path}: tensor {name!r}")
-        return names[path].to_params(_restore_rows(array, names[path], config))
+        array = names[path].to_params(_restore_rows(array, names[path], config))
+        return array if box is None else array[box]
 
     return Source(
         kind="gguf",

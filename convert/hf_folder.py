@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.blocks import Index, read_box, whole
 from convert.names import Name, all_names
 from convert.refusals import (
     ADAPTER,
@@ -19,13 +20,13 @@ from convert.refusals import (
     refuse_other_weights,
     refuse_quantised,
 )
-from convert.safetensors import Entry, Spec, read_bytes, read_header, read_tensor
+from convert.safetensors import Entry, Spec, read_bytes, read_header, reading
 from convert.source import (
     INDEX,
     SINGLE,
     Source,
     check_names,
-    check_values,
+    first_non_finite,
     inside_folder,
     parse_config,
     read_json,
@@ -55,11 +56,13 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
     stored = _match(folder, entries, config, list(names.values()))
     _check_dtype(folder, hf_config, {stored[n.key].dtype for n in names.values()})
 
-    def read(path: str) -> np.ndarray:
+    def read(path: str, box: Index | None = None) -> np.ndarray:
         name = names[path]
-        array = read_tensor(stored[name.key])
-        check_values(array, f"{stored[name.key].file}: tensor {name.key!r}")
-        return name.to_params(array)
+        box = whole(name.shape) if box is None else box
+        in_file = box[::-1] if name.transposed else box
+        return read_checked(
+            stored[name.key], name.key, in_file, transposed=name.transposed
+        )
 
     return Source(
         kind="hf",
@@ -74,6 +77,42 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
         files=read_side_files(folder),
         provenance=provenance,
     )
+
+
+def read_checked(entry: Entry, key: str, box: Index, *, transposed: bool) -> np.ndarray:
+    """Returns a box of a stored tensor, or its transpose; warns if all of it is zero.
+
+    Raises:
+        CorruptError: a NaN or an infinity, or the file became shorter.
+    """
+    where = f"{entry.file}: tensor {key!r}"
+    non_zero = False
+
+    def check(block: np.ndarray, first: int) -> None:
+        nonlocal non_zero
+        index = first_non_finite(block)
+        if index is not None:
+            raise CorruptError(
+                f"{where}: {block[index]} at {[index[0] + first, *index[1:]]}; the file "
+                "is damaged, use another copy"
+            )
+        non_zero = non_zero or bool(block[:1].any() or block.any())
+
+    with reading(entry.file):
+        array = read_box(
+            entry.file,
+            entry.offset,
+            entry.shape,
+            entry.dtype,
+            box,
+            transposed=transposed,
+            check=check,
+        )
+    if array is None:
+        raise CorruptError(f"{entry.file}: cut while it was read")
+    if array.ndim == 2 and not non_zero:
+        _log.warning("%s: every value is zero", where)
+    return array
 
 
 def _check_dtype(

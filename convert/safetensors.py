@@ -123,9 +123,9 @@ def _problem(fields: Any) -> str | None:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"unknown dtype {dtype!r:.40}"
-    if not _are_sizes(shape) or len(shape) > 8:
+    if not are_sizes(shape) or len(shape) > 8:
         return f"shape {shape!r:.80} is not a list of sizes"
-    if not _are_sizes(offsets) or len(offsets) != 2:
+    if not are_sizes(offsets) or len(offsets) != 2:
         return f"data_offsets {offsets!r:.80} are not two offsets"
     expected = DTYPES[dtype].itemsize
     for size in shape:  # Python integers: a product that overflows 64 bits is seen
@@ -144,7 +144,8 @@ def _entry(path: Path, fields: dict[str, Any], start: int) -> Entry:
     return Entry(tuple(fields["shape"]), DTYPES[fields["dtype"]], path, start + begin)
 
 
-def _are_sizes(values: Any) -> bool:
+def are_sizes(values: Any) -> bool:
+    """Whether a value of a JSON document is a list of integers from 0."""
     return isinstance(values, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
     )

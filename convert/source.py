@@ -9,13 +9,14 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from convert.blocks import Index, as_box, empty, transpose_into, whole
 from convert.names import Params
 from convert.refusals import refuse_other_file
 from convert.safetensors import Spec, reading
@@ -55,6 +56,14 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _log = logging.getLogger(__name__)
 
 
+class Read(Protocol):
+    """Reads one tensor, or a box of it that one process needs."""
+
+    def __call__(self, path: str, box: Index | None = None) -> np.ndarray:
+        """Returns the tensor at a params path, checked, in jlora's layout."""
+        ...
+
+
 @dataclass(frozen=True)
 class Source:
     """A checked model that can be read tensor by tensor, in jlora's layout."""
@@ -66,8 +75,8 @@ class Source:
     """config.json as found."""
     tensors: dict[str, Spec]
     """Params path -> shape and stored dtype, in HF's order."""
-    read: Callable[[str], np.ndarray]
-    """Params path -> array; a kernel may be a transposed view."""
+    read: Read
+    """(params path, box or None) -> array; a kernel may be a transposed view."""
     files: dict[str, bytes]
     """Tokenizer, template and generation files, verbatim."""
     provenance: dict[str, Any]
@@ -246,7 +255,7 @@ def check_values(array: np.ndarray, where: str) -> None:
 def first_non_finite(array: np.ndarray) -> tuple[int, ...] | None:
     """Returns the index of the first NaN or infinity; None if every value is finite."""
     flat = array.reshape(-1)
-    step = 1 << 20  # a few MB of temporaries, whatever the tensor's size
+    step = 1 << 17  # temporaries stay in the cache, whatever the tensor's size
     for start in range(0, flat.size, step):
         part = flat[start : start + step]
         if part.dtype == ml_dtypes.bfloat16:  # on its bits: ten times faster
@@ -266,13 +275,17 @@ def stored_dtype(spec: Spec, dtype: Dtype) -> np.dtype[Any]:
     return np.dtype(np.float32) if spec.dtype == np.float64 else spec.dtype
 
 
-def read_as(source: Source, path: str, dtype: Dtype) -> np.ndarray:
-    """Returns one tensor in the dtype asked for; a kernel may be a transposed view.
+def read_as(
+    source: Source, path: str, dtype: Dtype, box: Index | None = None
+) -> np.ndarray:
+    """Returns a tensor, or a box of it, in the dtype asked for.
+
+    A kernel may be a transposed view.
 
     Raises:
         CorruptError: a value does not fit the dtype.
     """
-    array = source.read(path)
+    array = source.read(path, box)
     target = stored_dtype(source.tensors[path], dtype)
     with np.errstate(over="ignore", under="ignore"):
         result = array.astype(target, copy=False)
@@ -294,19 +307,14 @@ def load_params(
     Args:
         source: the model.
         dtype: of every leaf; "keep" leaves bfloat16 and float16 bit for bit.
-        sharding: (path, shape) -> sharding; each process makes its own slices only.
+        sharding: (path, shape) -> sharding; each process reads and makes its own
+            slices only.
     """
     params: Params = {}
     for path, spec in source.tensors.items():
-        array = read_as(source, path, dtype)
-        if sharding is None:
-            leaf = jnp.asarray(array)  # XLA transposes a view faster than NumPy
-        else:
-            leaf = jax.make_array_from_callback(
-                spec.shape,
-                sharding(path, spec.shape),
-                lambda index, array=array: np.array(array[index], order="C"),
-            )
+        where = None if sharding is None else sharding(path, spec.shape)
+        box = _own_box(where, spec.shape)
+        leaf = _place(read_as(source, path, dtype, box), box, spec.shape, where)
         # Copies are asynchronous: without waiting, many tensors would be held twice.
         set_leaf(params, path, leaf.block_until_ready())
     return params
@@ -319,6 +327,57 @@ def abstract_params(source: Source, *, dtype: Dtype = "keep") -> Params:
         leaf = jax.ShapeDtypeStruct(spec.shape, stored_dtype(spec, dtype))
         set_leaf(params, path, leaf)
     return params
+
+
+def _own_box(sharding: jax.sharding.Sharding | None, shape: tuple[int, ...]) -> Index:
+    """Returns the smallest box that holds what this process's devices need."""
+    if sharding is None:
+        return whole(shape)
+    parts = [
+        as_box(index, shape)
+        for index in sharding.addressable_devices_indices_map(shape).values()
+    ]
+    return tuple(
+        slice(min(part.start for part in axis), max(part.stop for part in axis))
+        for axis in zip(*parts, strict=True)
+    )
+
+
+def _place(
+    array: np.ndarray,
+    box: Index,
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """Returns the whole array on its devices; `array` holds what lies in `box`."""
+    if not array.flags.c_contiguous or array.ctypes.data % 64:
+        # JAX on a CPU takes over what is aligned, and copies anything else slowly.
+        array = _aligned_copy(array)
+    if sharding is None:
+        return jax.device_put(array)
+    pieces: dict[str, np.ndarray] = {}  # devices that hold copies share one
+
+    def piece(index: tuple[Any, ...]) -> np.ndarray:
+        own = as_box(index, shape)
+        if str(own) not in pieces:
+            inside = tuple(
+                slice(part.start - outer.start, part.stop - outer.start)
+                for part, outer in zip(own, box, strict=True)
+            )
+            part = array[inside]
+            pieces[str(own)] = array if own == box else _aligned_copy(part)
+        return pieces[str(own)]
+
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    result = empty(array.shape, array.dtype)
+    if array.ndim == 2 and array.flags.f_contiguous:
+        transpose_into(result, array.T)
+    else:
+        result[...] = array
+    return result
 
 
 def set_leaf(tree: Params, path: str, leaf: Any) -> None:

@@ -26,17 +26,43 @@ SCHEMA_VERSION = 1
 DIGESTS = ("base", "tokenizer", "data")
 # Settings that say where a run lies and how it was called, not what it computes.
 PLACES = ("model", "output_dir", "resume", "plan")
+# Of a converted base; a chunk is the least that a process reads of a leaf.
+CHUNK_BYTES = 16 << 20
 Tree = dict[str, Any]
 
 
-def save_tree(path: Path, tree: Tree) -> None:
-    """Writes one tree of arrays as an Orbax checkpoint at `path`, which must not exist."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(tree))
+def save_tree(path: Path, tree: Tree) -> dict[str, tuple[int, ...]]:
+    """Writes arrays as an Orbax checkpoint at `path`, which must not exist.
+
+    Uncompressed, in chunks: what `convert.base` reads one by one. Trained weights hardly
+    compress, and doing it took three quarters of the time.
+
+    Returns:
+        {dotted path: shape of its chunks}, which divides the leaf's shape.
+    """
+    handler: Any = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    how = jax.tree.map(
+        lambda leaf: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf.shape)), tree
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        arguments = ocp.args.PyTreeSave(tree, save_args=how)
+        checkpointer.save(path.absolute(), args=arguments)
+    return {
+        leaf: tuple(json.loads((path / leaf / ".zarray").read_text("utf-8"))["chunks"])
+        for leaf in flatten(tree)
+    }
 
 
-def restore_tree(path: Path, shardings: Tree | None = None) -> Tree:
-    """Returns the tree saved at `path`: NumPy arrays, or jax arrays placed by `shardings`.
+def _chunk_bytes(shape: tuple[int, ...]) -> int | None:
+    """Returns the size of chunks, or None for a single one.
+
+    Orbax cuts by divisors: a vocabulary of 32,003, a prime, would give a file per row.
+    """
+    return CHUNK_BYTES if all(size % 16 == 0 for size in shape) else None
+
+
+def restore_tree(path: Path) -> Tree:
+    """Returns the tree saved at `path` as NumPy arrays.
 
     Raises:
         CorruptError: the checkpoint is incomplete or damaged.
@@ -44,15 +70,10 @@ def restore_tree(path: Path, shardings: Tree | None = None) -> Tree:
     handler: Any = ocp.PyTreeCheckpointHandler()  # it types paths as its own class
     try:
         with ocp.Checkpointer(handler) as checkpointer:
-            if shardings is None:
-                metadata = handler.metadata(path.absolute())
-                how: Any = jax.tree.map(
-                    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
-                )
-            else:
-                how = jax.tree.map(
-                    lambda sharding: ocp.ArrayRestoreArgs(sharding=sharding), shardings
-                )
+            metadata = handler.metadata(path.absolute())
+            how: Any = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
+            )
             arguments = ocp.args.PyTreeRestore(restore_args=how)
             return checkpointer.restore(path.absolute(), args=arguments)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 from tiny import CONFIG, EMBEDDING, Q_PROJ, tensors, write_hf, write_sharded
 
+from convert import blocks
 from convert.base import open_base, write_base
 from convert.from_hf import Arguments, main
 from convert.info import describe
 from convert.names import all_names
 from convert.safetensors import Spec, write_safetensors
 from convert.source import Dtype, load_params, open_source
+from jlora import checkpoint
+from jlora.checkpoint import restore_tree
 from jlora.cli import run_command
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
@@ -83,7 +86,7 @@ def test_digest_changes_with_one_bit(hf, tmp_path):
 
 
 def flip_a_byte(folder, part):
-    data = [p for p in (folder / "params" / part).rglob("d/*") if p.is_file()]
+    data = [p for p in (folder / "params" / part).glob("*/*") if p.name[0].isdigit()]
     file = max(data, key=lambda p: p.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -91,12 +94,62 @@ def flip_a_byte(folder, part):
 
 
 def test_flipped_byte_is_refused_with_the_leaf(tmp_path):
-    # Random bits do not compress, so that the flipped byte is one of the values.
     hf = write_hf(tmp_path / "hf", CONFIG, tensors(CONFIG))
     convert_to(hf, tmp_path / "out")
     flip_a_byte(tmp_path / "out", "embed_tokens")
     with pytest.raises(CorruptError, match="embed_tokens"):
         load_params(open_base(tmp_path / "out"))
+
+
+def test_cut_chunk_is_refused_with_the_leaf(hf, tmp_path):
+    convert_to(hf, tmp_path / "out")
+    chunk = tmp_path / "out/params/norm/norm.scale/0"
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(CorruptError, match=r"norm/scale is damaged .* shorter"):
+        load_params(open_base(tmp_path / "out"))
+
+
+def test_orbax_itself_restores_the_base(hf, tmp_path):
+    convert_to(hf, tmp_path / "out")
+    params = load_params(open_base(tmp_path / "out"))
+    restored = restore_tree(tmp_path / "out/params/layers.0")["layers"]["0"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, params["layers"]["0"]))
+
+
+@pytest.fixture
+def chunked(tmp_path, monkeypatch):
+    """A base whose leaves are cut into chunks of 128 bytes, and its source."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 128)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64)
+    config = CONFIG | {"vocab_size": 32, "intermediate_size": 48}
+    hf = write_hf(tmp_path / "hf", config, tensors(config))
+    convert_to(hf, tmp_path / "out")
+    return tmp_path / "out", hf
+
+
+BOXES = [(0, 16, 0, 16), (0, 8, 0, 16), (3, 9, 5, 16), (0, 16, 12, 13)]
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_box_is_that_part_of_the_whole(chunked, which, box):
+    source = open_source(str(chunked[which]))
+    path = "layers/0/self_attn/q_proj/kernel"
+    index = (slice(*box[:2]), slice(*box[2:]))
+    np.testing.assert_array_equal(source.read(path, index), source.read(path)[index])
+
+
+def test_a_box_needs_only_its_chunks(chunked):
+    for chunk in (chunked[0] / "params/embed_tokens/embed_tokens.embedding").iterdir():
+        if not chunk.name.startswith("0."):
+            chunk.unlink()
+    source = open_source(str(chunked[0]))
+    path = "embed_tokens/embedding"
+    rows = source.tensors[path].chunk[0]  # type: ignore[attr-defined]
+    assert rows < 32
+    source.read(path, (slice(0, rows), slice(0, 16)))
+    with pytest.raises(CorruptError, match="no such file"):
+        source.read(path, (slice(0, rows + 1), slice(0, 16)))
 
 
 def test_missing_part_is_refused(hf, tmp_path):
@@ -115,7 +168,7 @@ def edit(folder, change):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda r: r.update(schema=2), UnsupportedError, "schema 2; this jlora reads"),
+        (lambda r: r.update(schema=1), UnsupportedError, "schema 1; this jlora reads"),
         (lambda r: r.pop("leaves"), CorruptError, "leaves is not an object"),
         (lambda r: r["leaves"].pop("norm/scale"), CorruptError, "content_digest"),
         (
@@ -124,7 +177,7 @@ def edit(folder, change):
             "norm/scale: expected dtype",
         ),
         (
-            lambda r: r["leaves"]["norm/scale"].update(shape=[4]),
+            lambda r: r["leaves"]["norm/scale"].update(shape=[4], chunk=[4]),
             CorruptError,
             r"norm/scale \[4\] instead of \[16\]",
         ),

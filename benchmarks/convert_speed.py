@@ -1,0 +1,200 @@
+"""How fast, and in how much memory, a checkpoint is converted and loaded.
+
+    python benchmarks/convert_speed.py [--layers 2] [--folder DIR] [--quantize nf4 fp8]
+
+writes a checkpoint of Llama-3-8B's shapes with a few layers (two: 2.9 GB, of which the
+embedding and the head are 2.1) into a temporary folder, and prints a JSON line for every
+way to read it: MB of the source's files per second, the ratio to plain sequential reads
+of the same files, and the peak of the process's memory above what it keeps, in units of
+the largest tensor. Each is a process of its own, run several times; the best time counts,
+and plain reads are timed beside every one, as other work on the machine comes and goes.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+BUFFER_BYTES = 16 << 20
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+
+
+def write_checkpoint(folder: Path, layers: int) -> int:
+    """Writes an HF folder of random bfloat16 weights; returns its largest tensor's bytes."""
+    from convert.names import all_names
+    from convert.safetensors import Spec, write_safetensors
+    from jlora.config import LlamaConfig
+
+    config = CONFIG | {"num_hidden_layers": layers}
+    specs = {
+        name.key: Spec(name.hf_shape, np.dtype(ml_dtypes.bfloat16))
+        for name in all_names(LlamaConfig.from_hf(config))
+    }
+    rng = np.random.default_rng(0)
+    pattern = (rng.standard_normal(1 << 22, np.float32) * 0.02).astype("bfloat16")
+
+    def draw(key: str) -> np.ndarray:
+        # Repeated: drawing gigabytes would take longer than all that is measured.
+        return np.resize(pattern, specs[key].shape)
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(folder / "model.safetensors", specs, draw)
+    return max(spec.nbytes for spec in specs.values())
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Returns the files that hold weights."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in found if path.name[0].isdigit() or "model" in path.name]
+
+
+def read_plainly(folder: Path) -> None:
+    """Reads every file from start to end into one buffer."""
+    memory = memoryview(np.empty(BUFFER_BYTES, np.uint8))
+    for path in data_files(folder):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(memory):
+                pass
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Makes the next read of the files come from the disk."""
+    for path in data_files(folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def work(kind: str, folder: Path) -> tuple[Callable[[], Any], Path]:
+    """Returns what to time, and the folder whose files it reads."""
+    from convert.base import write_base
+    from convert.source import load_params, open_source
+
+    way, _, quantize = kind.partition("-")
+    source, base = folder / "hf", folder / "base"
+    if way == "convert":
+        out = folder / "again"
+        shutil.rmtree(out, ignore_errors=True)
+        return lambda: write_base(open_source(str(source)), out, "keep", False), source
+    read = base if way == "base" else source
+    return lambda: load_params(open_source(str(read))), read
+
+
+def measure(kind: str, folder: Path, cold: bool) -> dict[str, Any]:
+    """Times one way in this process, with plain reads before and after it."""
+    import jax
+
+    jax.device_put(np.zeros(1)).block_until_ready()
+    function, read = work(kind, folder)
+    size = sum(path.stat().st_size for path in data_files(read))
+
+    def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+        if cold:
+            drop_from_cache(read)
+        start = time.perf_counter()
+        result = function()
+        return time.perf_counter() - start, result
+
+    before = seconds(lambda: read_plainly(read))[0]
+    rss = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    elapsed, kept = seconds(function)
+    peak = memory("VmHWM") - rss
+    after = seconds(lambda: read_plainly(read))[0]
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(kept) if hasattr(leaf, "nbytes"))
+    return {
+        "seconds": elapsed,
+        "plain": min(before, after),
+        "bytes": size,
+        "above": peak - held,
+    }
+
+
+def memory(field: str) -> int:
+    """Returns a figure of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def report(kind: str, folder: Path, largest: int, times: int, cold: bool) -> None:
+    """Prints the line of one way: the best of several processes."""
+    command = [sys.executable, __file__, "--child", kind, "--folder", str(folder)]
+    runs = []
+    for _ in range(times):
+        done = subprocess.run(
+            command + ["--cold"] * cold, capture_output=True, text=True, check=True
+        )
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
+    seconds, plain = (min(run[name] for run in runs) for name in ("seconds", "plain"))
+    size = runs[0]["bytes"]
+    line = {
+        "what": kind,
+        "from": "disk" if cold else "page cache",
+        "megabytes": round(size / 1e6),
+        "megabytes_per_second": round(size / seconds / 1e6),
+        "plain_megabytes_per_second": round(size / plain / 1e6),
+        "ratio": round(plain / seconds, 3),
+        "peak_above_result_in_largest_tensors": round(
+            max(run["above"] for run in runs) / largest, 2
+        ),
+        "largest_tensor_megabytes": round(largest / 1e6),
+        "processors": os.cpu_count(),
+    }
+    print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    """Writes the checkpoint, and measures every way."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where the temporary folder goes")
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--cold", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(arguments.child, arguments.folder, arguments.cold)))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        largest = write_checkpoint(folder / "hf", arguments.layers)
+        report("load", folder, largest, arguments.times, cold=False)
+        report("convert", folder, largest, arguments.times, cold=False)
+        (folder / "again").rename(folder / "base")
+        report("base", folder, largest, arguments.times, cold=False)
+        report("load", folder, largest, arguments.times, cold=True)
+        report("base", folder, largest, arguments.times, cold=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Arrays from files, block by block: read, checked and laid out while in the cache.
+
+A tensor is never held twice: a block is read into a small buffer that each thread keeps,
+checked there, and copied to where it stays. Blocks are shared among a few threads, as
+NumPy, zlib and the system let go of the interpreter meanwhile.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLOCK_BYTES = 8 << 20
+THREADS = min(4, os.cpu_count() or 1)
+Index = tuple[slice, ...]
+"""A box of an array: one slice with start and stop, and no step, per axis."""
+# A tile of 64 rows of 8 KiB stays in the second-level cache while it is transposed.
+_TILE_ROWS, _TILE_BYTES = 64, 8192
+_buffers = threading.local()
+
+
+def whole(shape: tuple[int, ...]) -> Index:
+    """Returns the box that is all of an array."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def as_box(index: tuple[Any, ...], shape: tuple[int, ...]) -> Index:
+    """Returns a device's index with every start and stop written out."""
+    return tuple(
+        slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)
+    )
+
+
+def box_shape(box: Index) -> tuple[int, ...]:
+    """Returns the shape of what a box holds."""
+    return tuple(part.stop - part.start for part in box)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Returns an array whose memory JAX on a CPU takes over without a copy.
+
+    That needs an address that is a multiple of 64.
+    """
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def for_each(function: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Calls the function with each item, from a few threads; the first error is raised."""
+    items = list(items)
+    if len(items) < 2 or THREADS < 2:
+        for item in items:
+            function(item)
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(function, items):
+            pass
+
+
+def buffer(size: int) -> np.ndarray:
+    """Returns `size` bytes that this thread keeps and uses again."""
+    memory = getattr(_buffers, "memory", None)
+    if memory is None or memory.size < size:
+        memory = _buffers.memory = np.empty(size, np.uint8)
+    return memory[:size]
+
+
+def read_into(memory: np.ndarray, descriptor: int, offset: int) -> bool:
+    """Fills contiguous memory from a file; False if the file ends before."""
+    view = memoryview(memory.reshape(-1).view(np.uint8))
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            return False
+        view, offset = view[count:], offset + count
+    return True
+
+
+def row_blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yields (first, end) of rows that make a block together, a whole number of tiles."""
+    rows = max(1, BLOCK_BYTES // max(1, row_bytes) // _TILE_ROWS) * _TILE_ROWS
+    for first in range(start, stop, rows):
+        yield first, min(first + rows, stop)
+
+
+def copy_transposed(target: np.ndarray, block: np.ndarray) -> None:
+    """Sets target [C, R] to the transpose of block [R, C], as fast as NumPy can.
+
+    NumPy moves one item at a time. So items of neighbouring rows are first put side by
+    side as one 64-bit item, and those are moved: five to ten times faster than a plain
+    transposed copy of 16-bit items.
+    """
+    bits = np.dtype(f"u{block.itemsize}")  # plain integers move fastest
+    target, block = target.view(bits), block.view(bits)
+    group = 8 // block.itemsize
+    columns = _TILE_BYTES // block.itemsize
+    for top in range(0, block.shape[0], _TILE_ROWS):
+        for left in range(0, block.shape[1], columns):
+            tile = block[top : top + _TILE_ROWS, left : left + columns]
+            area = target[left : left + columns, top : top + _TILE_ROWS]
+            if tile.shape[0] % group or not _is_aligned(area):
+                area[...] = tile.T
+                continue
+            wide = np.empty((tile.shape[0] // group, tile.shape[1]), np.uint64)
+            items = wide.view(block.dtype).reshape(*wide.shape, group)
+            for i in range(group):
+                items[:, :, i] = tile[i::group]
+            area.view(np.uint64)[...] = wide.T
+
+
+def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
+    """Sets target [C, R] to the transpose of array [R, C]."""
+
+    def copy(rows: tuple[int, int]) -> None:
+        block = slice(*rows)
+        copy_transposed(target[:, block], array[block])
+
+    row_bytes = array.shape[1] * array.itemsize
+    for_each(copy, row_blocks(0, array.shape[0], row_bytes))
+
+
+def _is_aligned(area: np.ndarray) -> bool:
+    return area.ctypes.data % 8 == 0 and area.strides[0] % 8 == 0
+
+
+def open_file(path: Path) -> int:
+    """Returns a descriptor of a file that is read from start to end."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+
+def read_box(
+    file: Path,
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    box: Index,
+    *,
+    transposed: bool,
+    check: Callable[[np.ndarray, int], None],
+) -> np.ndarray | None:
+    """Returns a box of a row-major array in a file, or its transpose.
+
+    Only the rows of the box are read, each once.
+
+    Args:
+        file: the file.
+        offset: where the array starts.
+        shape: of the whole array.
+        dtype: of its items.
+        box: what to return, in the file's layout.
+        transposed: whether to return the transpose, of two axes.
+        check: called with a block of whole rows and the number of its first row.
+
+    Returns:
+        The array, or None if the file is shorter.
+    """
+    row = shape[1:]
+    row_bytes = int(np.prod(row, dtype=np.int64)) * dtype.itemsize
+    result = empty(box_shape(box)[:: -1 if transposed else 1], dtype)
+    full_rows = box[1:] == whole(row)
+    cut = []
+    descriptor = open_file(file)
+
+    def copy(rows: tuple[int, int]) -> None:
+        first, end = rows
+        columns = slice(first - box[0].start, end - box[0].start)
+        if full_rows and not transposed:
+            block = result[columns]
+        else:
+            memory = buffer((end - first) * row_bytes)
+            block = memory.view(dtype).reshape(end - first, *row)
+        if not read_into(block, descriptor, offset + first * row_bytes):
+            cut.append(first)
+            return
+        check(block, first)
+        if transposed:
+            copy_transposed(result[:, columns], block[:, box[1]])
+        elif not full_rows:
+            result[columns] = block[:, *box[1:]]
+
+    try:
+        for_each(copy, row_blocks(box[0].start, box[0].stop, row_bytes))
+    finally:
+        os.close(descriptor)
+    return None if cut else result
