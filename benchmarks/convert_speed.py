@@ -1,13 +1,14 @@
 """How fast, and in how much memory, a checkpoint is converted and loaded.
 
-    python benchmarks/convert_speed.py [--layers 2] [--folder DIR] [--quantize nf4 fp8]
+    python benchmarks/convert_speed.py [--layers 2] [--folder DIR] [--times 3]
 
-writes a checkpoint of Llama-3-8B's shapes with a few layers (two: 2.9 GB, of which the
+writes a checkpoint of Llama-3-8B's shapes with a few layers (two: 3 GB, of which the
 embedding and the head are 2.1) into a temporary folder, and prints a JSON line for every
 way to read it: MB of the source's files per second, the ratio to plain sequential reads
-of the same files, and the peak of the process's memory above what it keeps, in units of
-the largest tensor. Each is a process of its own, run several times; the best time counts,
-and plain reads are timed beside every one, as other work on the machine comes and goes.
+of the same files (into one buffer, and into memory that is kept), and the peak of the
+process's memory above what it keeps, in units of the largest tensor. Each is a process
+of its own, run several times; the best time counts, and plain reads are timed beside
+every one, as other work on the machine comes and goes.
 """
 
 import argparse
@@ -77,11 +78,16 @@ def data_files(folder: Path) -> list[Path]:
 
 def read_plainly(folder: Path) -> None:
     """Reads every file from start to end into one buffer."""
-    memory = memoryview(np.empty(BUFFER_BYTES, np.uint8))
+    memory = bytearray(BUFFER_BYTES)
     for path in data_files(folder):
         with path.open("rb", buffering=0) as file:
             while file.readinto(memory):
                 pass
+
+
+def read_and_keep(folder: Path) -> list[np.ndarray]:
+    """Reads every file from start to end into memory of its own."""
+    return [np.fromfile(path, np.uint8) for path in data_files(folder)]
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -98,13 +104,12 @@ def work(kind: str, folder: Path) -> tuple[Callable[[], Any], Path]:
     from convert.base import write_base
     from convert.source import load_params, open_source
 
-    way, _, quantize = kind.partition("-")
     source, base = folder / "hf", folder / "base"
-    if way == "convert":
+    if kind == "convert":
         out = folder / "again"
         shutil.rmtree(out, ignore_errors=True)
         return lambda: write_base(open_source(str(source)), out, "keep", False), source
-    read = base if way == "base" else source
+    read = base if kind == "base" else source
     return lambda: load_params(open_source(str(read))), read
 
 
@@ -116,23 +121,27 @@ def measure(kind: str, folder: Path, cold: bool) -> dict[str, Any]:
     function, read = work(kind, folder)
     size = sum(path.stat().st_size for path in data_files(read))
 
-    def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
+    def timed(function: Callable[[], Any]) -> tuple[float, float, Any]:
         if cold:
             drop_from_cache(read)
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         result = function()
-        return time.perf_counter() - start, result
+        return time.perf_counter() - start, time.process_time() - processor, result
 
-    before = seconds(lambda: read_plainly(read))[0]
+    plain, *_ = timed(lambda: read_plainly(read))
+    plain_kept, *_ = timed(lambda: len(read_and_keep(read)))
     rss = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    elapsed, kept = seconds(function)
+    elapsed, processor, kept = timed(function)
     peak = memory("VmHWM") - rss
-    after = seconds(lambda: read_plainly(read))[0]
+    plain = min(plain, timed(lambda: read_plainly(read))[0])
+    plain_kept = min(plain_kept, timed(lambda: len(read_and_keep(read)))[0])
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(kept) if hasattr(leaf, "nbytes"))
     return {
         "seconds": elapsed,
-        "plain": min(before, after),
+        "processor_seconds": processor,
+        "plain": plain,
+        "plain_kept": plain_kept,
         "bytes": size,
         "above": peak - held,
     }
@@ -155,15 +164,20 @@ def report(kind: str, folder: Path, largest: int, times: int, cold: bool) -> Non
             command + ["--cold"] * cold, capture_output=True, text=True, check=True
         )
         runs.append(json.loads(done.stdout.splitlines()[-1]))
-    seconds, plain = (min(run[name] for run in runs) for name in ("seconds", "plain"))
+    seconds, plain, plain_kept = (
+        min(run[name] for run in runs) for name in ("seconds", "plain", "plain_kept")
+    )
     size = runs[0]["bytes"]
     line = {
         "what": kind,
         "from": "disk" if cold else "page cache",
         "megabytes": round(size / 1e6),
         "megabytes_per_second": round(size / seconds / 1e6),
-        "plain_megabytes_per_second": round(size / plain / 1e6),
+        "plain_read": round(size / plain / 1e6),
+        "plain_read_kept": round(size / plain_kept / 1e6),
         "ratio": round(plain / seconds, 3),
+        "ratio_kept": round(plain_kept / seconds, 3),
+        "processor_seconds": round(min(run["processor_seconds"] for run in runs), 2),
         "peak_above_result_in_largest_tensors": round(
             max(run["above"] for run in runs) / largest, 2
         ),

@@ -63,11 +63,13 @@ def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
     leaves: dict[str, dict[str, Any]] = {}
     with atomic_folder(out, overwrite, source.location) as folder:
         for part, paths in _parts(list(source.tensors)).items():
-            arrays = {
-                path: np.ascontiguousarray(read_as(source, path, dtype))
-                for path in paths
-            }
-            leaves |= _write_part(folder / "params" / part, arrays)
+            leaves |= _write_part(
+                folder / "params" / part,
+                {
+                    path: np.ascontiguousarray(read_as(source, path, dtype))
+                    for path in paths
+                },
+            )
         for name, data in source.files.items():
             file = folder / name
             file.parent.mkdir(exist_ok=True)
@@ -114,7 +116,7 @@ def _checksums(array: np.ndarray, chunk: tuple[int, ...]) -> list[int]:
         part = array[boxes[number]]
         bytes_ = buffer(part.nbytes)
         bytes_.view(part.dtype).reshape(part.shape)[...] = part
-        found[number] = zlib.crc32(bytes_)
+        found[number] = zlib.crc32(bytes_.data)
 
     for_each(checksum, range(len(boxes)))
     return found
@@ -267,7 +269,7 @@ def _read_chunk(file: Path, path: str, memory: np.ndarray, checksum: int) -> Non
         descriptor = open_file(file)
         try:
             if read_into(memory, descriptor, 0):
-                found = zlib.crc32(memory.reshape(-1).view(np.uint8))
+                found = zlib.crc32(memory.reshape(-1).view(np.uint8).data)
                 problem = "" if found == checksum else "differs from what was written"
         finally:
             os.close(descriptor)
@@ -303,9 +305,9 @@ def _recorded_leaves(folder: Path, record: dict[str, Any]) -> dict[str, _Leaf]:
 
 
 def _is_leaf(leaf: dict[str, Any]) -> bool:
-    shape, chunk, checksums = (leaf.get(key) for key in ("shape", "chunk", "crc32"))
-    if not (are_sizes(shape) and are_sizes(chunk) and are_sizes(checksums)):
+    if not all(are_sizes(leaf.get(key)) for key in ("shape", "chunk", "crc32")):
         return False
+    shape, chunk = leaf["shape"], leaf["chunk"]
     fits = len(shape) == len(chunk) and all(
         part > 0 and size % part == 0 for size, part in zip(shape, chunk, strict=True)
     )
@@ -313,5 +315,5 @@ def _is_leaf(leaf: dict[str, Any]) -> bool:
         fits
         and leaf.get("dtype") in _DTYPES
         and isinstance(leaf.get("sha256"), str)
-        and len(checksums) == math.prod(shape) // math.prod(chunk)
+        and len(leaf["crc32"]) == math.prod(shape) // math.prod(chunk)
     )

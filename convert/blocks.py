@@ -5,16 +5,18 @@ checked there, and copied to where it stays. Blocks are shared among a few threa
 NumPy, zlib and the system let go of the interpreter meanwhile.
 """
 
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 BLOCK_BYTES = 8 << 20
+MAX_BUFFER_BYTES = 16 << 20  # a chunk of a converted base
 THREADS = min(4, os.cpu_count() or 1)
 Index = tuple[slice, ...]
 """A box of an array: one slice with start and stop, and no step, per axis."""
@@ -28,8 +30,10 @@ def whole(shape: tuple[int, ...]) -> Index:
     return tuple(slice(0, size) for size in shape)
 
 
-def as_box(index: tuple[Any, ...], shape: tuple[int, ...]) -> Index:
-    """Returns a device's index with every start and stop written out."""
+def as_box(index: tuple[Any, ...] | None, shape: tuple[int, ...]) -> Index:
+    """Returns a device's index with every start and stop written out; None is all."""
+    if index is None:
+        return whole(shape)
     return tuple(
         slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True)
     )
@@ -53,19 +57,31 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def for_each(function: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Calls the function with each item, from a few threads; the first error is raised."""
-    items = list(items)
-    if len(items) < 2 or THREADS < 2:
-        for item in items:
-            function(item)
-        return
-    with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(function, items):
-            pass
+    """Calls the function with each item, from a few threads.
+
+    Of several errors, that of the earliest item is raised, once no thread works any more.
+    """
+    futures = [_pool().submit(function, item) for item in items]
+    wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        future.cancel()
+    wait(futures)
+    for future in futures:
+        if not future.cancelled():
+            future.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    # Kept, with the buffers of its threads: new ones for every tensor would leave holes
+    # all over the allocator's memory, a layer's size of them (measured).
+    return ThreadPoolExecutor(THREADS)
 
 
 def buffer(size: int) -> np.ndarray:
-    """Returns `size` bytes that this thread keeps and uses again."""
+    """Returns `size` bytes that this thread keeps, unless they are many, and reuses."""
+    if size > MAX_BUFFER_BYTES:
+        return np.empty(size, np.uint8)
     memory = getattr(_buffers, "memory", None)
     if memory is None or memory.size < size:
         memory = _buffers.memory = np.empty(size, np.uint8)
@@ -74,7 +90,7 @@ def buffer(size: int) -> np.ndarray:
 
 def read_into(memory: np.ndarray, descriptor: int, offset: int) -> bool:
     """Fills contiguous memory from a file; False if the file ends before."""
-    view = memoryview(memory.reshape(-1).view(np.uint8))
+    view = memory.reshape(-1).view(np.uint8).data
     while view:
         count = os.preadv(descriptor, [view], offset)
         if count == 0:

@@ -357,7 +357,7 @@ def _place(
         return jax.device_put(array)
     pieces: dict[str, np.ndarray] = {}  # devices that hold copies share one
 
-    def piece(index: tuple[Any, ...]) -> np.ndarray:
+    def piece(index: tuple[Any, ...] | None) -> np.ndarray:
         own = as_box(index, shape)
         if str(own) not in pieces:
             inside = tuple(

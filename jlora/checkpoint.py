@@ -40,7 +40,16 @@ def save_tree(path: Path, tree: Tree) -> dict[str, tuple[int, ...]]:
     Returns:
         {dotted path: shape of its chunks}, which divides the leaf's shape.
     """
-    handler: Any = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    # Orbax copies NumPy arrays, as it may write them later; here it writes at once.
+    types = ocp.type_handlers
+    in_place = types.NumpyHandler(deepcopy_host_arrays=False)
+    handler: Any = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False,
+        use_compression=False,
+        type_handler_registry=types.create_type_handler_registry(
+            (np.ndarray, in_place)
+        ),
+    )
     how = jax.tree.map(
         lambda leaf: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf.shape)), tree
     )
