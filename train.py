@@ -96,7 +96,7 @@ def main(args: Arguments) -> None:
     print(
         f"{total_steps} steps of {args.train.batch_size} x {data.row_length} tokens on "
         f"{mesh.size} {jax.devices()[0].device_kind}: {work.dtype.name}, "
-        f"attention {work.attention}, remat {work.remat}",
+        f"attention {work.attention}, kernels {work.kernels}, remat {work.remat}",
         flush=True,
     )
     if args.plan:
@@ -105,7 +105,7 @@ def main(args: Arguments) -> None:
         return
     segments = max(d.max_segments for d in (data, held_out) if d)
     options = (work.dtype, work.attention, work.remat, lora.lora_dropout, segments)
-    model = Llama(config, *options)
+    model = Llama(config, *options, kernels=work.kernels)
     schedule = make_schedule(args.optim, total_steps)
     optimizer = make_optimizer(args.optim, schedule)
     state, frozen = TrainState.create(params, optimizer, mesh)

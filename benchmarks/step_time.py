@@ -1,15 +1,20 @@
 """How fast is a training step? One JSON line per named workload, through the library.
 
 Random weights and tokens, AdamW with clipping, no padding. The median of the timed steps
-is reported, after warm-up, with the loss and gradient norm beside it.
+is reported, after warm-up, with the loss and gradient norm beside it. The lines are also
+appended to `--out`, from which `table.py` makes the table of docs/performance.md.
 
     python benchmarks/step_time.py A B
 """
 
+import argparse
 import json
 import os
+import subprocess
 import sys
 import time
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,7 @@ import numpy as np
 
 import jlora
 from jlora.config import LlamaConfig, LoraConfig
+from jlora.lora import Params
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import (
@@ -36,6 +42,7 @@ from jlora.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
 
 STEPS, WARM_UP = 8, 3
+RESULTS = Path(__file__).parent / "results" / "step_time.jsonl"
 
 
 def llama(
@@ -62,32 +69,41 @@ LLAMA_3_8B = llama(128256, 4096, 14336, 32, 32, 8, theta=5e5)
 SMOLLM2 = llama(49152, 576, 1536, 30, 9, 3, theta=1e5, tie_word_embeddings=True)
 QV = LoraConfig(r=8)
 ALL = LoraConfig(r=16, target_modules="all-linear")
-# A workload whose name ends in -packed has rows of documents of this many tokens.
-DOCUMENT = 512
-# name: model, adapter, rows, tokens per row, compute settings
-WORKLOADS: dict[str, tuple[LlamaConfig, LoraConfig, int, int, ComputeConfig]] = {
-    "A": (LLAMA_2_7B, QV, 4, 2048, ComputeConfig(dtype="bfloat16", remat="minimal")),
-    "B": (LLAMA_3_8B, ALL, 2, 4096, ComputeConfig(dtype="bfloat16", remat="minimal")),
-    "B-least-memory": (
-        LLAMA_3_8B,
-        ALL,
-        2,
-        4096,
-        ComputeConfig(dtype="bfloat16", remat="full"),
-    ),
-    "B-packed": (
-        LLAMA_3_8B,
-        ALL,
-        2,
-        4096,
-        ComputeConfig(dtype="bfloat16", remat="minimal"),
-    ),
-    "E": (SMOLLM2, QV, 4, 256, ComputeConfig(dtype="float32")),
-    "E-bfloat16": (SMOLLM2, QV, 4, 256, ComputeConfig(dtype="bfloat16")),
+BFLOAT16 = ComputeConfig(dtype="bfloat16", remat="minimal")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained, and how much of it at a time."""
+
+    config: LlamaConfig
+    lora: LoraConfig
+    rows: int
+    length: int
+    """Tokens per row."""
+    compute: ComputeConfig = BFLOAT16
+    document: int | None = None
+    """Tokens of each of the documents that fill a row; None: one per row."""
+
+
+A = Workload(LLAMA_2_7B, QV, 4, 2048)
+B = Workload(LLAMA_3_8B, ALL, 2, 4096)
+E = Workload(SMOLLM2, QV, 4, 256, ComputeConfig(dtype="float32"))
+WORKLOADS = {
+    "A": A,
+    "A-dropout": replace(A, lora=replace(QV, lora_dropout=0.1)),
+    "B": B,
+    "B-dropout": replace(B, lora=replace(ALL, lora_dropout=0.1)),
+    "B-least-memory": replace(B, compute=replace(BFLOAT16, remat="full")),
+    "B-packed": replace(B, document=512),
+    "B-8k": replace(B, rows=1, length=8192),
+    "B-16k": replace(B, rows=1, length=16384),
+    "E": E,
+    "E-bfloat16": replace(E, compute=ComputeConfig(dtype="bfloat16")),
 }
 
 
-def random_base(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
+def random_base(config: LlamaConfig, dtype: Any) -> Params:
     """Returns random frozen weights, made leaf by leaf on the device."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
@@ -105,55 +121,79 @@ def random_base(config: LlamaConfig, dtype: Any) -> dict[str, Any]:
     return jax.tree.unflatten(structure, made)
 
 
-def measure(name: str) -> dict[str, Any]:
-    """Returns the figures of one workload."""
-    config, lora, rows, length, compute = WORKLOADS[name]
-    dtype = jnp.dtype(compute.dtype)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    params = jlora.add_lora(random_base(config, dtype), lora, jax.random.key(1))
-    work = plan_workload(
-        config, params, mesh, compute=compute, rows=rows, length=length
-    )
-    packed = name.endswith("-packed")
-    document = DOCUMENT if packed else length
-    model = Llama(
-        config,
-        dtype,
-        work.attention,
-        work.remat,
-        max_segments=length // document,
-    )
-    settings = OptimConfig()
-    optimizer = make_optimizer(settings, make_schedule(settings, 100))
-    flops = flops_per_token(params, config, length)
-    state, frozen = TrainState.create(params, optimizer, mesh)
-    del params
-    step = make_train_step(
-        model, optimizer, mesh, state=state, frozen=frozen, packed=packed
-    )
+def random_batch(work: Workload) -> dict[str, Any]:
+    """Returns rows without padding, on the device."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (rows, length + 1), np.int32)
+    rows, length = work.rows, work.length
+    document = work.document or length
+    tokens = rng.integers(0, work.config.vocab_size, (rows, length + 1), np.int32)
+    place = np.arange(length, dtype=np.int32)
     batch = {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "loss_mask": np.ones((rows, length), np.float32),
-        "segment_ids": np.tile(1 + np.arange(length) // document, (rows, 1)),
-        "positions": np.tile(np.arange(length) % document, (rows, 1)),
+        "segment_ids": np.tile(1 + place // document, (rows, 1)),
+        "positions": np.tile(place % document, (rows, 1)),
     }
-    batch = {key: x if x.dtype != np.int64 else np.int32(x) for key, x in batch.items()}
-    batch = jax.device_put(batch)
+    return jax.device_put(batch)
+
+
+def prepare(work: Workload) -> tuple[Any, TrainState, Params, dict[str, Any]]:
+    """Returns (jitted step, its state, frozen weights, facts for the report)."""
+    dtype = jnp.dtype(work.compute.dtype)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    base = random_base(work.config, dtype)
+    params = jlora.add_lora(base, work.lora, jax.random.key(1))
+    plan = plan_workload(
+        work.config,
+        params,
+        mesh,
+        compute=work.compute,
+        rows=work.rows,
+        length=work.length,
+    )
+    model = Llama(
+        work.config,
+        plan.dtype,
+        plan.attention,
+        plan.remat,
+        work.lora.lora_dropout,
+        work.length // (work.document or work.length),
+        kernels=plan.kernels,
+    )
+    settings = OptimConfig()
+    optimizer = make_optimizer(settings, make_schedule(settings, 100))
+    state, frozen = TrainState.create(params, optimizer, mesh)
+    packed = work.document is not None
+    step = make_train_step(
+        model, optimizer, mesh, state=state, frozen=frozen, packed=packed
+    )
+    facts = {
+        "remat": plan.remat,
+        "attention": plan.attention,
+        "kernels": plan.kernels,
+        "flops": flops_per_token(params, work.config, work.document or work.length),
+    }
+    return step, state, frozen, facts
+
+
+def measure(name: str, work: Workload, *, steps: int = STEPS) -> dict[str, Any]:
+    """Returns the figures of one workload."""
+    step, state, frozen, facts = prepare(work)
+    batch = random_batch(work)
     start = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
     compile_s = time.perf_counter() - start
     losses, ends, metrics, pending = [], [], {}, None
-    for _ in range(WARM_UP + STEPS + 1):
+    for _ in range(WARM_UP + steps + 1):
         state, metrics = compiled(state, frozen, batch)
         if pending is not None:  # read one step late, as a run does
             losses.append(float(pending["loss"]))
             ends.append(time.perf_counter())
         pending = metrics
     median = float(np.median(np.diff(ends)[WARM_UP - 1 :]))
-    rate, peak = rows * length / median, peak_flops()
+    rate, peak = work.rows * work.length / median, peak_flops()
+    flops = facts.pop("flops")
     return {
         "workload": name,
         "framework": "jlora",
@@ -165,12 +205,36 @@ def measure(name: str) -> dict[str, Any]:
         "compile_s": round(compile_s, 1),
         "loss": [round(losses[0], 4), round(losses[-1], 4)],
         "grad_norm": round(float(metrics["grad_norm"]), 5),
-        "remat": work.remat,
-        "attention": work.attention,
-        "versions": {"jax": jax.__version__},
+        **facts,
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax")},
     }
 
 
+def main() -> None:
+    """Measures the workloads named on the command line, each in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="lines go here, too")
+    parser.add_argument("--kernels", choices=("auto", "xla", "hopper"), default="auto")
+    parser.add_argument("--layers", type=int, help="instead of all of them")
+    args = parser.parse_args()
+    if len(args.workloads) > 1:  # the peak of memory is that of a process
+        options = [a for a in sys.argv[1:] if a not in args.workloads]
+        for name in args.workloads:
+            subprocess.run([sys.executable, __file__, *options, name], check=True)
+        return
+    (name,) = args.workloads
+    work = WORKLOADS[name]
+    compute = replace(work.compute, kernels=args.kernels)
+    layers = args.layers or work.config.num_hidden_layers
+    config = replace(work.config, num_hidden_layers=layers)
+    found = measure(name, replace(work, config=config, compute=compute))
+    line = json.dumps(found | ({"layers": layers} if args.layers else {}))
+    print(line, flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("a") as file:
+        file.write(line + "\n")
+
+
 if __name__ == "__main__":
-    for workload in sys.argv[1:] or ["E"]:
-        print(json.dumps(measure(workload)), flush=True)
+    main()

@@ -9,7 +9,7 @@ Source: "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021); 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jlora import fused
 from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UsageError
 from jlora.targets import TABLES, select_modules
@@ -38,12 +39,14 @@ class LoRADense(nn.Module):
 
     Products run in `dtype` (float32 masters A and B are cast down, x never up).
     Dropout acts on A's input only, when a "dropout" rng is given.
+    `kernels` is xla or hopper; the latter matters to `project` and the model's MLP.
     """
 
     features: int
     use_bias: bool = False
     dropout: float | Array = 0.0
     dtype: Any = jnp.float32
+    kernels: str = "xla"
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D_in"]) -> Float[Array, "... D_out"]:
@@ -64,6 +67,26 @@ class LoRADense(nn.Module):
             x = jnp.where(keep, x / (1 - self.dropout), 0)
         # The scale is applied to B, the smallest operand, before it is rounded.
         return y + matmul(matmul(x, a, self.dtype), b * scaling, self.dtype)
+
+
+def leaves_to_fuse(x: Array, layers: Sequence[LoRADense]) -> list[Params] | None:
+    """Returns the layers' leaves if `jlora.fused` is to compute them, else None."""
+    if any(layer.kernels != "hopper" or layer.is_initializing() for layer in layers):
+        return None
+    if any(layer.dropout > 0 and layer.has_rng("dropout") for layer in layers):
+        return None
+    leaves = [dict(layer.variables["params"]) for layer in layers]
+    return leaves if fused.can_fuse(x.astype(layers[0].dtype), leaves) else None
+
+
+def project(
+    x: Float[Array, "B T D"], layers: Sequence[LoRADense]
+) -> list[Float[Array, "B T _"]]:
+    """Returns every layer's output for their common input."""
+    leaves = leaves_to_fuse(x, layers)
+    if leaves is None:
+        return [layer(x) for layer in layers]
+    return fused.project(x.astype(layers[0].dtype), leaves)
 
 
 def linear_modules(params: Params) -> dict[str, tuple[int, int]]:

@@ -18,15 +18,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jlora import fused
 from jlora.attention import attend
 from jlora.config import LlamaConfig
-from jlora.lora import LoRADense, matmul
+from jlora.lora import LoRADense, leaves_to_fuse, matmul, project
 from jlora.rope import apply_rope, rope_angles
 
 # What a layer's halves keep for their backward pass under remat "minimal", besides their
 # inputs and outputs: every matmul's output, so that only norms, RoPE and SwiGLU are
 # computed again.
-SAVED_NAMES = ("residual", "gate", "up")
+SAVED_NAMES = ("residual", "gate", "up", fused.DOWN_NAME)
 
 
 def compute_dtype(wanted: str) -> Any:
@@ -120,6 +121,7 @@ class _Options:
     remat: str
     lora_dropout: float | Array
     max_segments: int
+    kernels: str
 
     def dense(
         self, features: int, *, use_bias: bool, name: str | None = None
@@ -130,6 +132,7 @@ class _Options:
             use_bias=use_bias,
             dropout=self.lora_dropout,
             dtype=self.dtype,
+            kernels=self.kernels,
             name=name,
         )
 
@@ -161,12 +164,13 @@ class Attention(nn.Module):
             y = y.reshape(*y.shape[:2], -1, self.config.head_dim)
             return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
 
-        q, k, v = (heads(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (heads(y) for y in project(x, projections))
         return apply_rope(q, call.cos, call.sin), apply_rope(k, call.cos, call.sin), v
 
     def output(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Returns the heads' outputs, mixed."""
-        return self.o_proj(out.reshape(*out.shape[:2], -1))
+        return project(out.reshape(*out.shape[:2], -1), (self.o_proj,))[0]
 
 
 class MLP(nn.Module):
@@ -175,17 +179,25 @@ class MLP(nn.Module):
     config: LlamaConfig
     options: _Options
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the projections."""
+        config, bias, dense = self.config, self.config.mlp_bias, self.options.dense
+        self.gate_proj = dense(config.intermediate_size, use_bias=bias)
+        self.up_proj = dense(config.intermediate_size, use_bias=bias)
+        self.down_proj = dense(config.hidden_size, use_bias=bias)
+
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the block's output."""
-        config, bias, dense = self.config, self.config.mlp_bias, self.options.dense
-        axes = ("batch", "length", "act_mlp")
-        gate = dense(config.intermediate_size, use_bias=bias, name="gate_proj")(x)
-        up = dense(config.intermediate_size, use_bias=bias, name="up_proj")(x)
-        gate = checkpoint_name(nn.with_logical_constraint(gate, axes), "gate")
-        up = checkpoint_name(nn.with_logical_constraint(up, axes), "up")
-        down = dense(config.hidden_size, use_bias=bias, name="down_proj")
-        return down(jax.nn.silu(gate) * up)
+        leaves = leaves_to_fuse(x, (self.gate_proj, self.up_proj, self.down_proj))
+        if leaves is not None:
+            return fused.swiglu(x, *leaves)
+
+        def named(y: Array, name: str) -> Array:
+            axes = ("batch", "length", "act_mlp")
+            return checkpoint_name(nn.with_logical_constraint(y, axes), name)
+
+        gate, up = named(self.gate_proj(x), "gate"), named(self.up_proj(x), "up")
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 def _recomputed_attend(q: Array, k: Array, v: Array, **settings: Any) -> Array:
@@ -284,6 +296,7 @@ class Llama(nn.Module):
         remat: none, minimal or full; see `SAVED_NAMES`.
         lora_dropout: on the input of every lora_A, when a "dropout" rng is given.
         max_segments: most documents in a row; cudnn needs it for packed rows.
+        kernels: of the projections, xla or hopper; see `jlora.fused`.
     """
 
     config: LlamaConfig
@@ -292,6 +305,7 @@ class Llama(nn.Module):
     remat: str = "none"
     lora_dropout: float | Array = 0.0
     max_segments: int = 0
+    kernels: str = "xla"
 
     def setup(self) -> None:
         """Declares the parameters under HF's names."""
@@ -305,6 +319,7 @@ class Llama(nn.Module):
                 remat=self.remat,
                 lora_dropout=self.lora_dropout,
                 max_segments=self.max_segments,
+                kernels=self.kernels,
             ),
         )
         self.norm = RMSNorm(config.rms_norm_eps)

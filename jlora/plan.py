@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jlora.attention import choose_attention
 from jlora.config import LlamaConfig
+from jlora.hopper import choose_kernels
 from jlora.lora import LORA_LEAVES, Params, count_parameters
 from jlora.model import compute_dtype
 from jlora.settings import ComputeConfig
@@ -45,6 +46,7 @@ class Workload:
     dtype: Any
     attention: str
     remat: str
+    kernels: str
 
 
 def plan_workload(
@@ -61,7 +63,7 @@ def plan_workload(
     remat auto becomes the least recomputation that is estimated to fit.
 
     Raises:
-        UsageError: an attention implementation that cannot run here.
+        UsageError: an attention implementation or kernels that cannot run here.
     """
     dtype = compute_dtype(compute.dtype)
     work = Workload(
@@ -74,6 +76,9 @@ def plan_workload(
             compute.attention, dtype=dtype, head_dim=config.head_dim
         ),
         remat=compute.remat,
+        kernels=choose_kernels(
+            compute.kernels, dtype=dtype, devices=list(mesh.devices.flat)
+        ),
     )
     if work.remat != "auto":
         return work

@@ -184,6 +184,8 @@ class ComputeConfig:
     """What the backward pass recomputes to save memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto: cudnn on GPU where it applies, else xla; splash: on TPU."""
+    kernels: Literal["auto", "xla", "hopper"] = "auto"
+    """Matmuls of the layers; auto: hopper on one H100 or H200 in bfloat16, else xla."""
 
     def __post_init__(self) -> None:
         """Raises UnsupportedError for choices that are not built yet."""

@@ -1,0 +1,221 @@
+"""The fused projections against plain ones: the algebra in float32, the kernels simulated."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora import fused, hopper
+from jlora.errors import UsageError
+from jlora.fused import Leaves
+from jlora.lora import join, split, trainable_mask
+from jlora.model import Llama
+from tests.training_cases import adapted_params, llama_config
+
+D, F, K = 24, 40, 12
+
+
+def leaves(key: int, size_in: int, size_out: int, rank: int) -> dict[str, Any]:
+    keys = jax.random.split(jax.random.key(key), 3)
+    drawn = {"kernel": size_in**-0.5 * jax.random.normal(keys[0], (size_in, size_out))}
+    if rank:
+        drawn["lora_A"] = size_in**-0.5 * jax.random.normal(keys[1], (size_in, rank))
+        drawn["lora_B"] = rank**-0.5 * jax.random.normal(keys[2], (rank, size_out))
+        drawn["lora_scaling"] = jnp.float32(1.5)
+    return drawn
+
+
+def plain(x: jax.Array, layer: Leaves) -> jax.Array:
+    y = x @ layer["kernel"]
+    if "lora_A" in layer:
+        y += x @ layer["lora_A"] @ layer["lora_B"] * layer["lora_scaling"]
+    return y
+
+
+def plain_swiglu(x: jax.Array, gate: Leaves, up: Leaves, down: Leaves) -> jax.Array:
+    return plain(jax.nn.silu(plain(x, gate)) * plain(x, up), down)
+
+
+@pytest.fixture
+def _products_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sum_of_products(xs, weights, *, transposed=False):
+        return [
+            sum(x @ (w.T if transposed else w) for x, w in zip(xs, group, strict=True))
+            for group in weights
+        ]
+
+    def swiglu(xs, gate, up):
+        g, u = sum_of_products(xs, [gate, up])
+        return [g, u, jax.nn.silu(g) * u]
+
+    monkeypatch.setattr(hopper, "sum_of_products", sum_of_products)
+    monkeypatch.setattr(hopper, "swiglu", swiglu)
+    monkeypatch.setattr(hopper, "ROWS", 1)
+    monkeypatch.setattr(hopper, "COLUMNS", 1)
+
+
+def gradients(function: Any, x: jax.Array, layers: list[dict[str, Any]]) -> Any:
+    adapters = [
+        {k: v for k, v in layer.items() if k in ("lora_A", "lora_B")}
+        for layer in layers
+    ]
+
+    def total(x: jax.Array, adapters: Any) -> jax.Array:
+        joined = [{**layer, **own} for layer, own in zip(layers, adapters, strict=True)]
+        outs = function(x, joined)
+        return sum(jnp.sum(jnp.sin(y)) for y in outs)  # type: ignore[return-value]
+
+    return jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x, adapters)
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    def check(a: jax.Array, b: jax.Array) -> None:
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # float32 sums
+
+    jax.tree.map(check, found, expected)
+
+
+@pytest.mark.usefixtures("_products_without_a_gpu")
+@pytest.mark.parametrize("ranks", [(2, 0, 4), (0, 0, 0), (70, 1, 1)])
+def test_grouped_projections_equal_single_ones_in_output_and_gradient(ranks) -> None:
+    x = jax.random.normal(jax.random.key(9), (2, 5, D))
+    layers = [
+        leaves(i, D, n, r)
+        for i, (n, r) in enumerate(zip((D, K, K), ranks, strict=True))
+    ]
+    found = gradients(fused.project, x, layers)
+    expected = gradients(lambda x, ls: [plain(x, leaf) for leaf in ls], x, layers)
+    assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("_products_without_a_gpu")
+@pytest.mark.parametrize("ranks", [(2, 3, 4), (0, 8, 0), (0, 0, 0)])
+def test_fused_swiglu_equals_the_plain_block_in_output_and_gradient(ranks) -> None:
+    x = 0.3 * jax.random.normal(jax.random.key(9), (2, 5, D))
+    sizes = ((D, F), (D, F), (F, D))
+    layers = [
+        leaves(i, *size, r)
+        for i, (size, r) in enumerate(zip(sizes, ranks, strict=True))
+    ]
+    found = gradients(lambda x, ls: [fused.swiglu(x, *ls)], x, layers)
+    expected = gradients(lambda x, ls: [plain_swiglu(x, *ls)], x, layers)
+    assert_close(found, expected)
+
+
+@pytest.mark.usefixtures("_products_without_a_gpu")
+def test_gradients_of_fused_adapters_are_float32() -> None:
+    x = jnp.ones((1, 4, D), jnp.bfloat16)
+    layer = leaves(0, D, D, 2)
+    layer["kernel"] = layer["kernel"].astype(jnp.bfloat16)
+    _, (_, (found,)) = gradients(fused.project, x, [layer])
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
+
+
+def losses(model: Llama, params: Any, tokens: jax.Array) -> Any:
+    def loss(params: Any) -> jax.Array:
+        logits: Any = model.apply({"params": params}, tokens)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 3])
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.usefixtures("_products_without_a_gpu")
+@pytest.mark.parametrize("remat", ["minimal", "full"])
+def test_model_with_fused_projections_equals_the_plain_model(remat: str) -> None:
+    config = llama_config()
+    params = adapted_params(config)
+    tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, config.vocab_size)
+    plain_model = Llama(config)
+    fast = Llama(config, remat=remat, kernels="hopper")
+    expected, expected_gradient = losses(plain_model, params, tokens)
+    found, gradient = losses(fast, params, tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for (path, a), (_, b) in zip(
+        jax.tree_util.tree_leaves_with_path(gradient),
+        jax.tree_util.tree_leaves_with_path(expected_gradient),
+        strict=True,
+    ):
+        if path[-1].key in ("lora_A", "lora_B"):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("remat", "calls"), [("none", 16), ("minimal", 16)])
+def test_no_kernel_runs_twice_in_a_gradient(remat: str, calls: int) -> None:
+    # A layer has 4 forward and 4 backward; the first layer's input needs no gradient,
+    # but that product is dropped by the compiler only.
+    config = llama_config(
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    params = adapted_params(config, dtype=jnp.bfloat16)
+    trainable, frozen = split(params, trainable_mask(params))
+    model = Llama(config, jnp.bfloat16, remat=remat, kernels="hopper")
+
+    def total(trainable: Any) -> jax.Array:
+        tokens = jnp.zeros((1, 128), jnp.int32)
+        logits: Any = model.apply({"params": join(trainable, frozen)}, tokens)
+        return logits.sum()
+
+    text = str(jax.make_jaxpr(jax.grad(total))(trainable))
+    assert text.count("name=sum_of_products") + text.count("name=swiglu") == calls
+
+
+def test_simulated_kernels_equal_products_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda: 1)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, s = (
+        jax.random.normal(key, (128, k), jnp.bfloat16)
+        for key, k in zip(keys, (128, 64), strict=False)
+    )
+    w, b = (
+        jax.random.normal(key, (k, 256), jnp.bfloat16)
+        for key, k in zip(keys[2:], (128, 64), strict=True)
+    )
+    (found,) = hopper.sum_of_products(
+        [x, s], [[w, b]], interpret=params.InterpretGPUParams()
+    )
+    x, s, w, b = (y.astype(jnp.float32) for y in (x, s, w, b))
+    expected = x @ w + s @ b
+    # One rounding to bfloat16.
+    np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "message"),
+    [("bfloat16", 1, "needs an H100 or H200"), ("float32", 1, "bfloat16")],
+)
+def test_hopper_kernels_are_refused_where_they_cannot_run(
+    dtype: str, count: int, message: str
+) -> None:
+    devices = jax.devices()[:count]
+    with pytest.raises(UsageError, match=message):
+        hopper.choose_kernels("hopper", dtype=jnp.dtype(dtype), devices=devices)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype", "count", "expected"),
+    [
+        ("gpu", "9.0", "bfloat16", 1, "hopper"),
+        ("gpu", "9.0", "float32", 1, "xla"),
+        ("gpu", "9.0", "bfloat16", 2, "xla"),
+        ("gpu", "8.0", "bfloat16", 1, "xla"),
+        ("cpu", "", "bfloat16", 1, "xla"),
+    ],
+)
+def test_auto_takes_the_hopper_kernels_where_they_apply(
+    platform: str, capability: str, dtype: str, count: int, expected: str
+) -> None:
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    found = hopper.choose_kernels(
+        "auto", dtype=jnp.dtype(dtype), devices=[device] * count
+    )
+    assert found == expected
