@@ -112,5 +112,6 @@ def refuse_other_models(where: str, names: Iterable[str]) -> None:
         reasons.append("attention and MLP in parallel (Cohere)")
     if reasons:
         raise UnsupportedError(
-            f"{where}: not a plain Llama, its tensors say: {'; '.join(reasons)}"
+            f"{where}: not a plain Llama, its tensors say: {'; '.join(reasons)}; "
+            "jlora has no such layers"
         )

@@ -93,7 +93,9 @@ class LlamaConfig:
         if not problems and head_dim % 2:
             problems.append(f"head_dim={head_dim} is odd, rotary embeddings need pairs")
         if problems:
-            raise CorruptError(f"config.json: {joined(problems)}")
+            raise CorruptError(
+                f"config.json: {joined(problems)}; use the model's original config.json"
+            )
         return result
 
     def check_length(self, length: int, name: str) -> None:
