@@ -43,6 +43,8 @@ class Arguments:
         "auto"
     )
     """Which tokens the loss counts, as in train.py."""
+    cache_dir: str | None = None
+    """Folder that keeps token ids between runs; default: $JLORA_CACHE, or ~/.cache/jlora."""
     seq_len: int = 512
     """Tokens per row; longer records are cut at the end."""
     packing: bool = False
@@ -64,6 +66,7 @@ def main(args: Arguments) -> None:
         fields=args.fields,
         on_bad_row=args.on_bad_row,
         max_bad_rows=args.max_bad_rows,
+        cache_dir=args.cache_dir,
         seq_len=args.seq_len,
         packing=args.packing,
         train_on=args.train_on,

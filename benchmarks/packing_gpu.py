@@ -50,6 +50,8 @@ def lengths() -> np.ndarray:
 def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
     """Returns the documents with random tokens, the last two thirds of each learnt."""
     from jlora.data.batches import make_dataset
+    from jlora.data.build import make_block
+    from jlora.data.store import Store
     from jlora.data.tokens import Example
 
     rng = np.random.default_rng(1)
@@ -58,15 +60,18 @@ def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
         tokens = rng.integers(0, vocab_size // SOME, length, np.int32)
         learnt = (np.arange(length) >= max(1, length // 3)).astype(np.uint8)
         examples.append(Example(Path("random"), number, tokens, learnt))
+    block = make_block(examples)
     return make_dataset(
-        examples,
+        Store(block.tokens, block.loss_mask, block.records, note={}, digest=""),
+        block.records["start"],
+        block.records["length"],
+        num_supervised=int(block.records["learnt"].sum()),
         seq_len=SEQ_LEN,
         packing=packing,
         batch_size=batch_size,
         pad_id=0,
         seed=0,
         shuffle=True,
-        summary=[],
     )
 
 

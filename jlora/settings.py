@@ -38,6 +38,8 @@ class DataConfig:
     """What to do with rows that cannot be used: list them and stop, or leave them out."""
     max_bad_rows: int = 100
     """Most rows that on_bad_row=skip leaves out; more stop the run."""
+    cache_dir: str | None = None
+    """Folder that keeps token ids between runs; default: $JLORA_CACHE, or ~/.cache/jlora."""
     seq_len: int = 512
     """Tokens per row; longer records are cut at the end."""
     packing: bool = False

@@ -1,9 +1,13 @@
 """Runs every test on eight simulated CPU devices; holds the fixtures that files share."""
 
 import os
+import tempfile
 
 # Read once, when JAX starts its backend: before any test imports the library.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Token caches of the tests, also in processes that they start, die with the machine's
+# temporary files.
+os.environ["JLORA_CACHE"] = tempfile.mkdtemp(prefix="jlora-tests-")

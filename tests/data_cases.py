@@ -7,6 +7,10 @@ from typing import Any
 
 from jlora.config import LlamaConfig
 from jlora.data import Dataset, Tokenizer, load_dataset
+from jlora.data.batches import make_dataset
+from jlora.data.build import make_block
+from jlora.data.store import Store
+from jlora.data.tokens import Example
 from jlora.rope_config import RopeParameters
 from jlora.settings import DataConfig
 
@@ -85,3 +89,33 @@ def chat(*contents: str) -> dict[str, Any]:
             {"role": roles[i % 2], "content": text} for i, text in enumerate(contents)
         ]
     }
+
+
+def dataset_of(
+    examples: Sequence[Example], *, seq_len: int = 64, packing: bool = True
+) -> Dataset:
+    """Shuffled batches of four rows from examples that no file holds."""
+    block = make_block(examples)
+    store = Store(block.tokens, block.loss_mask, block.records, note={}, digest="")
+    return make_dataset(
+        store,
+        block.records["start"],
+        block.records["length"],
+        num_supervised=int(block.records["learnt"].sum()),
+        seq_len=seq_len,
+        packing=packing,
+        batch_size=4,
+        pad_id=0,
+        seed=0,
+        shuffle=True,
+    )
+
+
+def all_tokens(data: Dataset) -> list[int]:
+    """The tokens of every record, one after the other."""
+    return [t for i in range(data.num_records) for t in data.record(i)[0].tolist()]
+
+
+def all_masks(data: Dataset) -> list[int]:
+    """Which of `all_tokens` are learnt."""
+    return [m for i in range(data.num_records) for m in data.record(i)[1].tolist()]

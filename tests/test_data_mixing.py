@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import numpy as np
 import pytest
 from data_cases import load, make_tokenizer, write_rows
@@ -28,9 +26,9 @@ def split(train, seed=0, **config):
 
 
 def texts(data) -> list[str]:
-    ends = data.starts.tolist()
     tokenizer = make_tokenizer()
-    return [tokenizer.decode(data.tokens[a:b].tolist()) for a, b in pairwise(ends)]
+    records = (data.record(index)[0] for index in range(data.num_records))
+    return [tokenizer.decode(tokens.tolist()) for tokens in records]
 
 
 def test_held_out_share_is_exact_and_shares_nothing_with_the_rest(path):

@@ -1,5 +1,5 @@
 import pytest
-from data_cases import chat, load, make_tokenizer, write_rows
+from data_cases import all_masks, all_tokens, chat, load, make_tokenizer, write_rows
 
 from jlora.errors import CorruptError, UsageError
 
@@ -53,7 +53,7 @@ def test_line_separators_inside_a_string_do_not_end_the_line(tmp_path):
 def test_nul_and_carriage_return_in_a_text_are_kept(tmp_path):
     tokenizer = make_tokenizer()
     path = write_rows(tmp_path / "data.jsonl", [{"text": "a\0b\r\n"}])
-    ids = load(path, tokenizer).tokens.tolist()
+    ids = all_tokens(load(path, tokenizer))
     assert tokenizer.decode(ids) == "a\0b\r\n"
 
 
@@ -149,9 +149,8 @@ def test_overlong_line_is_refused(tmp_path, monkeypatch):
 
 def tokens_of(path, row, **config) -> list[int]:
     tokenizer = config.pop("tokenizer", None) or make_tokenizer()
-    return load(
-        write_rows(path / "data.jsonl", [row]), tokenizer, **config
-    ).tokens.tolist()
+    data = load(write_rows(path / "data.jsonl", [row]), tokenizer, **config)
+    return all_tokens(data)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +226,8 @@ def test_alpaca_without_a_template_uses_the_published_form(tmp_path, input, expe
     row = {"instruction": "add {x}", "input": input, "output": "five"}
     path = write_rows(tmp_path / "data.jsonl", [row])
     data = load(path, tokenizer)
-    assert tokenizer.decode(data.tokens.tolist()) == expected
-    learnt = data.tokens[data.loss_mask > 0].tolist()
+    assert tokenizer.decode(all_tokens(data)) == expected
+    learnt = [t for t, m in zip(all_tokens(data), all_masks(data), strict=True) if m]
     assert tokenizer.decode(learnt) == "five"
     assert learnt[-1] == tokenizer.eos_id
 

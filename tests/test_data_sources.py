@@ -101,6 +101,7 @@ def test_columns_that_fit_no_format_are_listed(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["jsonl.zst", "parquet", "arrow", "stream.arrow"])
 def test_missing_library_names_the_extra(tmp_path, monkeypatch, kind):
     path = write(tmp_path, ROWS, kind)
+    monkeypatch.setenv("JLORA_CACHE", str(tmp_path / "cache"))  # with nothing in it
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UnsupportedError, match=r"pip install 'jlora\[parquet\]'"):
         load(path)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from data_cases import dataset_of
 
-from jlora.data.batches import Dataset, make_dataset
 from jlora.data.tokens import Example
 from jlora.lora import join, split, trainable_mask
 from jlora.model import Llama
@@ -30,19 +30,6 @@ def documents(count: int = 20) -> list[Example]:
     return examples
 
 
-def dataset(examples: list[Example], *, packing: bool) -> Dataset:
-    return make_dataset(
-        examples,
-        seq_len=SEQ_LEN,
-        packing=packing,
-        batch_size=4,
-        pad_id=0,
-        seed=0,
-        shuffle=True,
-        summary=[],
-    )
-
-
 @cache
 def model_and_params():
     config = llama_config()
@@ -53,7 +40,7 @@ def loss_and_gradient(*, packing: bool):
     """The mean loss over all supervised tokens of an epoch, and its gradient."""
     model, params = model_and_params()
     trainable, frozen = split(params, trainable_mask(params))
-    data = dataset(documents(), packing=packing)
+    data = dataset_of(documents(), packing=packing)
 
     @jax.jit
     def one(trainable, batch):
@@ -83,7 +70,7 @@ def test_packed_loss_and_gradients_equal_unpacked_ones():
 
 
 def test_first_label_of_every_document_is_masked():
-    data = dataset(documents(), packing=True)
+    data = dataset_of(documents())
     for step in range(data.steps_per_epoch):
         batch = data.batch(step)
         # The target at t is the token at t + 1: of a document's first token, none.
@@ -94,11 +81,11 @@ def test_first_label_of_every_document_is_masked():
 def test_changing_one_document_leaves_the_logits_of_the_others_bit_identical():
     model, params = model_and_params()
     examples = documents()
-    before = dataset(examples, packing=True)
+    before = dataset_of(examples)
     changed = next(e for e in examples if len(e.tokens) > 10)
     other = (changed.tokens + 1) % CONFIG["vocab_size"]
     examples[changed.number] = replace(changed, tokens=other)
-    after = dataset(examples, packing=True)
+    after = dataset_of(examples)
 
     @jax.jit
     def logits(batch):

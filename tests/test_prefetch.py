@@ -5,9 +5,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from data_cases import dataset_of
 
 from jlora.data import Prefetch
-from jlora.data.batches import Dataset, make_dataset
+from jlora.data.batches import Dataset
 from jlora.data.prefetch import place_batch
 from jlora.data.tokens import Example
 from jlora.settings import MeshConfig
@@ -34,16 +35,7 @@ def data() -> Dataset:
         )
         for i, n in enumerate(rng.integers(2, 30, 40))
     ]
-    return make_dataset(
-        examples,
-        seq_len=64,
-        packing=True,
-        batch_size=4,
-        pad_id=0,
-        seed=0,
-        shuffle=True,
-        summary=[],
-    )
+    return dataset_of(examples)
 
 
 def threads() -> list[str]:

@@ -2,11 +2,14 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from jlora.data.files import place
 from jlora.data.jsonl import Problem
+from jlora.data.records import Layout
 from jlora.data.sources import Source
 from jlora.data.tokens import Reading
 from jlora.errors import listing
@@ -24,13 +27,14 @@ _LEARNT = {
 class Places:
     """How many rows something happened to, and where the first of them stand."""
 
+    MOST: ClassVar[int] = 8
     count: int = 0
     first: list[tuple[Path, int]] = field(default_factory=list)
 
     def add(self, path: Path, number: int) -> None:
         """Counts one more row."""
         self.count += 1
-        if len(self.first) < 8:
+        if len(self.first) < self.MOST:
             self.first.append((path, number))
 
     def __str__(self) -> str:
@@ -43,6 +47,16 @@ class Places:
             shown = "; ".join(place(path, number) for path, number in self.first)
         rest = self.count - len(self.first)
         return f"{shown} and {rest:,} more" if rest else shown
+
+    def note(self, files: Sequence[Path]) -> list[Any]:
+        """Returns this as JSON, files by their index."""
+        return [self.count, [[files.index(path), n] for path, n in self.first]]
+
+    @classmethod
+    def from_note(cls, note: Sequence[Any], files: Sequence[Path]) -> "Places":
+        """Returns what `note` was made of."""
+        count, first = note
+        return cls(count, [(files[index], number) for index, number in first])
 
     @property
     def records(self) -> str:
@@ -59,6 +73,9 @@ class Account:
     seq_len: int
     """Tokens that examples are cut at."""
     rows: int = 0
+    records: int = 0
+    """Rows that became records, whatever is cut or dropped later."""
+    largest_id: int = 0
     bad: list[Problem] = field(default_factory=list)
     """The first bad rows."""
     bad_reasons: dict[str, Places] = field(default_factory=dict)
@@ -95,6 +112,52 @@ class Account:
         reason = re.sub(r"'[^']*'|\"[^\"]*\"", "...", problem.reason)
         reason = re.sub(r"\d+", "N", reason)
         self.bad_reasons.setdefault(reason, Places()).add(problem.path, problem.number)
+
+    def note(self) -> dict[str, Any]:
+        """Returns what tokenising found out, as JSON; what `fit` counts is left out."""
+        files, reading = self.source.files, self.reading
+        return {
+            "format": reading.layout.format,
+            "is_chat": reading.layout.is_chat,
+            "fields": dict(reading.layout.fields),
+            "train_on": reading.train_on,
+            "rows": self.rows,
+            "records": self.records,
+            "largest_id": self.largest_id,
+            "bad": [
+                [files.index(bad.path), bad.number, bad.reason, bad.column]
+                for bad in self.bad
+            ],
+            "bad_reasons": {
+                reason: places.note(files)
+                for reason, places in self.bad_reasons.items()
+            },
+            "encoded_apart": self.encoded_apart.note(files),
+            "without_end": self.without_end.note(files),
+        }
+
+    @classmethod
+    def from_note(
+        cls, note: Mapping[str, Any], source: Source, seq_len: int
+    ) -> "Account":
+        """Returns the account that `note` was made of, nothing cut or dropped yet."""
+        files = source.files
+        layout = Layout(note["format"], note["is_chat"], note["fields"])
+        return cls(
+            source,
+            Reading(layout, note["train_on"]),
+            seq_len,
+            rows=note["rows"],
+            records=note["records"],
+            largest_id=note["largest_id"],
+            bad=[Problem(files[file], *rest) for file, *rest in note["bad"]],
+            bad_reasons={
+                reason: Places.from_note(places, files)
+                for reason, places in note["bad_reasons"].items()
+            },
+            encoded_apart=Places.from_note(note["encoded_apart"], files),
+            without_end=Places.from_note(note["without_end"], files),
+        )
 
     def lines(self) -> list[str]:
         """Returns what there is to say about the source, one fact per line."""

@@ -1,13 +1,13 @@
 """Fixed-shape batches: a pure function of the data, the seed and the step."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from jlora.data.account import Account
 from jlora.data.packing import Packing, one_per_row, pack_documents
+from jlora.data.store import Store
 from jlora.data.tokens import Example
 
 # Rows are rounded up to this many tokens, so that similar files share a compiled step.
@@ -18,12 +18,14 @@ _ROW_MULTIPLE = 64
 class Dataset:
     """Tokenised records, laid out in rows of `row_length` tokens."""
 
-    tokens: np.ndarray
-    """int32, all records one after the other."""
-    loss_mask: np.ndarray
-    """uint8, 1 where the token is to be learnt; 0 at the start of every record."""
+    store: Store
+    """Token ids and masks, on disk; a record's first token is never to be learnt."""
     starts: np.ndarray
-    """int64 [num_records + 1], where each record starts in `tokens`."""
+    """int64 [num_records], where each record starts in the store."""
+    lengths: np.ndarray
+    """int64 [num_records], what is used of each."""
+    num_supervised: int
+    """Tokens per epoch that the loss counts."""
     rows: Packing
     """The records of each row, as ranks in the order of an epoch (see `_plan`)."""
     row_length: int
@@ -44,7 +46,7 @@ class Dataset:
     @property
     def num_records(self) -> int:
         """Records that are trained on."""
-        return len(self.starts) - 1
+        return len(self.starts)
 
     @property
     def num_rows(self) -> int:
@@ -59,12 +61,7 @@ class Dataset:
     @property
     def num_tokens(self) -> int:
         """Tokens per epoch, without padding."""
-        return len(self.tokens)
-
-    @property
-    def num_supervised(self) -> int:
-        """Tokens per epoch that the loss counts."""
-        return int(self.loss_mask.sum(dtype=np.int64))
+        return int(self.lengths.sum())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,14 +71,16 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """A sha256 over tokens, masks and borders."""
-        digest = hashlib.sha256()
-        for array, dtype in (
-            (self.starts, "<i8"),
-            (self.tokens, "<i4"),
-            (self.loss_mask, "u1"),
-        ):
-            digest.update(np.ascontiguousarray(array, dtype).tobytes())
+        digest = hashlib.sha256(self.store.digest.encode())
+        for array in (self.starts, self.lengths):
+            digest.update(np.ascontiguousarray(array, "<i8").tobytes())
         return digest.hexdigest()
+
+    def record(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens (int32) of a record and which of them are learnt (uint8)."""
+        start = self.starts[index]
+        end = start + self.lengths[index]
+        return self.store.tokens[start:end], self.store.loss_mask[start:end]
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Returns rows of batch `step` (0, 1, ...), each array [rows, row_length].
@@ -118,13 +117,13 @@ class Dataset:
         record: int,
     ) -> int:
         """Writes one record into a row; returns the column after it."""
-        start, end = self.starts[record], self.starts[record + 1]
-        stop = column + int(end - start)
-        batch["tokens"][row, column:stop] = self.tokens[start:end]
+        tokens, loss_mask = self.record(record)
+        stop = column + len(tokens)
+        batch["tokens"][row, column:stop] = tokens
         # The record's last position predicts nothing: its target would be the first
         # token of the next one.
-        batch["targets"][row, column : stop - 1] = self.tokens[start + 1 : end]
-        batch["loss_mask"][row, column : stop - 1] = self.loss_mask[start + 1 : end]
+        batch["targets"][row, column : stop - 1] = tokens[1:]
+        batch["loss_mask"][row, column : stop - 1] = loss_mask[1:]
         batch["segment_ids"][row, column:stop] = segment
         batch["positions"][row, column:stop] = np.arange(stop - column)
         return stop
@@ -142,7 +141,7 @@ class Dataset:
         if self.packing:
             # Which rank shares a row with which depends on the sorted lengths
             # alone; which record has which rank among equals differs by epoch.
-            lengths = np.diff(self.starts)[records]
+            lengths = self.lengths[records]
             records = records[np.argsort(-lengths, kind="stable")]
         self._plans.clear()
         self._plans[epoch] = records, order
@@ -150,29 +149,32 @@ class Dataset:
 
 
 def make_dataset(
-    examples: Sequence[Example],
+    store: Store,
+    starts: np.ndarray,
+    lengths: np.ndarray,
     *,
+    num_supervised: int,
     seq_len: int,
     packing: bool,
     batch_size: int,
     pad_id: int,
     seed: int,
     shuffle: bool,
-    summary: list[str],
 ) -> Dataset:
-    """Returns the rows of examples that are at most `seq_len` tokens long."""
-    lengths = np.array([len(example.tokens) for example in examples])
+    """Returns the rows of records that are at most `seq_len` tokens long."""
+    lengths = lengths.astype(np.int64)
     row_length = seq_len
-    rows = one_per_row(len(examples))
+    rows = one_per_row(len(lengths))
     if packing:
         rows = pack_documents(-np.sort(-lengths), seq_len)
     else:
         longest = int(lengths.max())
         row_length = min(seq_len, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
     return Dataset(
-        tokens=np.concatenate([example.tokens for example in examples]),
-        loss_mask=np.concatenate([example.loss_mask for example in examples]),
-        starts=np.concatenate([[0], np.cumsum(lengths)]),
+        store=store,
+        starts=starts.astype(np.int64),
+        lengths=lengths,
+        num_supervised=num_supervised,
         rows=rows,
         row_length=row_length,
         batch_size=batch_size,
@@ -180,5 +182,4 @@ def make_dataset(
         seed=seed,
         shuffle=shuffle,
         packing=packing,
-        summary=summary,
     )

@@ -1,8 +1,10 @@
-"""All rows of some sources as examples, with an account of every row that is not one."""
+"""How a source is read, which of its rows are bad, and what its records are cut to."""
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import NoReturn
+
+import numpy as np
 
 from jlora.data.account import MAX_LISTED, Account
 from jlora.data.files import Chunk, place, read_chunks
@@ -10,43 +12,32 @@ from jlora.data.jsonl import Problem, parse_rows
 from jlora.data.records import detect_layout, known_columns
 from jlora.data.sources import Source
 from jlora.data.tokenizer import Tokenizer
-from jlora.data.tokens import Example, Reading, resolve_train_on, tokenize
-from jlora.errors import CorruptError, UsageError, listing
+from jlora.data.tokens import Reading, resolve_train_on
+from jlora.errors import CorruptError, JloraError, UsageError, listing
 from jlora.settings import DataConfig
 
 _MAX_SKIPPED_CHUNKS = 8
 
 
-def read_source(
+def open_source(
     source: Source, tokenizer: Tokenizer, config: DataConfig
-) -> tuple[list[Example], Account]:
-    """Returns the examples of a source in order, uncut, and what became of its rows.
+) -> tuple[Reading, Iterator[Chunk]]:
+    """Returns how to read a source, by its first good row, and all of its rows.
 
     Raises:
         UsageError: nothing in it, a setting that does not fit it, or no template.
-        UnsupportedError: a kind of file or template that jlora cannot use.
+        UnsupportedError: a kind of file that jlora cannot use.
         CorruptError: a damaged file, or rows that fit no format.
     """
-    columns = known_columns(config.fields or {})
-    chunks = _chunks(source, columns)
-    account = None
-    examples: list[Example] = []
-    skipped: list[Chunk] = []  # before the first good row nothing is known yet
+    chunks = _chunks(source, known_columns(config.fields or {}))
+    begin: list[Chunk] = []
     for chunk in chunks:
-        if account is None:
-            reading = _find_reading(source, chunk, tokenizer, config)
-            if reading is None:
-                skipped.append(chunk)
-                if len(skipped) == _MAX_SKIPPED_CHUNKS:
-                    break  # not a file of records, whatever its end may hold
-                continue
-            account = Account(source, reading, config.seq_len)
-        for part in [*skipped, chunk]:
-            examples += _read_chunk(part, account, tokenizer)
-        skipped.clear()
-    if account is None:
-        _refuse_empty(source, skipped)
-    return examples, account
+        begin.append(chunk)
+        if reading := _find_reading(source, chunk, tokenizer, config):
+            return reading, itertools.chain(begin, chunks)
+        if len(begin) == _MAX_SKIPPED_CHUNKS:
+            break  # not a file of records, whatever its end may hold
+    raise _empty(source, begin)
 
 
 def _chunks(source: Source, columns: frozenset[str]) -> Iterator[Chunk]:
@@ -72,23 +63,11 @@ def _find_reading(
     return Reading(layout, resolve_train_on(layout, config.train_on, source.name))
 
 
-def _read_chunk(chunk: Chunk, account: Account, tokenizer: Tokenizer) -> list[Example]:
-    tokenized = tokenize(chunk, account.reading, tokenizer)
-    account.rows += len(chunk.rows)
-    for problem in tokenized.problems:
-        account.add_bad(problem)
-    for number in tokenized.encoded_apart:
-        account.encoded_apart.add(chunk.path, number)
-    for number in tokenized.without_end:
-        account.without_end.add(chunk.path, number)
-    return tokenized.examples
-
-
-def _refuse_empty(source: Source, chunks: Sequence[Chunk]) -> NoReturn:
+def _empty(source: Source, chunks: Sequence[Chunk]) -> JloraError:
     bad = [problem for chunk in chunks for problem in parse_rows(chunk)[1]]
     if bad:
-        raise CorruptError(_list_bad(source.name, bad, len(bad), len(bad)))
-    raise UsageError(
+        return CorruptError(_list_bad(source.name, bad, len(bad), len(bad)))
+    return UsageError(
         f"{source.name}: no records; expected one JSON object per line, "
         "or a Parquet or Arrow file with rows"
     )
@@ -125,25 +104,43 @@ def _list_bad(name: str, problems: Sequence[Problem], count: int, rows: int) -> 
     )
 
 
-def fit(example: Example, account: Account) -> Example | None:
-    """Returns an example cut to account.seq_len; None if nothing in it is learnt."""
-    length, limit = len(example.tokens), account.seq_len
-    account.lengths[length.bit_length()] += 1
-    if not example.loss_mask.any():
-        account.empty.add(example.path, example.number)
-        return None
-    if length > limit:
-        account.tokens_lost += length - limit
-        account.cut.add(example.path, example.number)
-        example = replace(
-            example,
-            tokens=example.tokens[:limit],
-            loss_mask=example.loss_mask[:limit],
-        )
-        if not example.loss_mask.any():
-            account.emptied.add(example.path, example.number)
-            return None
-    account.kept += 1
-    account.tokens += len(example.tokens)
-    account.supervised += int(example.loss_mask.sum())
-    return example
+def fit(
+    account: Account, records: np.ndarray, loss_mask: np.ndarray, first_file: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns of each record cut to account.seq_len: is it kept, its length, tokens learnt.
+
+    A record with nothing to learn (left) is not kept.
+
+    Args:
+        account: of the records' source; counts what is cut and dropped.
+        records: RECORD [n], of this source only.
+        loss_mask: of all records.
+        first_file: the number of the source's first file in the records.
+    """
+    limit = account.seq_len
+    length, first = records["length"], records["first_learnt"]
+    empty = records["learnt"] == 0
+    cut = ~empty & (length > limit)
+    emptied = cut & (first >= limit)
+    kept = ~(empty | emptied)
+    fitted = np.minimum(length, limit)
+    for places, which in (
+        (account.empty, empty),
+        (account.cut, cut),
+        (account.emptied, emptied),
+    ):
+        places.count = int(which.sum())
+        for record in records[np.flatnonzero(which)[: places.MOST]]:
+            file = account.source.files[record["file"] - first_file]
+            places.first.append((file, int(record["number"])))
+    bits, counts = np.unique(np.frexp(length)[1], return_counts=True)
+    account.lengths = Counter(dict(zip(bits.tolist(), counts.tolist(), strict=True)))
+    account.tokens_lost = int((length - limit)[cut].sum())
+    account.kept = int(kept.sum())
+    account.tokens = int(fitted[kept].sum())
+    learnt = records["learnt"].copy()
+    for index in np.flatnonzero(cut).tolist():
+        start = records["start"][index]
+        learnt[index] = loss_mask[start : start + limit].sum()
+    account.supervised = int(learnt[kept].sum())
+    return kept, fitted, learnt

@@ -3,17 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
 from jlora.data.account import Account
 from jlora.data.batches import Dataset, make_dataset
-from jlora.data.corpus import check_bad_rows, fit, read_source
+from jlora.data.build import open_corpus
+from jlora.data.corpus import check_bad_rows, fit
 from jlora.data.files import place
 from jlora.data.mixing import content_ranks, hold_out, repeat
 from jlora.data.preview import choose_samples
 from jlora.data.sources import Given, find_sources
+from jlora.data.store import Store
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example
 from jlora.errors import CorruptError, UsageError, listing
@@ -38,7 +41,7 @@ def load_split(
     if config.train is None:
         raise UsageError("--data.train is missing; give a file to train on")
     corpus = _Corpus(config.train, tokenizer, config, vocab_size=vocab_size, seed=seed)
-    held = np.zeros(len(corpus.examples), bool)
+    held = np.zeros(corpus.num_records, bool)
     if config.eval_fraction:
         held = hold_out(corpus.ranks, config.eval_fraction)
     train = corpus.dataset(
@@ -74,7 +77,7 @@ def load_dataset(
 ) -> Dataset:
     """Returns the batches of all records of the files given; raises as `load_split`."""
     corpus = _Corpus(given, tokenizer, config, vocab_size=vocab_size, seed=seed)
-    everything = np.ones(len(corpus.examples), bool)
+    everything = np.ones(corpus.num_records, bool)
     names = [account.source.name for account in corpus.accounts]
     dataset = corpus.dataset(
         corpus.epoch(everything),
@@ -99,25 +102,33 @@ class _Corpus:
     ) -> None:
         check_seed(seed)
         self._config, self._pad_id, self._seed = config, tokenizer.pad_id or 0, seed
-        whole: list[Example] = []
-        self.accounts: list[Account] = []
-        sources: list[int] = []
-        for index, source in enumerate(find_sources(given)):
-            examples, account = read_source(source, tokenizer, config)
-            whole += examples
-            self.accounts.append(account)
-            sources += [index] * len(examples)
+        sources = find_sources(given)
+        self._store, self.accounts = open_corpus(sources, tokenizer, config)
+        self._files = [file for source in sources for file in source.files]
         check_bad_rows(self.accounts, config)
-        _check_ids(whole, tokenizer, vocab_size)
-        _check_ends(whole, self.accounts)
-        fitted = [fit(e, self.accounts[i]) for e, i in zip(whole, sources, strict=True)]
-        self.examples = [example for example in fitted if example is not None]
-        good = [i for i, example in enumerate(fitted) if example is not None]
-        self._source = np.array([sources[i] for i in good], np.int64)
-        if not good:
+        records = self._store.records
+        _check_ids(self._store, self.accounts, self._files, tokenizer, vocab_size)
+        _check_ends(int((records["learnt"] > 0).sum()), self.accounts)
+        parts, begin, first_file = [], 0, 0
+        for account in self.accounts:
+            end = begin + account.records
+            parts.append(
+                fit(account, records[begin:end], self._store.loss_mask, first_file)
+            )
+            begin, first_file = end, first_file + len(account.source.files)
+        kept, lengths, learnt = map(np.concatenate, zip(*parts, strict=True))
+        # Of the records that are kept: where in the store, how long, of which source.
+        self._kept = np.flatnonzero(kept)
+        self._lengths, self._learnt = lengths[kept], learnt[kept]
+        counts = [account.records for account in self.accounts]
+        self._source = np.repeat(np.arange(len(counts)), counts)[kept]
+        if not len(self._kept):
             _refuse_nothing_to_learn(self.accounts)
-        # By the whole record: what is held out does not depend on where it is cut.
-        self._whole = [whole[i].tokens for i in good]
+
+    @property
+    def num_records(self) -> int:
+        """Records that teach something."""
+        return len(self._kept)
 
     def lines(self) -> list[str]:
         """What there is to say about each source."""
@@ -125,11 +136,17 @@ class _Corpus:
 
     @cached_property
     def ranks(self) -> np.ndarray:
-        """A pseudo-random rank of each example; see `mixing`."""
-        return content_ranks(self._whole, self._seed)
+        """A pseudo-random rank of each record; see `mixing`.
+
+        By the whole record: what is held out does not depend on where it is cut.
+        """
+        tokens = self._store.tokens
+        spans = self._store.records[["start", "length"]][self._kept]
+        whole = (tokens[start : start + length] for start, length in spans)
+        return content_ranks(whole, self._seed)
 
     def epoch(self, wanted: np.ndarray) -> np.ndarray:
-        """Returns the examples of one epoch among the wanted, by their weights."""
+        """Returns the records of one epoch among the wanted, by their weights."""
         weights = [account.source.weight for account in self.accounts]
         if set(weights) == {1.0}:
             return np.flatnonzero(wanted)
@@ -142,28 +159,37 @@ class _Corpus:
     def dataset(
         self, chosen: np.ndarray, *, name: str, batch_size: int, shuffle: bool
     ) -> Dataset:
-        """Returns the batches of the chosen examples."""
-        examples = [self.examples[i] for i in chosen]
+        """Returns the batches of the chosen records."""
         dataset = make_dataset(
-            examples,
+            self._store,
+            self._store.records["start"][self._kept[chosen]],
+            self._lengths[chosen],
+            num_supervised=int(self._learnt[chosen].sum()),
             seq_len=self._config.seq_len,
             packing=self._config.packing,
             batch_size=batch_size,
             pad_id=self._pad_id,
             seed=self._seed,
             shuffle=shuffle,
-            summary=[],
         )
+        samples = [
+            self._example(int(self._kept[chosen[index]]), *dataset.record(index))
+            for index in choose_samples(len(chosen))
+        ]
         return replace(
             dataset,
             summary=[f"{name}: {line}" for line in _totals(dataset)],
             accounts=self.accounts,
-            samples=choose_samples(examples),
+            samples=samples,
         )
 
+    def _example(self, index: int, tokens: np.ndarray, mask: np.ndarray) -> Example:
+        record = self._store.records[index]
+        path = self._files[record["file"]]
+        return Example(path, int(record["number"]), tokens, mask)
 
-def _check_ends(examples: Sequence[Example], accounts: Sequence[Account]) -> None:
-    answers = sum(bool(example.loss_mask.any()) for example in examples)
+
+def _check_ends(answers: int, accounts: Sequence[Account]) -> None:
     without = sum(account.without_end.count for account in accounts)
     if answers and without >= answers:
         raise UsageError(
@@ -184,7 +210,11 @@ def _refuse_nothing_to_learn(accounts: Sequence[Account]) -> NoReturn:
 
 
 def _check_ids(
-    examples: Sequence[Example], tokenizer: Tokenizer, vocab_size: int
+    store: Store,
+    accounts: Sequence[Account],
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    vocab_size: int,
 ) -> None:
     """An id beyond the embedding is clamped in silence on a device: not there."""
     found: dict[int, str] = {}
@@ -192,10 +222,13 @@ def _check_ids(
         index = getattr(tokenizer, f"{name}_id")
         if index is not None and index >= vocab_size:
             found[index] = f"the {name} token"
-    for example in examples:
-        if example.tokens.max(initial=0) >= vocab_size:
-            for index in example.tokens[example.tokens >= vocab_size].tolist():
-                found.setdefault(index, place(example.path, example.number))
+    if max(account.largest_id for account in accounts) >= vocab_size:
+        for record in store.records:
+            start = record["start"]
+            tokens = store.tokens[start : start + record["length"]]
+            for index in tokens[tokens >= vocab_size].tolist():
+                where = place(files[record["file"]], int(record["number"]))
+                found.setdefault(index, where)
     if found:
         ids = [
             f"{index} {tokenizer.token(index)!r} ({found[index]})"

@@ -77,12 +77,11 @@ def make_samples(dataset: Dataset, tokenizer: Tokenizer) -> list[Sample]:
     return [_sample(example, tokenizer) for example in dataset.samples]
 
 
-def choose_samples(examples: Sequence[Example]) -> list[Example]:
-    """Returns the examples that `make_samples` shows."""
-    last = len(examples) - 1
+def choose_samples(count: int) -> list[int]:
+    """Returns which of `count` records `make_samples` shows."""
+    last = count - 1
     steps = max(NUM_SAMPLES - 1, 1)
-    chosen = dict.fromkeys(last * step // steps for step in range(NUM_SAMPLES))
-    return [examples[index] for index in chosen]
+    return list(dict.fromkeys(last * step // steps for step in range(NUM_SAMPLES)))
 
 
 def _sample(example: Example, tokenizer: Tokenizer) -> Sample:

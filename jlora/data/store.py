@@ -1,7 +1,8 @@
 """Token ids on disk: written once, read at random through memory maps, checked by digests.
 
 A store is a folder of three arrays and a note. It appears whole or not at all, one process
-builds it while others wait, and one that is damaged is built again.
+builds it while others wait, and one that is damaged (a power cut before the disk had it
+all, say) is built again.
 """
 
 import errno
@@ -95,10 +96,9 @@ class StoreWriter:
                 file.close()
 
     def finish(self) -> dict[str, str]:
-        """Brings everything to the disk and returns the sha256 of each part."""
+        """Writes everything out and returns the sha256 of each part."""
         for file in self._files.values():
             file.flush()
-            os.fsync(file.fileno())
         return {name: digest.hexdigest() for name, digest in self._hashes.items()}
 
 
@@ -150,8 +150,6 @@ def _build(
         about = {"schema": SCHEMA, "key": key, "sha256": digests, "note": note}
         with (temporary / "note.json").open("w", encoding="utf-8") as file:
             json.dump(about, file)
-            file.flush()
-            os.fsync(file.fileno())
         shutil.rmtree(cache / key, ignore_errors=True)  # damaged, or it would be used
         temporary.rename(cache / key)
     except BaseException:
@@ -221,5 +219,5 @@ def _clear_stale(cache: Path, but: str) -> None:
 
 
 def default_cache() -> Path:
-    """Returns ~/.cache/jlora, or its place under XDG_CACHE_HOME."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jlora"
+    """Returns $JLORA_CACHE, or else ~/.cache/jlora."""
+    return Path(os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora")

@@ -56,6 +56,7 @@ class Tokenizer:
             adds_bos = backend.encode("a").ids[:1] == [self.bos_id]
         self.adds_bos = adds_bos and self.bos_id is not None
         """Whether plain text begins with BOS."""
+        self._origin: tuple[Mapping[str, bytes], LlamaConfig]
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], config: LlamaConfig) -> "Tokenizer":
@@ -83,7 +84,7 @@ class Tokenizer:
         )
         adds_bos = settings.get("add_bos_token")
         generation = model_files.read_json(files, "generation_config.json")
-        return cls(
+        tokenizer = cls(
             backend,
             special_tokens=special,
             adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
@@ -92,6 +93,12 @@ class Tokenizer:
             | model_files.eos_ids(generation.get("eos_token_id")),
             fingerprint=model_files.fingerprint(files),
         )
+        tokenizer._origin = dict(files), config
+        return tokenizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Lets other processes make the same tokenizer."""
+        return Tokenizer.from_files, self._origin
 
     def encode(self, text: str, *, add_bos: bool) -> list[int]:
         """Returns the ids of plain text; control strings in it count as tokens.

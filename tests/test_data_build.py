@@ -1,0 +1,157 @@
+"""The token cache of a data set: when it is used, and that all cores make the same one."""
+
+import copy
+
+import numpy as np
+import pytest
+from data_cases import all_tokens, chat, load, make_tokenizer, write_rows
+
+from jlora.data import build
+from jlora.data.account import Account
+from jlora.errors import CorruptError, UnsupportedError
+from tests.test_data_tokens import UNSTABLE
+
+ROWS = [chat(f"What is {i}?", "five " * (1 + i % 4)) for i in range(40)]
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    monkeypatch.setenv("JLORA_CACHE", str(tmp_path / "cache"))
+    return write_rows(tmp_path / "data.jsonl", ROWS)
+
+
+@pytest.fixture
+def tokenised(monkeypatch) -> list[int]:
+    """The rows of every chunk that was tokenised."""
+    counts: list[int] = []
+    make = build._make_part
+
+    def counted(chunk, reading, tokenizer):
+        counts.append(len(chunk.rows))
+        return make(chunk, reading, tokenizer)
+
+    monkeypatch.setattr(build, "_make_part", counted)
+    return counts
+
+
+def test_same_data_is_tokenised_once(path, tokenised):
+    first, second = load(path), load(path)
+    assert tokenised == [40]
+    assert first.fingerprint == second.fingerprint
+    np.testing.assert_equal(first.batch(0), second.batch(0))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seq_len": 36}, {"packing": True}, {"seed": 3}, {"batch_size": 7}],
+    ids=str,
+)
+def test_what_does_not_touch_the_tokens_uses_the_cache(path, tokenised, change):
+    load(path)
+    load(path, **change)
+    assert tokenised == [40]
+
+
+def test_a_copy_of_the_file_uses_the_cache_and_is_named(path, tmp_path, tokenised):
+    load(path)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(path.read_bytes())
+    assert load(other).samples[0].path == other
+    assert tokenised == [40]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "config"),
+    [
+        ("chatml", {"train_on": "all"}),
+        ("llama3", {}),
+        ("chatml", {"format": "messages"}),
+    ],
+)
+def test_what_touches_the_tokens_builds_another(path, tokenised, tokenizer, config):
+    load(path)
+    load(path, make_tokenizer(tokenizer), **config)
+    assert tokenised == [40, 40]
+
+
+def test_changed_data_builds_another(path, tokenised):
+    load(path)
+    write_rows(path, [*ROWS, chat("more", "rows")])
+    assert load(path).num_records == 41
+    assert tokenised == [40, 41]
+
+
+def test_cache_dir_says_where(path, tmp_path):
+    load(path, cache_dir=str(tmp_path / "here"))
+    assert (tmp_path / "here" / "tokens").is_dir()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_damaged_cache_is_built_again(path, tmp_path, tokenised, capsys):
+    good = all_tokens(load(path))
+    [tokens] = (tmp_path / "cache").glob("tokens/*/tokens.bin")
+    tokens.write_bytes(bytes(tokens.stat().st_size))
+    assert all_tokens(load(path)) == good
+    assert tokenised == [40, 40]
+    assert "tokens.bin is damaged; building it again" in capsys.readouterr().out
+
+
+def test_what_is_told_does_not_depend_on_the_cache(path):
+    write_rows(
+        path,
+        [*ROWS, "{broken", {"messages": []}, {"messages": ROWS[0]["messages"][:1]}],
+    )
+    settings = {"on_bad_row": "skip", "seq_len": 36}
+    first, second = load(path, **settings), load(path, **settings)
+    assert first.summary == second.summary
+    assert first.accounts == second.accounts
+
+
+def test_bad_rows_are_refused_from_the_cache_too(path):
+    write_rows(path, [*ROWS, "{broken"])
+    messages = []
+    for _ in range(2):
+        with pytest.raises(CorruptError, match="line 41, column 2") as error:
+            load(path)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_accounts_come_back_from_their_notes(path):
+    write_rows(path, [*ROWS, "{broken"])
+    [account] = load(path, on_bad_row="skip").accounts
+    again = Account.from_note(account.note(), account.source, account.seq_len)
+    assert again.note() == account.note()
+
+
+def test_a_tokenizer_survives_the_way_to_another_process():
+    tokenizer = make_tokenizer()
+    other = copy.deepcopy(tokenizer)
+    assert other is not tokenizer
+    assert other.encode("What is the sum?", add_bos=True) == tokenizer.encode(
+        "What is the sum?", add_bos=True
+    )
+    assert other.fingerprint == tokenizer.fingerprint
+
+
+@pytest.fixture
+def two_workers(monkeypatch):
+    monkeypatch.setattr(build, "_BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("jlora.data.files.CHUNK_ROWS", 7)
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_records_in_the_same_order(path, tmp_path, two_workers):
+    many = load(path, cache_dir=str(tmp_path / "many"))
+    build._BYTES_PER_WORKER = 1 << 30
+    one = load(path, cache_dir=str(tmp_path / "one"))
+    assert many.fingerprint == one.fingerprint
+    assert many.summary == one.summary
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_the_users_message(path, two_workers):
+    tokenizer = make_tokenizer(chat_template=UNSTABLE)
+    with pytest.raises(UnsupportedError, match="changes earlier text"):
+        load(write_rows(path, [chat("a", "b", "c", "d")] * 40), tokenizer)
