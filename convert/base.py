@@ -37,6 +37,7 @@ from convert.source import (
     Dtype,
     Source,
     check_names,
+    hashing,
     parse_config,
     read_as,
     read_json,
@@ -61,7 +62,10 @@ def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
         ResourceError: the disk is full.
     """
     leaves: dict[str, dict[str, Any]] = {}
-    with atomic_folder(out, overwrite, source.location) as folder:
+    with (
+        atomic_folder(out, overwrite, source.location) as folder,
+        hashing(source) as file_digests,
+    ):
         for part, paths in _parts(list(source.tensors)).items():
             leaves |= _write_part(
                 folder / "params" / part,
@@ -78,7 +82,8 @@ def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
         record = {
             "schema": SCHEMA_VERSION,
             "content_digest": digest,
-            "provenance": source.provenance,
+            "provenance": source.provenance
+            | ({"sha256": file_digests()} if source.weights else {}),
             "leaves": leaves,
         }
         _write_json(folder / "config.json", source.hf_config)

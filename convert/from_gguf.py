@@ -118,6 +118,7 @@ def open_gguf(path: Path) -> Source:
             "name": file.metadata.get("general.name"),
             "tensor_types": dict(sorted(Counter(kinds.values()).items())),
         },
+        weights=(path,),
     )
 
 

@@ -76,6 +76,7 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
         read=read,
         files=read_side_files(folder),
         provenance=provenance,
+        weights=tuple(sorted({entry.file for entry in entries.values()})),
     )
 
 

@@ -4,9 +4,12 @@
 `Source` then hands out one tensor at a time in jlora's layout.
 """
 
+import contextlib
+import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -81,6 +84,8 @@ class Source:
     """Tokenizer, template and generation files, verbatim."""
     provenance: dict[str, Any]
     """Where it came from, for jlora.json; free of times."""
+    weights: tuple[Path, ...] = ()
+    """The files that hold the tensors; none of a base, whose record has their digests."""
 
 
 def open_source(path: str) -> Source:
@@ -148,6 +153,26 @@ def _open_hub(name: str, revision: str | None) -> Source:
     snapshot = Path(folder)
     provenance = {"format": "hf", "source": name, "revision": snapshot.name}
     return open_hf(snapshot, provenance)
+
+
+@contextlib.contextmanager
+def hashing(source: Source) -> Iterator[Callable[[], dict[str, str]]]:
+    """Yields a function that returns {file name: sha256} of the files with weights.
+
+    They are hashed by a thread meanwhile: whoever reads them too finds them in the page
+    cache. Model hubs show the same digests.
+    """
+
+    def digest(path: Path) -> str:
+        with reading(path), path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    pool = ThreadPoolExecutor(1)
+    try:
+        found = {path.name: pool.submit(digest, path) for path in source.weights}
+        yield lambda: {name: future.result() for name, future in found.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def parse_config(hf_config: dict[str, Any], where: str) -> LlamaConfig:
