@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax
 
-from convert.peft import attach_adapter
+from convert.peft import attach_adapter, model_config, open_adapter
 from convert.source import load_params, open_source
 from jlora.attention import choose_attention
 from jlora.cli import run_command
@@ -72,7 +72,8 @@ def main(args: Arguments) -> None:
         train_on=args.train_on,
     )
     source = open_source(args.model)
-    config = source.config
+    adapter = None if args.adapter is None else open_adapter(args.adapter)
+    config = model_config(adapter, source.config) if adapter else source.config
     config.check_length(args.seq_len, "seq_len")
     tokenizer = Tokenizer.from_files(source.files, config)
     data = load_dataset(
@@ -91,8 +92,8 @@ def main(args: Arguments) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     check_divisible(mesh, config, args.batch_size)
     params = load_params(source)
-    if args.adapter is not None:
-        params = attach_adapter(params, config, args.adapter)
+    if adapter is not None:
+        params = attach_adapter(params, source.config, adapter)
     params = jax.device_put(params, tree_shardings(mesh, params))
     dtype = compute_dtype(args.dtype)
     attention = choose_attention("auto", dtype=dtype, head_dim=config.head_dim)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from convert.peft import attach_adapter
+from convert.peft import attach_adapter, model_config, open_adapter
 from convert.source import load_params, open_source
 from jlora.cli import run_command
 from jlora.data import Tokenizer
@@ -52,11 +52,13 @@ class Arguments:
 def main(args: Arguments) -> None:
     """Loads the model and prints what it says."""
     source = open_source(args.model)
-    params = load_params(source)
+    config, params = source.config, load_params(source)
     if args.adapter is not None:
-        params = attach_adapter(params, source.config, args.adapter)
-    model = Llama(source.config, compute_dtype(args.dtype))
-    tokenizer = Tokenizer.from_files(source.files, source.config)
+        adapter = open_adapter(args.adapter)
+        params = attach_adapter(params, config, adapter)
+        config = model_config(adapter, config)
+    model = Llama(config, compute_dtype(args.dtype))
+    tokenizer = Tokenizer.from_files(source.files, config)
     if args.prompt is not None and not args.chat:
         tokens = tokenizer.encode(args.prompt, add_bos=True)
         say(args, model, params, tokenizer, tokens)

@@ -19,7 +19,8 @@ from jlora.config import LoraConfig
 from jlora.data import Prefetch, Tokenizer, load_split, make_samples, plan_lines
 from jlora.errors import StopRequested
 from jlora.loop import StepLog, check_remaining, is_due, stop_requests
-from jlora.lora import Params, add_lora, format_parameter_count, join
+from jlora.lora import Params, format_parameter_count, join
+from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import flops_per_token, memory_table, plan_workload
@@ -169,7 +170,8 @@ def main(args: Arguments) -> None:
                     raise StopRequested(f"step {done} is saved; run it again to go on")
         checkpoints.close()
         adapter = run / "adapter"
-        write_adapter(state.trainable, lora, adapter, args.model, overwrite=True)
+        tuned = join(state.trainable, frozen)
+        write_adapter(tuned, lora, adapter, args.model, overwrite=True)
         plot(run)
     print(f"adapter written to {adapter}")
 
@@ -192,7 +194,7 @@ def load_model(
         return base, jax.eval_shape(add, base) if args.plan else add(base), args.lora
     adapter = open_adapter(args.init_adapter)
     lora = replace(adapter.config, lora_dropout=args.lora.lora_dropout)
-    return base, attach_adapter(base, source.config, adapter), lora
+    return base, attach_adapter(base, source.config, adapter, train=True), lora
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.targets import TABLES, is_saved
 
 MERGE_FIRST = (
     "merge it with PEFT (merge_and_unload) where it was trained, save the model and use "
@@ -18,10 +19,6 @@ MERGE_FIRST = (
 )
 # Fields that change what an adapter computes, with the values that change nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "bias": ("none",),
     "lora_bias": (False, None),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
@@ -35,11 +32,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Starting points that leave the base alone: what comes out of training is plain LoRA.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
+# Those that take the start out of the base, and can be computed again from it.
+_RESIDUAL_INITS = ("pissa", "olora")
+_LOST_INITS = ("corda", "loftq", "lora_ga")
 # Bookkeeping, settings of other starting points and of other layer types.
 _IGNORED = {
     "auto_mapping",
     "corda_config",
-    "ensure_weight_tying",  # says something about adapters on the tables only
     "eva_config",
     "fan_in_fan_out",
     "inference_mode",
@@ -79,12 +78,15 @@ def read_config(document: dict[str, Any], where: str) -> LoraConfig:
             f"{where}: jlora does not support {listing(refused)}; {MERGE_FIRST}"
         )
     init = document.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
+    init = init.lower() if isinstance(init, str) else init
+    if init in _LOST_INITS or str(init).startswith("pissa_niter"):
         raise UnsupportedError(
-            f"{where}: init_lora_weights={init!r} is not supported, as it may need a "
-            "changed base; save the adapter as plain LoRA with PEFT: "
+            f"{where}: init_lora_weights={init!r} is not supported, as the adapter does "
+            "not tell its changed base; save it as plain LoRA with PEFT: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
         )
+    if init not in (*_PLAIN_INITS, *_RESIDUAL_INITS):
+        raise CorruptError(f"{where}: init_lora_weights={init!r} is not known to PEFT")
     known = {field.name for field in fields(LoraConfig)} | _NEUTRAL.keys()
     known |= _IGNORED | _READ
     unknown = [
@@ -92,9 +94,11 @@ def read_config(document: dict[str, Any], where: str) -> LoraConfig:
     ]
     if unknown:
         warn(f"{where}: unknown keys are ignored: {listing(unknown)}")
-    # jlora never writes another start than PEFT's default, and training is over.
     honoured = {key: document[key] for key in _FORMS if document.get(key) is not None}
     _check_forms(document, honoured, where)
+    # A plain start says nothing once training is over.
+    if init in _RESIDUAL_INITS:
+        honoured["init_lora_weights"] = init
     try:
         return LoraConfig(**honoured)
     except UsageError as error:
@@ -105,6 +109,15 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list) and all(isinstance(item, str) for item in value)
     )
+
+
+def _is_list_of_names(value: Any) -> bool:
+    return isinstance(value, list) and _is_names(value)
+
+
+def _is_tokens(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(x, list) and all(map(_is_int, x)) for x in lists)
 
 
 def _is_int(value: Any) -> bool:
@@ -131,6 +144,14 @@ _FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (lambda value: isinstance(value, dict), "an object"),
     "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
+    "ensure_weight_tying": (lambda value: isinstance(value, bool), "true or false"),
+    "modules_to_save": (_is_list_of_names, "a list of strings"),
+    "trainable_token_indices": (
+        _is_tokens,
+        "a list of token ids, or an object of such",
+    ),
+    "bias": (lambda value: isinstance(value, str), "a string"),
 }
 
 
@@ -178,7 +199,7 @@ def config_to_write(
             if alpha != config.lora_alpha
         },
         "auto_mapping": None,
-        "bias": "none",
+        "bias": config.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -186,7 +207,7 @@ def config_to_write(
         "layers_to_transform": None,
         "lora_alpha": _plain(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
-        "modules_to_save": None,
+        "modules_to_save": sorted(config.modules_to_save or []) or None,
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": {
@@ -194,7 +215,17 @@ def config_to_write(
         },
         "target_modules": _targets(config, sorted(ranks), linears),
         "task_type": "CAUSAL_LM",
-        **({"use_rslora": True} if config.use_rslora else {}),
+        **{key: value for key, value in _newer(config).items() if value},
+    }
+
+
+def _newer(config: LoraConfig) -> dict[str, Any]:
+    """Returns the keys that only newer releases know, written only where they say more."""
+    return {
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "ensure_weight_tying": config.ensure_weight_tying,
+        "trainable_token_indices": config.trainable_token_indices,
     }
 
 
@@ -202,9 +233,16 @@ def _targets(
     config: LoraConfig, names: list[str], linears: list[str] | None
 ) -> list[str]:
     """Returns sorted suffixes if they select the same modules, else sorted full names."""
+    if config.ensure_weight_tying and TABLES[0] in names:  # its head follows by itself
+        names = [name for name in names if name != TABLES[1]]
     suffixes = sorted({name.rsplit(".")[-1] for name in names})
     if linears:
-        matched = [name for name in linears if name.rsplit(".")[-1] in suffixes]
+        every = {*linears, *TABLES}
+        matched = [
+            name
+            for name in every
+            if name.rsplit(".")[-1] in suffixes and not is_saved(config, name)
+        ]
         return suffixes if sorted(matched) == names else names
     # Without the base, the settings decide: plain suffixes reach every layer.
     targets = config.target_modules

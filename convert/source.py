@@ -107,13 +107,12 @@ def open_source(path: str) -> Source:
         from convert.hf_folder import open_hf
 
         return open_hf(location, {"format": "hf", "source": path})
-    hub_id = _HUB_ID.fullmatch(path)
-    if hub_id is None or location.exists() or path.startswith((".", "~")):
+    if not is_hub_id(path) or location.exists():
         raise UsageError(
             f"{path}: no such file or folder; give an HF folder, a converted base, "
             "a .gguf file or a hub id (owner/name)"
         )
-    return _open_hub(hub_id[1], hub_id[2])
+    return _open_hub(path)
 
 
 def _open_file(path: Path) -> Source:
@@ -127,7 +126,31 @@ def _open_file(path: Path) -> Source:
     raise UsageError(f"{path}: not a model folder nor a .gguf file")
 
 
-def _open_hub(name: str, revision: str | None) -> Source:
+def _open_hub(name: str) -> Source:
+    from convert.hf_folder import open_hf
+
+    snapshot = hub_folder(
+        name,
+        ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
+        ["original/*", "consolidated*", "adapter_*", "onnx/*"],
+    )
+    provenance = {"source": name.partition("@")[0], "revision": snapshot.name}
+    return open_hf(snapshot, {"format": "hf", **provenance})
+
+
+def is_hub_id(path: str) -> bool:
+    """Returns whether a path that is not there may be owner/name or owner/name@revision."""
+    return _HUB_ID.fullmatch(path) is not None and not path.startswith((".", "~"))
+
+
+def hub_folder(
+    name: str, patterns: list[str], ignored: list[str] | None = None
+) -> Path:
+    """Returns the local copy of the files of a hub id that match the patterns.
+
+    Raises:
+        UsageError: it cannot be fetched.
+    """
     try:
         import huggingface_hub
     except ImportError as error:
@@ -135,12 +158,13 @@ def _open_hub(name: str, revision: str | None) -> Source:
             f"{name}: no such local folder, and hub ids need huggingface_hub: "
             "pip install huggingface_hub"
         ) from error
+    repository, _, revision = name.partition("@")
     try:
         folder = huggingface_hub.snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
-            ignore_patterns=["original/*", "consolidated*", "adapter_*", "onnx/*"],
+            repository,
+            revision=revision or None,
+            allow_patterns=patterns,
+            ignore_patterns=ignored,
         )
     except Exception as error:  # many classes, of several HTTP libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -148,11 +172,7 @@ def _open_hub(name: str, revision: str | None) -> Source:
             f"{name}: no such local folder, and it cannot be fetched from the hub: "
             f"{reason[0]}"
         ) from error
-    from convert.hf_folder import open_hf
-
-    snapshot = Path(folder)
-    provenance = {"format": "hf", "source": name, "revision": snapshot.name}
-    return open_hf(snapshot, provenance)
+    return Path(folder)
 
 
 @contextlib.contextmanager
@@ -426,10 +446,12 @@ def load(
     from jlora.model import Llama
 
     source = open_source(str(path))
-    params = load_params(source, dtype=dtype)
+    config, params = source.config, load_params(source, dtype=dtype)
     if adapter is not None:
-        from convert.peft import attach_adapter
+        from convert.peft import attach_adapter, model_config, open_adapter
 
-        params = attach_adapter(params, source.config, adapter)
+        opened = open_adapter(adapter)
+        params = attach_adapter(params, config, opened)
+        config = model_config(opened, config)
     compute = jnp.float32 if dtype == "keep" else jnp.dtype(dtype)
-    return Llama(source.config, dtype=compute), params
+    return Llama(config, dtype=compute), params

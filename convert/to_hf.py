@@ -9,15 +9,17 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from convert.hf_config import export_config
-from convert.names import Name, all_names
-from convert.peft import Adapter, check_fit, open_adapter
+from convert.names import Name, all_names, module_name
+from convert.peft import Adapter, check_fit, open_adapter, start_of
+from convert.peft_fit import changed_tables
+from convert.peft_keys import EMBEDDING, HEAD
 from convert.safetensors import (
     Spec,
     atomic_folder,
@@ -39,11 +41,12 @@ from convert.verify import check
 from jlora.checkpoint import leaf_digest
 from jlora.cli import run_command
 from jlora.errors import CorruptError
-from jlora.lora import merge_kernel
+from jlora.merge import merge_module, merge_tied_head
 
 MAX_SHARD_BYTES = 5_000_000_000
 # Above this, checking the logits costs minutes; the digests are compared anyway.
 MAX_VERIFIED_PARAMETERS = 1_000_000_000
+_TABLE = f"{EMBEDDING}/embedding"
 
 
 @dataclass(frozen=True)
@@ -98,15 +101,15 @@ def write_merged(
         CorruptError: a merged value is not finite or does not fit the dtype, or the disk
             gives back something else than was written.
     """
-    names = {name.key: name for name in all_names(source.config)}
+    merger = Merger(source, adapter, dtype)
+    names = {name.key: name for name in merger.names}
     specs = {
-        key: Spec(name.hf_shape, stored_dtype(source.tensors[name.path], dtype))
-        for key, name in names.items()
+        key: Spec(name.hf_shape, merger.dtype_of(name)) for key, name in names.items()
     }
     digests: dict[str, str] = {}
 
     def read(key: str) -> np.ndarray:
-        array = _merged(source, adapter, names[key], specs[key].dtype)
+        array = merger.read(names[key])
         digests[key] = leaf_digest(array)
         return array
 
@@ -124,7 +127,12 @@ def write_merged(
         file.write_bytes(data)
     _read_back(folder, list(shards), digests)
     main_dtype = _main_dtype(specs)
-    _write_json(folder / "config.json", export_config(source, main_dtype))
+    document = export_config(source, main_dtype)
+    # Said in so many words, as the base may say it by leaving it out.
+    if merger.config != source.config:
+        document["tie_word_embeddings"] = merger.config.tie_word_embeddings
+        document["vocab_size"] = merger.config.vocab_size
+    _write_json(folder / "config.json", document)
     return [
         f"merged {len(adapter.tensors)} of {len(specs)} tensors into "
         f"{total:,} bytes of {main_dtype} in {len(shards)} file(s)",
@@ -132,29 +140,71 @@ def write_merged(
     ]
 
 
-def _merged(
-    source: Source, adapter: Adapter, name: Name, dtype: np.dtype[Any]
-) -> np.ndarray:
-    """Returns one tensor of the result in HF's layout, rounded once to `dtype`."""
-    array = source.read(name.path)
-    module = name.path.removesuffix("/kernel")
-    adapted = name.transposed and module in adapter.tensors
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if adapted:
-            pair = adapter.tensors[module]
-            array = merge_kernel(
-                array.astype(np.float32, copy=False),
-                pair["lora_A"],
-                pair["lora_B"],
-                adapter.scalings[module],
-            )
-        result = array.astype(dtype, copy=False)
-    if adapted or result is not array:  # `read` checked what is untouched
-        _check_finite(name, array, result)
-    return name.to_params(result)
+class Merger:
+    """The merged model, tensor by tensor."""
+
+    def __init__(self, source: Source, adapter: Adapter, dtype: Dtype) -> None:
+        """Checks that the adapter fits, and whether it parts a tied head from its table."""
+        self._source, self._adapter = source, adapter
+        self._dtype: Dtype = dtype
+        self._fit = check_fit(adapter, source.config)
+        self._tables = changed_tables(adapter, self._fit, source.read)
+        self.config = self._fit.config
+        if self.config.tie_word_embeddings and self._tied_head() is not None:
+            self.config = replace(self.config, tie_word_embeddings=False)
+        self.names: list[Name] = all_names(self.config)
+        """All tensors of the result."""
+
+    def dtype_of(self, name: Name) -> np.dtype[Any]:
+        """Returns the dtype a tensor is stored in."""
+        path = name.path if name.path in self._source.tensors else _TABLE
+        return stored_dtype(self._source.tensors[path], self._dtype)
+
+    def read(self, name: Name) -> np.ndarray:
+        """Returns one tensor of the result in HF's layout, rounded once to its dtype.
+
+        Raises:
+            CorruptError: a value is not finite or does not fit the dtype.
+        """
+        path, _, leaf = name.path.rpartition("/")
+        dtype = self.dtype_of(name)
+        if name.path not in self._source.tensors:
+            head = self._tied_head()
+            assert head is not None  # or there would be no such name
+            _check_finite(name, head, head)
+            return name.to_params(head)
+        base = self._base(name.path)
+        leaves = {leaf: base, **self._leaves(path, base)}
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            result = merge_module(leaves, dtype)[leaf]
+            if result is not base and first_non_finite(result) is not None:
+                _check_finite(name, merge_module(leaves, np.float32)[leaf], result)
+        return name.to_params(result)
+
+    def _base(self, path: str) -> np.ndarray:
+        return self._tables[path] if path in self._tables else self._source.read(path)
+
+    def _leaves(self, path: str, weight: np.ndarray) -> dict[str, Any]:
+        """Returns the adapter's leaves of a module; their start, if they have one."""
+        leaves = dict(self._fit.leaves.get(module_name(path), {}))
+        if "lora_A" in leaves and self._adapter.takes_start_out and path != EMBEDDING:
+            start = start_of(self._adapter, module_name(path), weight)
+            leaves |= {leaf: np.asarray(array) for leaf, array in start.items()}
+        return leaves
+
+    def _tied_head(self) -> np.ndarray | None:
+        """Returns the kernel of the head, if it differs from the merged table."""
+        table = self._base(_TABLE)
+        dtype = stored_dtype(self._source.tensors[_TABLE], self._dtype)
+        return merge_tied_head(
+            {"embedding": table, **self._leaves(EMBEDDING, table)},
+            self._leaves(HEAD, table.T),
+            dtype,
+        )
 
 
 def _check_finite(name: Name, exact: np.ndarray, rounded: np.ndarray) -> None:
+    """Says whether the merge or its rounding made what is not finite."""
     index = first_non_finite(rounded)
     if index is None:
         return

@@ -6,13 +6,16 @@ from typing import Literal
 
 import numpy as np
 
-from convert.peft import Adapter, open_adapter, save_adapter
+from convert.peft import Adapter, open_adapter, plain, save_adapter
+from convert.peft_keys import EMBEDDING, HEAD
 from convert.safetensors import check_target
+from convert.source import open_source
 from jlora.cli import run_command
-from jlora.errors import UnsupportedError
+from jlora.errors import JloraError, UnsupportedError, UsageError, listing
 
 # What vLLM accepts as --max-lora-rank; 16 is its default.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_MERGE = "merge the adapter with convert.to_hf and serve the merged model"
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,12 @@ def main(arguments: Arguments) -> None:
     """Reads, adapts to the reader and writes."""
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
-    adapter = open_adapter(arguments.adapter)
-    notes = []
+    adapter, notes = open_adapter(arguments.adapter), []
+    source = adapter.location
+    adapter = plain(adapter)
     if arguments.for_ != "peft":
         adapter, notes = adapt(adapter, arguments.for_)
-    save_adapter(adapter, out, overwrite=arguments.overwrite, source=adapter.location)
+    save_adapter(adapter, out, overwrite=arguments.overwrite, source=source)
     print(f"{out}: {len(adapter.tensors)} modules, written for {arguments.for_}")
     for note in notes:
         print(note)
@@ -52,9 +56,10 @@ def adapt(
     rsLoRA.
 
     Raises:
-        UnsupportedError: the rank is above vLLM's largest.
+        UnsupportedError: parts that the reader cannot load, or a rank above vLLM's largest.
     """
     config = adapter.config
+    _refuse(adapter, reader)
     uneven = bool(config.rank_pattern or config.alpha_pattern)
     if uneven or (reader == "gguf" and config.use_rslora):
         adapter = bake(adapter)
@@ -66,10 +71,50 @@ def adapt(
     if rank > VLLM_RANKS[-1]:
         raise UnsupportedError(
             f"{adapter.location}: rank {rank}; vLLM serves ranks up to {VLLM_RANKS[-1]}; "
-            "merge the adapter with convert.to_hf and serve the merged model"
+            f"{_MERGE}"
         )
     needed = next(size for size in VLLM_RANKS if size >= rank)
     return adapter, [f"serve with --enable-lora --max-lora-rank {needed}"]
+
+
+def _refuse(adapter: Adapter, reader: Literal["vllm", "gguf"]) -> None:
+    """Refuses what a reader stops at or, worse, drops without a word."""
+    leaves = {leaf for found in adapter.tensors.values() for leaf in found}
+    parts = {
+        "DoRA (use_dora)": "lora_magnitude" in leaves,
+        "biases": "trained_bias" in leaves,
+        "rows of single tokens (trainable_token_indices)": "token_rows" in leaves,
+        "whole weights (modules_to_save)": any(
+            leaf.startswith("trained_") and leaf != "trained_bias" for leaf in leaves
+        ),
+        "a resized vocabulary": adapter.vocab_size is not None,
+    }
+    found = [part for part, there in parts.items() if there]
+    if (
+        reader == "gguf"
+        and adapter.pairs.keys() & {EMBEDDING, HEAD}
+        and _is_tied(adapter)
+    ):
+        found.append("adapters on either end of a table that embedding and head share")
+    if found:
+        name = {"vllm": "vLLM", "gguf": "llama.cpp"}[reader]
+        raise UnsupportedError(
+            f"{adapter.location}: {name} does not load {listing(found)}; {_MERGE}"
+        )
+
+
+def _is_tied(adapter: Adapter) -> bool:
+    """Returns whether the base ties its head to the embedding, as it says itself."""
+    if adapter.config.ensure_weight_tying:
+        return True
+    base = adapter.base_model_name_or_path
+    try:
+        return open_source(base or "").config.tie_word_embeddings
+    except JloraError as error:
+        raise UsageError(
+            f"{adapter.location}: adapters on the embedding or the head need the base, "
+            f"named as {base!r}, which says whether the two share a table: {error}"
+        ) from error
 
 
 def bake(adapter: Adapter) -> Adapter:
@@ -78,12 +123,12 @@ def bake(adapter: Adapter) -> Adapter:
     Scalings move into lora_B (one rounding, none for powers of two); smaller ranks are
     padded with zeros.
     """
-    rank = max(pair["lora_A"].shape[1] for pair in adapter.tensors.values())
-    tensors = {}
-    for path, pair in adapter.tensors.items():
+    rank = max(pair["lora_A"].shape[1] for pair in adapter.pairs.values())
+    tensors = {path: dict(leaves) for path, leaves in adapter.tensors.items()}
+    for path, pair in adapter.pairs.items():
         extra = rank - pair["lora_A"].shape[1]
         scaled = pair["lora_B"] * np.float32(adapter.scalings[path])
-        tensors[path] = {
+        tensors[path] |= {
             "lora_A": np.pad(pair["lora_A"], ((0, 0), (0, extra))),
             "lora_B": np.pad(scaled, ((0, extra), (0, 0))),
         }
@@ -99,7 +144,7 @@ def bake(adapter: Adapter) -> Adapter:
         adapter,
         config=config,
         tensors=tensors,
-        scalings=dict.fromkeys(tensors, 1.0),
+        scalings=dict.fromkeys(adapter.pairs, 1.0),
     )
 
 

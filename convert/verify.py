@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.names import Params
-from convert.peft import Adapter, attach_adapter
+from convert.peft import Adapter, attach_adapter, model_config
 from convert.source import Source, load_params, open_source
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError
-from jlora.lora import map_leaves, merge
+from jlora.lora import map_leaves
+from jlora.merge import merge
 from jlora.model import Llama
 
 ROWS, LENGTH = 2, 32
@@ -81,12 +82,12 @@ def compare(source: Source, adapter: Adapter, folder: Path) -> Figures:
     config = source.config
     reloaded = open_source(str(folder))
     params = attach_adapter(load_params(source, dtype="float32"), config, adapter)
-    unmerged = _logits(config, params)
+    unmerged = _logits(model_config(adapter, config), params)
     params = map_leaves(
         lambda path, leaf: leaf.astype(reloaded.tensors["/".join(path)].dtype),
         merge(params),
     )
-    in_memory = _logits(config, params)
+    in_memory = _logits(reloaded.config, params)
     del params  # one model at a time
     from_disk = _logits(reloaded.config, load_params(reloaded))
     stored = {spec.dtype.name for spec in reloaded.tensors.values()}

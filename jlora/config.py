@@ -5,11 +5,12 @@ adapter_config.json, which are the schemas. Validation lives here and nowhere el
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from jlora.architectures import refuse_other_architectures
-from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.fields import Fields, is_int, is_number, joined
 from jlora.rope_config import RopeParameters, read_rope
 
@@ -17,6 +18,8 @@ from jlora.rope_config import RopeParameters, read_rope
 MAX_RANK = 65536
 # A name is made for every tensor of every layer before a file is opened.
 MAX_LAYERS = 10_000
+INIT_LORA_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+_PISSA_NITER = re.compile(r"pissa_niter_([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -133,13 +136,17 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (rank-stabilised LoRA)."""
     use_dora: bool = False
-    """Weight-decomposed LoRA; not supported yet."""
+    """Train each output's length beside the update (weight-decomposed LoRA)."""
     init_lora_weights: bool | str = True
-    """true: A uniform, B zero; gaussian: A normal, B zero; false: both uniform (for tests)."""
+    """true (A uniform, B zero), false (both), gaussian, orthogonal, pissa, pissa_niter_N, olora."""
     modules_to_save: list[str] | None = None
-    """Modules to train in full; not supported yet."""
+    """Ends of names of modules to train in full, such as lm_head."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Token ids whose rows of the embedding are trained, or table -> ids."""
+    ensure_weight_tying: bool = False
+    """On a tied base: what is trained on the embedding serves the head, too."""
     bias: str = "none"
-    """Which biases to train; only none is supported."""
+    """Which biases an adapter brings (all, lora_only); training leaves them alone."""
 
     def __post_init__(self) -> None:
         """Checks every value.
@@ -177,21 +184,25 @@ class LoraConfig:
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise UsageError("lora.layers_pattern needs lora.layers_to_transform")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise UnsupportedError(
-                f"lora.init_lora_weights={self.init_lora_weights!r}; "
-                "jlora supports true, false and 'gaussian'"
+        if self.bias not in ("none", "all", "lora_only"):
+            raise UsageError(
+                f"lora.bias={self.bias!r}; expected none, all or lora_only"
             )
-        for name, neutral in (
-            ("use_dora", False),
-            ("modules_to_save", None),
-            ("bias", "none"),
-        ):
-            value = getattr(self, name)
-            if value != neutral and not (name == "modules_to_save" and value == []):
-                raise UnsupportedError(
-                    f"lora.{name}={value!r} is not supported; leave it at {neutral!r}"
-                )
+        self._check_start()
+
+    def _check_start(self) -> None:
+        start = self.init_lora_weights
+        by_iterations = isinstance(start, str) and _PISSA_NITER.fullmatch(start)
+        if start not in INIT_LORA_WEIGHTS and not by_iterations:
+            raise UnsupportedError(
+                f"lora.init_lora_weights={start!r}; jlora supports true, false, "
+                f"{listing(INIT_LORA_WEIGHTS[2:])} and pissa_niter_N"
+            )
+        odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
+        if start == "orthogonal" and odd:
+            raise UsageError(
+                f"lora.init_lora_weights=orthogonal needs even ranks, not {listing(odd)}"
+            )
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Returns the factor of the update: alpha / rank, or alpha / sqrt(rank)."""

@@ -1,11 +1,22 @@
 """LoRA as leaves of a layer: `lora_A` [in, R], `lora_B` [R, out] and `lora_scaling` [].
 
-A module is adapted when these leaves lie beside its kernel, and is a plain dense layer
-when they do not; there is no second model. `lora_scaling` is alpha / R, a frozen scalar
-that travels with the leaves, so that merging and the forward pass need only the tree.
+A module is adapted when these leaves lie beside its weight, and is a plain layer when
+they do not; there is no second model, and merging and the forward pass need only the
+tree. An embedding [V, D] is a layer that maps one-hot tokens, so its leaves are the same.
 
-Source: "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021); PEFT's
-`tuners/lora/layer.py` and `tuners/tuners_utils.py` for names, defaults and selection.
+| leaf | what it is |
+|---|---|
+| `lora_A`, `lora_B`, `lora_scaling` | the update A B * scaling; the scaling is frozen |
+| `lora_magnitude` [out] | DoRA: the length each column of W + update is brought to |
+| `lora_norm_squared` [out] | DoRA: that of the frozen W, so that no step computes it |
+| `lora_A0`, `lora_B0` | PiSSA, OLoRA: the start, which is subtracted from the update |
+| `trained_kernel`, `trained_embedding`, `trained_scale`, `trained_bias` | float32 copies |
+| `token_rows` [n, D], `token_ids` [n] | rows that stand in for those of a table |
+| `lora_shared` [] | in `lm_head` over a tied table: it uses the embedding's adapter |
+
+Source: "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021); "DoRA:
+Weight-Decomposed Low-Rank Adaptation" (Liu et al., 2024); PEFT's `tuners/lora/layer.py`
+and `tuners/lora/dora.py` for names and formulas.
 """
 
 import math
@@ -15,17 +26,29 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from jlora import fused
-from jlora.config import LoraConfig
-from jlora.errors import CorruptError, UsageError
-from jlora.targets import TABLES, select_modules
+from jlora.errors import CorruptError
 
 Params = dict[str, Any]
-TRAINABLE_LEAVES = ("lora_A", "lora_B")
-LORA_LEAVES = (*TRAINABLE_LEAVES, "lora_scaling")
+Leaves = Mapping[str, Any]
+_TRAINABLE = ("lora_A", "lora_B", "lora_magnitude", "token_rows")
+# Where a layer's weight lies; an adapter is an update of it.
+WEIGHTS = ("kernel", "embedding")
+# The one value of DoRA's that a recomputing backward pass does better to keep.
+NORM_NAME = "dora_norm"
+
+
+def is_trainable(leaf: str) -> bool:
+    """Returns whether training moves leaves of this name."""
+    return leaf in _TRAINABLE or leaf.startswith("trained_")
+
+
+def is_adapter(leaf: str) -> bool:
+    """Returns whether leaves of this name are an adapter's, not the base's."""
+    return leaf.startswith(("lora_", "trained_", "token_"))
 
 
 def matmul(x: Array, w: Array, dtype: Any) -> Array:
@@ -34,11 +57,192 @@ def matmul(x: Array, w: Array, dtype: Any) -> Array:
     return jnp.matmul(x.astype(dtype), w.astype(dtype), precision=precision)
 
 
-class LoRADense(nn.Module):
-    """y = x W (+ bias) + scaling * (dropout(x) A) B, where the leaves A and B exist.
+def linear(
+    x: Float[Array, "... D_in"],
+    leaves: Leaves,
+    dtype: Any,
+    *,
+    dropped: Float[Array, "... D_in"] | None = None,
+) -> Float[Array, "... D_out"]:
+    """Returns x W (+ bias) and what the adapter among the leaves makes of it.
 
+    LoRA adds s (x A) B; DoRA then brings every column of W + s A B to its magnitude.
     Products run in `dtype` (float32 masters A and B are cast down, x never up).
-    Dropout acts on A's input only, when a "dropout" rng is given.
+
+    Args:
+        x: the input.
+        leaves: of one module, see above.
+        dtype: of the products and the result.
+        dropped: x after dropout, for A (and DoRA's change of the base) in training.
+    """
+    kernel = leaves.get("trained_kernel", leaves["kernel"])
+    bias = leaves.get("trained_bias", leaves.get("bias"))
+    y = matmul(x, kernel, dtype)
+    if "lora_A" in leaves:
+        y = _adapted(x, y, kernel, leaves, dtype, dropped)
+    return y if bias is None else y + bias.astype(dtype)
+
+
+def _adapted(
+    x: Array, y: Array, kernel: Array, leaves: Leaves, dtype: Any, dropped: Array | None
+) -> Array:
+    """Returns the adapted layer's output without its bias, given y = x W."""
+    inner = x if dropped is None else dropped
+    update = _product(inner, leaves["lora_A"], leaves["lora_B"], leaves, dtype)
+    if "lora_magnitude" not in leaves:
+        return y + (update - _start(x, leaves, dtype))
+    gain = leaves["lora_magnitude"] / column_norms(leaves)
+    if dropped is None:
+        return (gain * (y + (update - _start(x, leaves, dtype)))).astype(dtype)
+    # PEFT leaves y itself undropped, which costs this second product with the kernel.
+    base = matmul(dropped, kernel, dtype) - _start(dropped, leaves, dtype)
+    y = y - _start(x, leaves, dtype)
+    return (y + (gain - 1) * base + gain * update).astype(dtype)
+
+
+def _product(x: Array, a: Array, b: Array, leaves: Leaves, dtype: Any) -> Array:
+    """Returns s (x a) b; the scale is applied to b, the smallest, before it is rounded."""
+    return matmul(matmul(x, a, dtype), b * leaves["lora_scaling"], dtype)
+
+
+def _start(x: Array, leaves: Leaves, dtype: Any) -> Array | float:
+    """Returns what the adapter added at its start, if that was taken out of the base."""
+    if "lora_A0" not in leaves:
+        return 0.0
+    return _product(x, leaves["lora_A0"], leaves["lora_B0"], leaves, dtype)
+
+
+def lookup(
+    tokens: Int[Array, "..."], leaves: Leaves, dtype: Any
+) -> Float[Array, "... D"]:
+    """Returns each token's vector, adapted; NaN for an id outside the table.
+
+    The update of a token is A[token] B; an embedding has no dropout, as in PEFT.
+    """
+    table = leaves.get("trained_embedding", leaves["embedding"])
+    y = _rows(table, tokens).astype(dtype)
+    if "lora_A" in leaves:
+        a = _rows(leaves["lora_A"], tokens)
+        b = leaves["lora_B"] * leaves["lora_scaling"]
+        y = y + matmul(a, b, dtype)
+    if "lora_magnitude" in leaves:
+        gain = leaves["lora_magnitude"] / column_norms(leaves)
+        y = (gain * y).astype(dtype)
+    if "token_rows" in leaves:
+        hit = tokens[..., None] == leaves["token_ids"]
+        rows = leaves["token_rows"][jnp.argmax(hit, axis=-1)].astype(dtype)
+        y = jnp.where(jnp.any(hit, axis=-1)[..., None], rows, y)
+    return y
+
+
+def _rows(table: Array, tokens: Array) -> Array:
+    return table.at[tokens].get(
+        mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+    )
+
+
+def head_parameters(params: Params) -> Params:
+    """Returns the leaves that make logits: those of `lm_head`, over a tied table if need be.
+
+    A tied table's kernel is its `embedding`; DoRA's norms are computed here, once, and
+    not by every chunk of positions.
+    """
+    head = dict(params.get("lm_head", {}))
+    if "kernel" not in head:
+        head = _tied_head(params["embed_tokens"], head)
+    if "lora_magnitude" in head:
+        head["lora_norm"] = column_norms({**head, "kernel": _head_kernel(head)})
+    return head
+
+
+def _tied_head(table: Leaves, head: Params) -> Params:
+    tied = {"embedding": table["embedding"]}
+    tied |= {key: table[key] for key in ("token_rows", "token_ids") if key in table}
+    if "lora_shared" in head:
+        if "trained_embedding" in table:
+            tied["trained_embedding"] = table["trained_embedding"]
+        if "lora_A" in table:
+            tied["lora_A"], tied["lora_B"] = table["lora_B"].T, table["lora_A"].T
+            tied["lora_scaling"] = table["lora_scaling"]
+    return tied | {key: leaf for key, leaf in head.items() if key != "lora_shared"}
+
+
+def _head_kernel(head: Leaves) -> Array:
+    table = head.get("trained_embedding", head.get("embedding"))
+    return head["kernel"] if table is None else table.T
+
+
+def head_logits(
+    hidden: Float[Array, "... D"],
+    head: Leaves,
+    dtype: Any,
+    *,
+    dropped: Float[Array, "... D"] | None = None,
+) -> Float[Array, "... V"]:
+    """Returns the logits of `head_parameters`' leaves in `dtype`; `dropped` as `linear`."""
+    logits = linear(
+        hidden, {**head, "kernel": _head_kernel(head)}, dtype, dropped=dropped
+    )
+    if "token_rows" in head:
+        rows = matmul(hidden, head["token_rows"].T, dtype)
+        logits = logits.at[..., head["token_ids"]].set(rows)
+    return logits
+
+
+def drop(x: Array, key: Array, rate: float | Array) -> Array:
+    """Returns x with a share `rate` of its elements zero and the others scaled up."""
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
+def column_norms(leaves: Leaves) -> Float[Array, " D_out"]:
+    """Returns ||W + s A B|| per output in float32: a constant to every gradient.
+
+    No matrix of W's shape is made: ||W + U||^2 = ||W||^2 + 2 <W, U> + ||U||^2, where the
+    first term is a leaf, <W, A B> = sum_r B (A^T W), and ||A B||^2 = sum_r B (A^T A) B.
+    """
+    if "lora_norm" in leaves:
+        return leaves["lora_norm"]
+    leaves = {key: jax.lax.stop_gradient(leaf) for key, leaf in leaves.items()}
+    a, b = leaves["lora_A"], leaves["lora_B"]
+    if "lora_A0" in leaves:
+        a = jnp.concatenate([a, leaves["lora_A0"]], axis=1)
+        b = jnp.concatenate([b, -leaves["lora_B0"]], axis=0)
+    b = b * leaves["lora_scaling"]
+    cross = _exact_product(a, next(leaves[w] for w in WEIGHTS if w in leaves))
+    gram = matmul(a.T, a, jnp.float32)
+    update = jnp.sum(b * (2 * cross + matmul(gram, b, jnp.float32)), axis=0)
+    squared = jnp.maximum(leaves["lora_norm_squared"] + update, 0)
+    return checkpoint_name(jnp.sqrt(squared), NORM_NAME)
+
+
+def _exact_product(a: Array, weight: Array) -> Array:
+    """Returns a^T weight in float32, without a float32 copy of a bfloat16 weight.
+
+    Three bfloat16 numbers hold a float32's 24 bits; their products are exact.
+    """
+    if weight.dtype != jnp.bfloat16:
+        return matmul(a.T, weight, jnp.float32)
+    parts, rest = [], a
+    for _ in range(3):
+        # Without the barrier XLA may take the rounding to be none.
+        part = jax.lax.optimization_barrier(rest.astype(jnp.bfloat16))
+        parts.append(part)
+        rest = rest - part.astype(jnp.float32)
+    stacked = jnp.concatenate(parts, axis=1)  # [in, 3 R]
+    product = jnp.matmul(stacked.T, weight, preferred_element_type=jnp.float32)
+    return product.reshape(3, a.shape[1], -1).sum(axis=0)
+
+
+def norm_squared(weight: Array) -> Float[Array, " D_out"]:
+    """Returns the sum of squares of every column of a weight, float32."""
+    return jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=0)
+
+
+class LoRADense(nn.Module):
+    """A dense layer, with an adapter where the tree has one; see `linear`.
+
+    Dropout acts on the adapter's input only, when a "dropout" rng is given.
     `kernels` is xla or hopper; the latter matters to `project` and the model's MLP.
     """
 
@@ -52,21 +256,14 @@ class LoRADense(nn.Module):
     def __call__(self, x: Float[Array, "... D_in"]) -> Float[Array, "... D_out"]:
         """Returns the layer's output in `dtype`."""
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.zeros_init(), shape)
-        y = matmul(x, kernel, self.dtype)
+        self.param("kernel", nn.initializers.zeros_init(), shape)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-            y = y + bias.astype(self.dtype)
-        if not self.has_variable("params", "lora_A"):
-            return y
-        a, b, scaling = (self.get_variable("params", leaf) for leaf in LORA_LEAVES)
-        if self.has_rng("dropout"):
-            keep = jax.random.bernoulli(
-                self.make_rng("dropout"), 1 - self.dropout, x.shape
-            )
-            x = jnp.where(keep, x / (1 - self.dropout), 0)
-        # The scale is applied to B, the smallest operand, before it is rounded.
-        return y + matmul(matmul(x, a, self.dtype), b * scaling, self.dtype)
+            self.param("bias", nn.initializers.zeros_init(), (self.features,))
+        leaves = self.variables["params"]
+        dropped = None
+        if "lora_A" in leaves and self.has_rng("dropout"):
+            dropped = drop(x, self.make_rng("dropout"), self.dropout)
+        return linear(x, leaves, self.dtype, dropped=dropped)
 
 
 def leaves_to_fuse(x: Array, layers: Sequence[LoRADense]) -> list[Params] | None:
@@ -89,26 +286,6 @@ def project(
     return fused.project(x.astype(layers[0].dtype), leaves)
 
 
-def linear_modules(params: Params) -> dict[str, tuple[int, int]]:
-    """Returns {HF module name: (in, out)} of the tree's linear layers, in model order."""
-    found: dict[str, tuple[int, int]] = {}
-
-    def visit(tree: Params, path: tuple[str, ...]) -> None:
-        if "kernel" in tree:
-            found[".".join(path)] = tree["kernel"].shape
-            return
-        for key in sorted(
-            tree, key=lambda k: (0, int(k), "") if k.isdigit() else (1, 0, k)
-        ):
-            if isinstance(tree[key], dict):
-                visit(tree[key], (*path, key))
-
-    visit(params.get("layers", {}), ("model", "layers"))
-    if "lm_head" in params:
-        visit(params["lm_head"], ("lm_head",))
-    return found
-
-
 def module_at(params: Params, name: str) -> Params:
     """Returns the subtree of an HF module name."""
     node = params
@@ -117,49 +294,30 @@ def module_at(params: Params, name: str) -> Params:
     return node
 
 
-def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
-    """Returns the tree with new adapter leaves beside every selected kernel.
+def modules(params: Params) -> dict[str, Params]:
+    """Returns {HF module name: leaves} of all that holds leaves, in model order."""
+    found: dict[str, Params] = {}
 
-    A is uniform in +-1/sqrt(in), B zero, both float32; the base leaves are shared, not
-    copied. Each module draws from its own key, so targets do not influence each other.
+    def visit(tree: Params, path: tuple[str, ...]) -> None:
+        if any(not isinstance(value, dict) for value in tree.values()):
+            found[".".join(path)] = tree
+            return
+        for key in sorted(tree, key=lambda k: (int(k) if k.isdigit() else 0, k)):
+            visit(tree[key], (*path, key))
 
-    Raises:
-        UsageError, UnsupportedError: as `select_modules`; or adapters are there already.
-    """
-    if any(leaf in LORA_LEAVES for leaf in _leaf_names(params)):
-        raise UsageError("these parameters have an adapter already; merge it first")
-    linears = linear_modules(params)
-    names = list(dict.fromkeys([TABLES[0], *linears, TABLES[1]]))
-    selected = select_modules(config, names, strict=True)
-    order = {name: i for i, name in enumerate(linears)}
-    leaves = {}
-    for name, (rank, scaling) in selected.items():
-        pair = _init_pair(
-            config, jax.random.fold_in(key, order[name]), linears[name], rank
-        )
-        leaves[name] = {**pair, "lora_scaling": jnp.float32(scaling)}
-    return with_adapter(params, leaves)
+    for key in ("embed_tokens", "layers", "norm"):
+        visit(params.get(key, {}), ("model", key))
+    visit(params.get("lm_head", {}), ("lm_head",))
+    return {name: leaves for name, leaves in found.items() if leaves}
 
 
-def _init_pair(
-    config: LoraConfig, key: Array, shape: tuple[int, int], rank: int
-) -> dict[str, Array]:
-    """Returns A [in, R] and B [R, out] drawn as PEFT's `init_lora_weights` says."""
-    in_features, out_features = shape
-    key_a, key_b = jax.random.split(key)
-    a_shape, b_shape = (in_features, rank), (rank, out_features)
-    if config.init_lora_weights == "gaussian":
-        a = jax.random.normal(key_a, a_shape, jnp.float32) / rank
-    else:
-        a = _uniform(key_a, a_shape, in_features)
-    if config.init_lora_weights is False:
-        return {"lora_A": a, "lora_B": _uniform(key_b, b_shape, rank)}
-    return {"lora_A": a, "lora_B": jnp.zeros(b_shape, jnp.float32)}
-
-
-def _uniform(key: Array, shape: tuple[int, int], fan_in: int) -> Array:
-    bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+def linear_modules(params: Params) -> dict[str, tuple[int, int]]:
+    """Returns {HF module name: (in, out)} of the tree's linear layers, in model order."""
+    return {
+        name: leaves["kernel"].shape
+        for name, leaves in modules(params).items()
+        if "kernel" in leaves
+    }
 
 
 def with_adapter(params: Params, leaves: Mapping[str, Mapping[str, Any]]) -> Params:
@@ -170,6 +328,8 @@ def with_adapter(params: Params, leaves: Mapping[str, Mapping[str, Any]]) -> Par
     """
     result = _copy_structure(params)
     for name, arrays in leaves.items():
+        if name == "lm_head":  # which a tied base has not
+            result.setdefault("lm_head", {})
         try:
             module_at(result, name).update(arrays)
         except KeyError as error:
@@ -184,15 +344,10 @@ def _copy_structure(tree: Params) -> Params:
     }
 
 
-def _leaf_names(params: Params) -> list[str]:
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    return [path[-1].key for path, _ in paths]
-
-
 def trainable_mask(params: Params) -> Params:
-    """Returns a tree of bool: True at `lora_A` and `lora_B`, False elsewhere."""
+    """Returns a tree of bool: True at the leaves that training moves, False elsewhere."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in TRAINABLE_LEAVES, params
+        lambda path, _: is_trainable(path[-1].key), params
     )
 
 
@@ -221,13 +376,19 @@ def join(trainable: Params, frozen: Params) -> Params:
 
 
 def count_parameters(params: Params) -> tuple[int, int]:
-    """Returns (trainable, all) parameters; `lora_scaling` is a setting, not a parameter."""
+    """Returns (trainable, all) parameters as PEFT counts them.
+
+    An adapter's settings (scalings, norms, starts, ids) are no parameters. A copy counts
+    beside what it shadows, but a bias trained alone is trained in its place.
+    """
     trainable = total = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = path[-1].key
-        size = math.prod(leaf.shape)
-        total += 0 if name == "lora_scaling" else size
-        trainable += size if name in TRAINABLE_LEAVES else 0
+    for leaves in modules(params).values():
+        for name, leaf in leaves.items():
+            size = math.prod(leaf.shape)
+            trainable += size if is_trainable(name) else 0
+            in_place = name == "trained_bias" and "trained_kernel" not in leaves
+            if not in_place and (is_trainable(name) or not is_adapter(name)):
+                total += size
     return trainable, total
 
 
@@ -238,54 +399,6 @@ def format_parameter_count(params: Params) -> str:
     return (
         f"trainable params: {trainable:,d} || all params: {total:,d} || "
         f"trainable%: {percent:.4f}"
-    )
-
-
-def merge_kernel(
-    kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float
-) -> np.ndarray:
-    """Returns W + (A B) * scaling in the kernel's dtype: PEFT's default merge, bit for bit.
-
-    The product, the scale and the sum are each rounded to float32, then the result once
-    to the kernel's dtype. NumPy keeps them apart, where one XLA program would contract
-    them to a fused multiply-add.
-
-    Source: PEFT `Linear.merge` and `get_delta_weight`, safe_merge=False.
-    """
-    # PEFT computes B A in [out, in]; the same operand order gives the same sums.
-    delta = (lora_b.T.astype(np.float32) @ lora_a.T.astype(np.float32)) * np.float32(
-        scaling
-    )
-    return (kernel.astype(np.float32) + delta.T).astype(kernel.dtype)
-
-
-def merge(params: Params) -> Params:
-    """Returns the tree without adapters, each adapted kernel replaced by `merge_kernel`.
-
-    Raises:
-        CorruptError: a merged kernel is not finite.
-    """
-
-    def visit(tree: Params, path: str) -> Params:
-        result = {
-            key: visit(value, f"{path}/{key}") if isinstance(value, dict) else value
-            for key, value in tree.items()
-            if key not in LORA_LEAVES
-        }
-        if "lora_A" in tree:
-            arrays = [np.asarray(tree[leaf]) for leaf in ("kernel", *LORA_LEAVES)]
-            merged = merge_kernel(arrays[0], arrays[1], arrays[2], float(arrays[3]))
-            if not np.isfinite(merged.astype(np.float32)).all():
-                raise CorruptError(f"{path}: the merged weights are not finite")
-            result["kernel"] = _placed_like(merged, tree["kernel"])
-        return result
-
-    return visit(params, "")
-
-
-def _placed_like(array: np.ndarray, like: Any) -> Any:
-    return (
-        jax.device_put(array, like.sharding) if isinstance(like, jax.Array) else array
     )
 
 

@@ -21,13 +21,22 @@ from jaxtyping import Array, Float, Int
 from jlora import fused
 from jlora.attention import attend
 from jlora.config import LlamaConfig
-from jlora.lora import LoRADense, leaves_to_fuse, matmul, project
+from jlora.lora import (
+    NORM_NAME,
+    LoRADense,
+    drop,
+    head_logits,
+    head_parameters,
+    leaves_to_fuse,
+    lookup,
+    project,
+)
 from jlora.rope import apply_rope, rope_angles
 
 # What a layer's halves keep for their backward pass under remat "minimal", besides their
 # inputs and outputs: every matmul's output, so that only norms, RoPE and SwiGLU are
 # computed again.
-SAVED_NAMES = ("residual", "gate", "up", fused.DOWN_NAME)
+SAVED_NAMES = ("residual", "gate", "up", fused.DOWN_NAME, NORM_NAME)
 
 
 def compute_dtype(wanted: str) -> Any:
@@ -83,18 +92,13 @@ class Embed(nn.Module):
         self.embedding = self.param("embedding", nn.initializers.zeros_init(), shape)
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Returns each token's vector; NaN for an id outside the table."""
+        """Returns each token's vector, adapted; NaN for an id outside the table."""
+        leaves = dict(self.variables["params"])
         # Gathered whole over fsdp, as every weight is; looking up in a table that is cut
         # along D would make the partitioner replicate the result instead.
-        table = nn.with_logical_constraint(self.embedding, ("vocab", "act_embed"))
-        rows = table.at[tokens].get(
-            mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
-        )
-        return rows.astype(self.dtype)
-
-    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Returns hidden @ table^T: the head of a tied model."""
-        return matmul(hidden, self.embedding.T, self.dtype)
+        name = "trained_embedding" if "trained_embedding" in leaves else "embedding"
+        leaves[name] = nn.with_logical_constraint(leaves[name], ("vocab", "act_embed"))
+        return lookup(tokens, leaves, self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -106,6 +110,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Returns the normalised input in its own dtype."""
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        scale = self.variables["params"].get("trained_scale", scale)
         wide = x.astype(jnp.float32)
         mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype)
@@ -384,8 +389,11 @@ class Llama(nn.Module):
         return self.norm(x), cache
 
     def _logits(self, hidden: Array) -> Array:
-        if self.config.tie_word_embeddings:
-            logits = self.embed_tokens.logits(hidden)
-        else:
-            logits = self.lm_head(hidden)
+        if self.is_initializing() and not self.config.tie_word_embeddings:
+            self.lm_head(hidden)  # declares its parameters
+        head = head_parameters(dict(self.variables["params"]))
+        dropped = None
+        if "lora_A" in head and self.has_rng("dropout"):
+            dropped = drop(hidden, self.make_rng("dropout"), self.lora_dropout)
+        logits = head_logits(hidden, head, self.dtype, dropped=dropped)
         return logits.astype(jnp.float32)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jlora.attention import choose_attention
 from jlora.config import LlamaConfig
 from jlora.hopper import choose_kernels
-from jlora.lora import LORA_LEAVES, Params, count_parameters
+from jlora.lora import Params, is_adapter, is_trainable, modules
 from jlora.model import compute_dtype
 from jlora.settings import ComputeConfig
 from jlora.training import LOSS_CHUNK_TOKENS
@@ -93,17 +93,18 @@ def plan_workload(
 
 def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
     """Returns the estimated bytes per device of each part of a training step."""
-    weights = adapter = 0
+    weights = adapter = trained = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
-        if path[-1].key in LORA_LEAVES:
+        if is_adapter(path[-1].key):
             adapter += size
         else:
             weights += size
+        trained += size if is_trainable(path[-1].key) else 0
     return {
         "frozen weights": weights // work.weight_shards,
         "adapter": adapter,
-        "optimizer and gradients": 3 * adapter,
+        "optimizer and gradients": 3 * trained,
         "activations": _activation_bytes(work),
         "logits": 3 * 4 * LOSS_CHUNK_TOKENS * work.config.vocab_size,
     }
@@ -161,14 +162,25 @@ def flops_per_token(params: Params, config: LlamaConfig, length: int) -> float:
     """Returns the model FLOPs of one trained token.
 
     4 per frozen weight in a matmul (forward and input gradient; a frozen weight has no
-    gradient of its own), 6 per adapter weight, and causal attention forward and backward.
+    gradient of its own), 6 per trained one, and causal attention forward and backward.
     Recomputation does not count.
     """
-    adapter, total = count_parameters(params)
-    tables = config.vocab_size * config.hidden_size
-    frozen = total - adapter - (0 if config.tie_word_embeddings else tables)
+    frozen = trained = 0
+    for name, leaves in modules(params).items():
+        sizes = {key: math.prod(leaf.shape) for key, leaf in leaves.items()}
+        table = name.endswith("embed_tokens")
+        if "trained_kernel" in sizes:
+            sizes["kernel"] = 0
+        if table and "kernel" in params.get("lm_head", {}):
+            sizes["embedding"] = 0  # looked up, not multiplied
+        trained += sum(
+            size
+            for key, size in sizes.items()
+            if is_trainable(key) and key != "trained_embedding"
+        )
+        frozen += sum(size for key, size in sizes.items() if not is_adapter(key))
     attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    return 4 * frozen + 6 * adapter + 7 * attention * length
+    return 4 * frozen + 6 * trained + 7 * attention * length
 
 
 def peak_flops() -> float | None:

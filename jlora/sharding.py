@@ -45,7 +45,9 @@ KERNEL_AXES = {
     "up_proj": ("embed", "mlp"),
     "down_proj": ("mlp", "embed"),
     "lm_head": ("embed", "vocab"),
+    "embed_tokens": ("vocab", "embed"),  # the kernel of one-hot tokens
 }
+SCALARS = ("lora_scaling", "lora_shared")
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -116,19 +118,24 @@ def check_divisible(
 
 def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
     """Returns the logical axes of the parameter at `path`, one per dimension."""
-    module, leaf = path[-2], path[-1]
-    if leaf == "embedding":
-        return ("vocab", "embed")
-    if leaf == "scale":
-        return (None,)
-    if leaf == "lora_scaling":
+    module, leaf = path[-2], path[-1].removeprefix("trained_")
+    if leaf in SCALARS:
         return ()
+    if leaf in ("scale", "token_ids"):
+        return (None,)
+    if leaf == "token_rows":
+        return (None, "embed")
     rows, columns = KERNEL_AXES[module]
     return {
         "kernel": (rows, columns),
+        "embedding": (rows, columns),
         "bias": (columns,),
         "lora_A": (rows, "lora_rank"),
         "lora_B": ("lora_rank", columns),
+        "lora_A0": (rows, "lora_rank"),
+        "lora_B0": ("lora_rank", columns),
+        "lora_magnitude": (columns,),
+        "lora_norm_squared": (columns,),
     }[leaf]
 
 

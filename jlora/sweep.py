@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.errors import UsageError
-from jlora.lora import Params, map_leaves
+from jlora.lora import Params, is_adapter, map_leaves
 from jlora.model import Llama
 from jlora.optimizer import Numbers, make_optimizer, make_schedule
 from jlora.settings import OptimConfig
@@ -201,7 +201,7 @@ def _stack_frozen(trees: Sequence[Params], mesh: Mesh) -> tuple[Params, Params]:
     """Returns (frozen leaves, 0 where one has an axis of adapters and None elsewhere)."""
 
     def is_adapters(path: tuple[str, ...]) -> bool:
-        return path[-1].startswith("lora_")
+        return is_adapter(path[-1])
 
     layout = map_leaves(lambda path, _: 0 if is_adapters(path) else None, trees[0])
     shardings = tree_shardings(mesh, trees[0])

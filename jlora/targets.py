@@ -1,18 +1,94 @@
-"""Which modules get an adapter, and with which rank and scaling: PEFT's rules.
+"""Which modules get an adapter or are trained in full, and how: PEFT's rules.
 
-Source: PEFT `tuners/tuners_utils.py`, `check_target_module_exists` and
-`_maybe_include_all_linear_layers`; `utils/other.py`, `get_pattern_key`.
+Source: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`,
+`_maybe_include_all_linear_layers` and `_check_tied_modules`; `utils/other.py`,
+`get_pattern_key`, `_set_trainable` and `set_additional_trainable_modules`.
 """
 
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from jlora.config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError, listing, nearest
 
 DEFAULT_TARGETS: tuple[str, ...] = ("q_proj", "v_proj")
 TABLES = ("model.embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a `LoraConfig` puts where, by HF module name."""
+
+    adapted: dict[str, tuple[int, float]]
+    """Rank and scaling."""
+    saved: list[str]
+    """Trained in full."""
+    tokens: dict[str, list[int]]
+    """Tables of which these rows are trained."""
+    shared: bool
+    """Whether the head of a tied base uses what the embedding has."""
+
+    @property
+    def names(self) -> set[str]:
+        """All that is named."""
+        return {*self.adapted, *self.saved, *self.tokens}
+
+
+def select(
+    config: LoraConfig,
+    names: Sequence[str],
+    *,
+    tied: bool,
+    vocab_size: int,
+    strict: bool,
+) -> Selection:
+    """Returns what `config` selects among all modules that hold weights.
+
+    Args:
+        config: what to adapt.
+        names: HF names, such as `model.layers.0.mlp.up_proj` and `model.norm`.
+        tied: whether the head is the embedding's table.
+        vocab_size: rows of the tables.
+        strict: as `select_modules`.
+
+    Raises:
+        UsageError, UnsupportedError: as `select_modules`; or parts that exclude each other.
+    """
+    names = list(dict.fromkeys([*names, TABLES[1]]))
+    linears = [n for n in names if n in TABLES or n.endswith("_proj")]
+    adapted = select_modules(config, linears, strict=strict)
+    saved = _saved_modules(config, names, strict)
+    tokens = _token_rows(config, vocab_size, {*adapted, *saved})
+    embedding, head = TABLES
+    shared = tied and config.ensure_weight_tying and head not in tokens
+    if shared and embedding in saved:
+        saved = [name for name in saved if name != head]
+        adapted.pop(head, None)
+    elif shared and embedding in adapted and head not in saved:
+        adapted.pop(head, None)
+        if config.use_dora:
+            raise UnsupportedError(
+                "lora.use_dora with lora.ensure_weight_tying and the embedding among the "
+                "targets: one pair cannot have two magnitudes; leave one of them out"
+            )
+    else:
+        if config.ensure_weight_tying and embedding not in tokens:
+            reason = "no table is adapted" if tied else "the base is not tied"
+            text = f"lora.ensure_weight_tying has no effect, as {reason}"
+            if strict:
+                raise UsageError(f"{text}; leave it out")
+            _warn(text)
+        shared = False
+    if tied and embedding in tokens and head in adapted:
+        raise UnsupportedError(
+            "lora.trainable_token_indices of a tied table together with an adapter on "
+            "lm_head is not supported; leave one of them out"
+        )
+    if tied and tokens.get(head) == tokens.get(embedding):
+        tokens.pop(head, None)
+    return Selection(adapted, saved, tokens, shared)
 
 
 def select_modules(
@@ -23,12 +99,12 @@ def select_modules(
     Args:
         config: what to adapt.
         names: HF names of the adaptable modules, such as `model.layers.0.mlp.up_proj`.
-        strict: refuse list entries and patterns that match nothing, and patterns that
-            contradict each other (training); otherwise warn (loading a saved adapter).
+        strict: refuse list entries and patterns that match nothing, targets inside
+            modules_to_save, and patterns that contradict each other (training);
+            otherwise warn (loading a saved adapter).
 
     Raises:
         UsageError: nothing is selected, a bad regular expression or, if strict, the above.
-        UnsupportedError: an embedding table or the head is selected.
     """
     containers = _containers(names)
     targets = config.target_modules
@@ -45,6 +121,13 @@ def select_modules(
     excluded = {n for n in containers if _matches(config.exclude_modules, n, used)}
     targeted = [n for n in containers if _is_target(targets, n, config, used)]
     selected = [name for name in targeted if name not in excluded]
+    inside = [name for name in selected if _is_inside_saved(config, name)]
+    selected = [name for name in selected if name not in inside]
+    if inside and strict:
+        raise UsageError(
+            f"lora.modules_to_save trains {listing(inside)} in full, and "
+            "lora.target_modules selects it, too; name it in lora.exclude_modules"
+        )
     wrong = [name for name in selected if name not in names]
     if wrong:
         raise UsageError(
@@ -52,20 +135,7 @@ def select_modules(
             f"linear layers end in {listing(sorted({n.rsplit('.')[-1] for n in names}))}"
         )
     if not selected:
-        known = {name.rsplit(".")[-1] for name in names}
-        if isinstance(targets, str):
-            first, hint = targets, "; a string is a regular expression for whole names"
-            hint += f", so write [{targets}]" if targets in known else ""
-        else:
-            first = listing(targets)
-            hint = nearest(first, known)
-        raise UsageError(f"lora.target_modules={first} selects no module{hint}")
-    tables = [name for name in selected if name in TABLES]
-    if tables:
-        raise UnsupportedError(
-            f"lora.target_modules selects {listing(tables)}; adapters on the embedding "
-            "and the head are not supported yet"
-        )
+        _refuse_no_target(targets, {name.rsplit(".")[-1] for name in names})
     result = {}
     for name in selected:
         rank = _pattern_value(config.rank_pattern, name, config.r, used, strict)
@@ -75,6 +145,87 @@ def select_modules(
         result[name] = (int(rank), config.scaling(int(rank), alpha))
     _report_unused(config, targets, used, names, strict)
     return result
+
+
+def _refuse_no_target(targets: list[str] | str, known: set[str]) -> None:
+    if isinstance(targets, str):
+        first, hint = targets, "; a string is a regular expression for whole names"
+        hint += f", so write [{targets}]" if targets in known else ""
+    else:
+        first, hint = listing(targets), nearest(targets[0], known)
+    raise UsageError(f"lora.target_modules={first} selects no module{hint}")
+
+
+def _is_inside_saved(config: LoraConfig, name: str) -> bool:
+    entries = config.modules_to_save or []
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in entries)
+
+
+def is_saved(config: LoraConfig, name: str) -> bool:
+    """Returns whether modules_to_save captures a module.
+
+    Its name, or that of one around it, ends in an entry, with or without a dot before.
+    """
+    entries = config.modules_to_save or []
+    return any(part.endswith(m) for part in _containers([name]) for m in entries)
+
+
+def _saved_modules(config: LoraConfig, names: Sequence[str], strict: bool) -> list[str]:
+    """Returns the modules that modules_to_save captures."""
+    entries = config.modules_to_save or []
+    saved = [name for name in names if is_saved(config, name)]
+    around = {name: _containers([name]) for name in names}
+    idle = [
+        entry
+        for entry in entries
+        if not any(part.endswith(entry) for name in saved for part in around[name])
+    ]
+    known = {name.rsplit(".")[-1] for name in names} | set(names)
+    text = listing(
+        [
+            f"lora.modules_to_save: {entry!r} matches no module{nearest(entry, known)}"
+            for entry in idle
+        ]
+    )
+    if idle and strict:
+        raise UsageError(text)
+    if idle:
+        _warn(text)
+    return saved
+
+
+def _token_rows(
+    config: LoraConfig, vocab_size: int, taken: set[str]
+) -> dict[str, list[int]]:
+    """Returns the rows of each table that trainable_token_indices names, in its order."""
+    wanted = config.trainable_token_indices or {}
+    if isinstance(wanted, list):
+        wanted = {TABLES[0]: wanted}
+    tokens = {}
+    for entry, ids in wanted.items():
+        [*found] = [name for name in TABLES if name.endswith(entry)] if entry else []
+        if not found:
+            raise UsageError(
+                f"lora.trainable_token_indices: {entry!r} is not a table of tokens; "
+                "expected embed_tokens or lm_head"
+            )
+        if found[0] in taken:
+            raise UsageError(
+                f"lora.trainable_token_indices trains rows of {found[0]}, which "
+                "target_modules or modules_to_save has already; leave one of them out"
+            )
+        wrong = sorted({i for i in ids if ids.count(i) > 1 or not 0 <= i < vocab_size})
+        if wrong:
+            raise UsageError(
+                f"lora.trainable_token_indices: {listing(wrong)} is given "
+                f"twice or not in 0..{vocab_size - 1}"
+            )
+        tokens[found[0]] = list(ids)
+    return tokens
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _containers(names: Sequence[str]) -> list[str]:
@@ -114,8 +265,7 @@ def _is_target(
     if isinstance(targets, str):
         return _matches(targets, name, used)
     if name in targets:  # an exact name is not filtered by layer, as in PEFT
-        used.add(name)
-        return True
+        return _matches(targets, name, used)
     layers = config.layers_to_transform
     if layers is not None and layers != []:
         index = _layer_index(name, config.layers_pattern)
@@ -178,4 +328,4 @@ def _report_unused(
     if idle and strict:
         raise UsageError(listing(idle))
     if idle:
-        print(f"warning: {listing(idle)}", file=sys.stderr)
+        _warn(listing(idle))

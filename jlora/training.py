@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.data import Dataset, Prefetch
-from jlora.lora import Params, join, split, trainable_mask
-from jlora.loss import cross_entropy, head_parameters
+from jlora.lora import Params, drop, head_parameters, join, split, trainable_mask
+from jlora.loss import cross_entropy
 from jlora.model import Llama
 from jlora.sharding import batch_sharding, tree_shardings, use_mesh
 
@@ -93,12 +93,18 @@ def summed_loss(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
         method="hidden_states",
     )
+    head, dropped = head_parameters(params), None
+    if "lora_A" in head and dropout_key is not None:
+        # Flax folds names into a module's key, so a number is nobody else's.
+        key = jax.random.fold_in(dropout_key, 0)
+        dropped = drop(hidden, key, model.lora_dropout)  # type: ignore[arg-type]
     return cross_entropy(
         hidden,  # type: ignore[arg-type]
-        head_parameters(params),
+        head,
         batch["targets"],
         batch["loss_mask"],
         chunk=chunk,
+        dropped=dropped,
     )
 
 

@@ -293,11 +293,10 @@ def test_lora_values_out_of_range_are_refused(changes, words):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
-        {"modules_to_save": ["lm_head"]},
-        {"bias": "all"},
-        {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "eva"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "pissa_niter_0"},
     ],
 )
 def test_lora_features_that_are_not_there_are_refused_by_name(changes):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from adapters import CASES, GOLDEN, bits, changed_copy, golden, tensors
+from adapters import CASES, GOLDEN, assert_merged, bits, changed_copy, golden, tensors
 
 from convert import to_hf, verify
 from convert.base import write_base
@@ -81,14 +81,41 @@ def set_one(key, index, value):
 @pytest.mark.parametrize("name", CASES)
 def test_exported_tensors_are_the_base_but_for_what_peft_merges(name, out):
     case = golden(name)
-    before, after = tensors(case.base), tensors(export(case, out))
+    before, after = with_head(tensors(case.base)), with_head(tensors(export(case, out)))
     changed = [key for key in before if before[key].tobytes() != after[key].tobytes()]
     assert sorted(changed) == list(case.expected["changed"])
     assert before.keys() == after.keys()
     for key, value in case.expected.items():
         if key.startswith("merged/"):
-            merged = bits(after[key.removeprefix("merged/")])
-            np.testing.assert_array_equal(merged, value)
+            assert_merged(name, after[key.removeprefix("merged/")], value)
+
+
+def with_head(arrays):
+    return {"lm_head.weight": arrays["model.embed_tokens.weight"], **arrays}
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"),
+    [
+        ("tied", True),
+        ("tied_embed", False),
+        ("tied_lm_head", False),
+        ("tied_embed_ensured", True),
+        ("tied_modules_to_save", False),
+        ("tied_modules_to_save_ensured", True),
+        ("tied_trainable_tokens", True),
+    ],
+)
+def test_a_tied_base_is_untied_where_its_ends_differ(name, tied, out):
+    folder = export(golden(name), out, check=True)
+    assert read_config(folder)["tie_word_embeddings"] is tied
+    assert ("lm_head.weight" in tensors(folder)) is not tied
+
+
+def test_a_resized_vocabulary_is_exported_with_its_size(out):
+    folder = export(golden("resized_vocab"), out, check=True)
+    assert read_config(folder)["vocab_size"] == 84
+    assert tensors(folder)["lm_head.weight"].shape == (84, 64)
 
 
 @pytest.mark.parametrize("name", ["patterns", "tied", "bf16_rslora"])
@@ -108,8 +135,13 @@ def test_figures_of_an_export_are_printed(out, capsys):
 
 
 def test_a_wrong_merge_is_found_and_nothing_is_written(out, monkeypatch):
-    exact = to_hf.merge_kernel
-    monkeypatch.setattr(to_hf, "merge_kernel", lambda w, a, b, s: exact(w, a, b, 2 * s))
+    exact = to_hf.merge_module
+
+    def doubled(leaves, dtype):
+        scaling = 2 * leaves.get("lora_scaling", np.float32(1))
+        return exact({**leaves, "lora_scaling": scaling}, dtype)
+
+    monkeypatch.setattr(to_hf, "merge_module", doubled)
     with pytest.raises(CorruptError, match="not the model of base and adapter"):
         export(golden("bf16"), out, check=True)
     assert list(out.parent.iterdir()) == []
@@ -396,7 +428,7 @@ def peft_for(reader, folder, out):
 
 
 def update(adapter, path):
-    pair = adapter.tensors[path]
+    pair = adapter.pairs[path]
     wide = pair["lora_A"].astype(np.float64) @ pair["lora_B"]
     return wide * adapter.scalings[path]
 
@@ -406,7 +438,7 @@ def test_baking_keeps_the_update_with_scaling_one(name):
     before = read_adapter(golden(name).folder)
     after = bake(before)
     assert set(after.scalings.values()) == {1.0}
-    for path in before.tensors:
+    for path in before.pairs:
         expected = update(before, path)
         # One float32 rounding of each element of B.
         limit = 1e-7 * np.abs(expected).max() + 1e-9

@@ -17,7 +17,7 @@ ROWS = (
     {"splash"},
     {"attention", "fused"},
     {"lora"},
-    {"model"},
+    {"lora_init", "merge", "model"},
     {"loss", "optimizer", "checkpoint", "data", "report", "cli", "generation"},
     {"training"},
     {"plan", "sweep"},

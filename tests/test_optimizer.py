@@ -100,14 +100,15 @@ def test_five_steps_equal_adamw_in_float64(changes, b_rate, a_decay, b_decay, ma
     [
         ("layers.0.self_attn.q_proj.lora_A", "lora_A"),
         ("layers.0.self_attn.q_proj.lora_B", "lora_B"),
-        ("layers.0.self_attn.q_proj.lora_magnitude_vector", "magnitude"),
+        ("layers.0.self_attn.q_proj.lora_magnitude", "magnitude"),
         ("embed_tokens.lora_A", "embedding"),
         ("embed_tokens.lora_B", "embedding"),
         ("lm_head.lora_B", "lora_B"),
-        ("lm_head.kernel", "whole"),
-        ("embed_tokens.embedding", "whole"),
-        ("norm.scale", "norm"),
-        ("layers.0.self_attn.q_proj.bias", "norm"),
+        ("lm_head.trained_kernel", "whole"),
+        ("embed_tokens.trained_embedding", "whole"),
+        ("embed_tokens.token_rows", "whole"),
+        ("norm.trained_scale", "norm"),
+        ("layers.0.self_attn.q_proj.trained_bias", "norm"),
     ],
 )
 def test_every_leaf_that_can_train_has_a_group(path, group):

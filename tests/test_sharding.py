@@ -21,7 +21,8 @@ from training_cases import (
 import jlora.model
 from jlora.checkpoint import flatten
 from jlora.errors import UsageError
-from jlora.lora import add_lora, count_parameters
+from jlora.lora import count_parameters
+from jlora.lora_init import add_lora
 from jlora.settings import MeshConfig
 from jlora.sharding import (
     KERNEL_AXES,

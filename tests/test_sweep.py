@@ -8,7 +8,7 @@ from training_cases import ADAM, ONE_DEVICE, llama_config, ragged_batch, random_
 
 from jlora.config import LoraConfig
 from jlora.errors import UsageError
-from jlora.lora import add_lora
+from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.settings import MeshConfig

@@ -1,7 +1,7 @@
 import pytest
 
 from jlora.config import LoraConfig
-from jlora.errors import UnsupportedError, UsageError
+from jlora.errors import UsageError
 from jlora.targets import select_modules
 
 LINEARS = {
@@ -88,7 +88,6 @@ def test_selection_follows_peft(fields, expected):
     [
         {"target_modules": "q_proj"},  # a string is a regular expression, matched whole
         {"target_modules": ["proj"]},  # no part of a name
-        {"target_modules": []},
         {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
         {"target_modules": ["q_proj"], "layers_to_transform": 9},
         {
@@ -109,9 +108,11 @@ def test_a_bare_name_as_a_string_is_told_to_be_a_list():
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_embedding_and_head_are_not_supported(target):
-    with pytest.raises(UnsupportedError, match=target):
-        select(target_modules=["q_proj", target])
+def test_embedding_and_head_are_modules_like_others(target):
+    name = next(name for name in NAMES if name.endswith(target))
+    assert sorted(select(target_modules=["q_proj", target])) == [
+        *sorted([name, *q(0, 1, 2)])
+    ]
 
 
 @pytest.mark.parametrize("target", [r".*\.self_attn", ["mlp"], ".*"])

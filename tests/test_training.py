@@ -18,8 +18,8 @@ from jlora.checkpoint import (
     resume,
 )
 from jlora.errors import CorruptError, UnsupportedError, UsageError
-from jlora.lora import join, trainable_mask
-from jlora.loss import cross_entropy, head_parameters
+from jlora.lora import head_parameters, join, trainable_mask
+from jlora.loss import cross_entropy
 from jlora.optimizer import make_schedule
 from jlora.settings import MeshConfig, OptimConfig
 from jlora.training import make_eval_step, summed_loss

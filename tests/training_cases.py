@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import LlamaConfig, LoraConfig
-from jlora.lora import Params, add_lora
+from jlora.lora import Params
+from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.settings import MeshConfig, OptimConfig

@@ -1,0 +1,72 @@
+"""The names of an adapter's tensors: PEFT key <-> (module, leaf).
+
+`base_model.model.` + the module's HF name + an ending. Leaves are named as in the tree
+(see `jlora.lora`); a whole weight is `weight` or `bias` until the settings say what it is.
+
+Source: PEFT `utils/save_and_load.py`, `get_peft_model_state_dict`.
+"""
+
+import re
+
+import numpy as np
+
+from convert.names import module_name
+
+PREFIX = "base_model.model."
+FORM = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+EMBEDDING, HEAD = "embed_tokens", "lm_head"
+_ENDINGS = {
+    "lora_A": r"lora_A(?:\.default)?\.weight",
+    "lora_B": r"lora_B(?:\.default)?\.weight",
+    "embedding_A": r"lora_embedding_A(?:\.default)?(?:\.weight)?",
+    "embedding_B": r"lora_embedding_B(?:\.default)?(?:\.weight)?",
+    "lora_magnitude": r"lora_magnitude_vector(?:\.default)?(?:\.weight)?",
+    "token_rows": r"token_adapter\.trainable_tokens_delta(?:\.default)?",
+    "base_weight": r"base_layer\.weight",
+    "base_bias": r"base_layer\.bias",
+    "weight": r"weight",
+    "bias": r"bias",
+}
+_KEY = re.compile(
+    rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?:"
+    + "|".join(f"(?P<{leaf}>{ending})" for leaf, ending in _ENDINGS.items())
+    + ")"
+)
+
+
+def parse_key(key: str) -> tuple[str, str] | None:
+    """Returns (HF module name, leaf) of a PEFT key; None if it is not of PEFT's form."""
+    match = _KEY.fullmatch(key.replace("_orig_mod.", ""))
+    if match is None or match.lastgroup is None or ".lora_" in match["module"]:
+        return None
+    module, leaf = match["module"], match.lastgroup
+    if leaf.startswith("embedding_") or leaf in ("lora_A", "lora_B"):
+        is_table = module.rpartition(".")[2] == EMBEDDING
+        if is_table != leaf.startswith("embedding_"):
+            return None
+        leaf = f"lora_{leaf[-1]}"
+    return module, leaf
+
+
+def adapter_key(path: str, leaf: str, *, adapted: bool = True) -> str:
+    """Returns the PEFT key of a leaf; `adapted`: its module has an adapter, too."""
+    if leaf in ("lora_A", "lora_B"):
+        form = f"lora_embedding_{leaf[-1]}" if path == EMBEDDING else f"{leaf}.weight"
+    elif leaf == "trained_bias":
+        form = "base_layer.bias" if adapted else "bias"
+    else:
+        form = {
+            "lora_magnitude": "lora_magnitude_vector",
+            "token_rows": "token_adapter.trainable_tokens_delta",
+        }.get(leaf, "weight")
+    return f"{PREFIX}{module_name(path)}.{form}"
+
+
+def is_transposed(leaf: str) -> bool:
+    """Returns whether jlora stores the transpose of PEFT's matrix."""
+    return leaf in ("lora_A", "lora_B", "kernel", "trained_kernel")
+
+
+def to_leaf(leaf: str, array: np.ndarray) -> np.ndarray:
+    """Returns a tensor in jlora's layout, contiguous; also the inverse."""
+    return np.ascontiguousarray(array.T if is_transposed(leaf) else array)
