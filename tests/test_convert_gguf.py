@@ -3,13 +3,18 @@ import json
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
+import gguf_blocks
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 from tiny import CONFIG, EMBEDDING, Q_PROJ, tensors
 from tokenizers import Tokenizer
 
+import convert
 from convert.gguf_file import read_gguf
 from convert.names import all_names
 from convert.source import load_params, open_source
@@ -92,6 +97,9 @@ def write_gguf(path, arrays, changes=None, architecture="llama", kind=None):
         if value is not None:
             add(writer, key, value)
     for key, value in arrays.items():
+        if isinstance(value, tuple):  # rows of blocks and their format
+            writer.add_tensor(gguf_name(key), value[0], raw_dtype=value[1])
+            continue
         heads = {"q_proj": 4, "k_proj": 2}.get(key.split(".")[-2])
         array = permute(value, heads) if heads else value
         name = (
@@ -136,7 +144,27 @@ def test_biases_of_q_and_k_are_put_in_hf_order(path):
     assert np.array_equal(bias, arrays["model.layers.0.self_attn.k_proj.bias"])
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_1"])
+@pytest.mark.parametrize("name", gguf_blocks.FORMATS)
+def test_every_block_format_is_decoded_as_the_reference(path, name):
+    config = CONFIG | {"hidden_size": 256, "intermediate_size": 256, "head_dim": 4}
+    blocks = gguf_blocks.random_blocks(name, 20, 256)
+    blocked = {EMBEDDING: (blocks, gguf.GGMLQuantizationType[name])}
+    arrays = tensors(config) | blocked
+    changes = {
+        "llama.embedding_length": 256,
+        "llama.feed_forward_length": 256,
+        "llama.attention.key_length": 4,
+    }
+    source = open_source(write_gguf(path, arrays, changes))
+    array = source.read("embed_tokens/embedding")
+    assert array.dtype == np.float32
+    expected = gguf_blocks.decode(name, blocks)
+    # float32 against float64, of values up to 8.
+    np.testing.assert_allclose(array, expected, rtol=1e-6, atol=2e-6)
+    assert source.provenance["tensor_types"][name] == 1
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_blocks_become_float32_close_to_the_original(path, kind):
     config = CONFIG | {"hidden_size": 64, "intermediate_size": 64}
     arrays = tensors(config)
@@ -153,6 +181,46 @@ def test_blocks_become_float32_close_to_the_original(path, kind):
     assert np.array_equal(array, expected)
     # The coarsest of these formats has 16 steps over a block's range of about 5 sigma.
     assert np.abs(array - arrays[Q_PROJ]).max() < 0.5
+
+
+GOLDEN = Path(__file__).parent / "golden" / "rope"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+
+
+def as_gguf(case, arrays):
+    """Returns (tensors, metadata) as llama.cpp's converter writes a golden rope case."""
+    settings = CASES["cases"][case]
+    changes = {
+        "llama.embedding_length": 32,
+        "llama.feed_forward_length": 48,
+        "llama.attention.key_length": 16,
+        "llama.rope.dimension_count": 16,
+        "llama.rope.freq_base": CASES["theta"],
+    }
+    if settings["rope_type"] == "llama3":
+        divisors = llama3_divisors(CASES["theta"], 16, settings["factor"], 32)
+        arrays = arrays | {"rope_freqs.weight": divisors}
+    elif settings["rope_type"] != "default":
+        changes["llama.rope.scaling.type"] = settings["rope_type"]
+        changes["llama.rope.scaling.factor"] = settings["factor"]
+        original = settings.get("original_max_position_embeddings")
+        changes["llama.rope.scaling.original_context_length"] = original
+    return arrays, changes
+
+
+@pytest.mark.parametrize("case", ["default", "linear", "yarn", "llama3"])
+def test_logits_of_a_file_with_scaling_equal_transformers(path, case):
+    stored = safetensors.numpy.load_file(GOLDEN / "model.safetensors")
+    arrays, changes = as_gguf(
+        case, {key: array.astype(np.float32) for key, array in stored.items()}
+    )
+    model, params = convert.load(write_gguf(path, arrays, changes))
+    with np.load(GOLDEN / "expected.npz") as expected:
+        logits: Any = model.apply({"params": params}, jnp.asarray(expected["tokens"]))
+        # Both sum in float32, in another order: measured 1e-5 at most.
+        np.testing.assert_allclose(
+            np.asarray(logits), expected[f"logits {case} 80"], rtol=0, atol=1e-4
+        )
 
 
 def test_configuration_is_the_one_of_hf(path):
@@ -174,17 +242,17 @@ def test_absent_output_means_tied(path):
     assert "lm_head/kernel" not in source.tensors
 
 
-def llama3_divisors(theta, head_dim, factor):
+def llama3_divisors(theta, head_dim, factor, original=8192):
     # Source: llama.cpp, convert_hf_to_gguf.py, LlamaModel.generate_extra_tensors.
     result = []
     for frequency in theta ** (-np.arange(0, head_dim, 2) / head_dim):
         wavelength = 2 * np.pi / frequency
-        if wavelength < 8192 / 4:
+        if wavelength < original / 4:
             result.append(1.0)
-        elif wavelength > 8192:
+        elif wavelength > original:
             result.append(factor)
         else:
-            smooth = (8192 / wavelength - 1) / (4 - 1)
+            smooth = (original / wavelength - 1) / (4 - 1)
             result.append(1 / ((1 - smooth) / factor + smooth))
     return np.array(result, np.float32)
 
