@@ -1,5 +1,7 @@
 import json
+from datetime import datetime
 
+import jinja2
 import pytest
 from data_cases import CHATML, CONFIG, TEMPLATES, make_files, make_tokenizer
 
@@ -111,11 +113,80 @@ def test_reaching_for_internals_is_a_security_error(template):
         "{% set ns = namespace(x='a' * 1000000) %}"
         "{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
         "{% for i in range(1000) %}{{ 'a' * 100000 }}{% endfor %}",
+        # Time without output.
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+        "{{ f(60) }}",
+        # Two sizes that are harmless alone.
+        "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
+        "{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}",
+        "{{ ('b' * 10**6).join('a' * 10**6) }}",
+        "{{ ('a' * 10**6) | list | join('b' * 10**6) }}",
+        "{{ ('\t' * 10**6).expandtabs(10**6) }}",
+        "{{ ('\n' * 10**6) | indent(10**6) }}",
+        "{{ ('{0}' * 300000).format('a' * 10**6) }}",
+        "{{ ('%s' * 30000) % (('a' * 10**6,) * 30000) }}",
+        "{{ ('a' * 10**6) | list | map('replace', 'a', 'b' * 10**6) | list | length }}",
+        "{{ ('a' * 10**6).translate({97: 'b' * 10**6}) }}",
+        "{{ [[[1] * 1000] * 1000] * 1000 }}",
+        # What grows by doubling.
+        *(
+            "{% set ns = namespace(x='a' * 1000) %}{% for i in range(60) %}"
+            + doubling
+            + "{% endfor %}{{ ns.x | string | length }}"
+            for doubling in (
+                "{% set ns.x = ns.x ~ ns.x %}",
+                "{% set ns.x = [ns.x, ns.x] %}",
+                "{% set ns.x = {1: ns.x, 2: ns.x} %}",
+                "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}",
+            )
+        ),
+        "{% set ns = namespace(x=3) %}{% for i in range(60000) %}"
+        "{% set ns.x = ns.x + ns.x %}{% endfor %}",
     ],
 )
-def test_greedy_template_is_stopped(template):
+def test_greedy_template_is_stopped(template, monkeypatch):
+    monkeypatch.setattr("jlora.data.limits.MAX_WORK", 1 << 21)  # to be quick
     with pytest.raises(CorruptError, match="stopped by the sandbox"):
         render(template)
+
+
+@pytest.mark.parametrize("template", ["{{ ['a', 'b'] | random }}", "{{ lipsum() }}"])
+def test_template_cannot_depend_on_chance(template):
+    with pytest.raises(CorruptError):
+        render(template)
+
+
+def test_what_a_template_costs_does_not_add_up_over_records(monkeypatch):
+    monkeypatch.setattr("jlora.data.limits.MAX_WORK", 1000)
+    tokenizer = make_tokenizer(chat_template="{{ 'a' * 100 }}")
+    for _ in range(20):
+        tokenizer.render(USER, add_generation_prompt=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+        "{{ loop.revindex }}{{ loop.nextitem }}{{ loop.previtem }}{% endfor %}",
+        "{% for a, b in {'x': 1, 'y': 2}.items() if b > 1 %}{{ a ~ b }}{% endfor %}",
+        "{% for x in missing %}{% else %}none{% endfor %}",
+        "{% for x in [[1, [2]], [3]] recursive %}{% if x is number %}{{ x }}"
+        "{% else %}{{ loop(x) }}{% endif %}{% endfor %}",
+        "{% set x %}a{{ 1 ~ none ~ missing }}{% endset %}{{ x | upper }}",
+        "{% set x | trim %} a {% endset %}[{{ x }}]",
+        "{{ messages }}{{ [1, 'a'] ~ {'b': 2.5} }}",
+        "{{ [1, 2] | join(', ') }}{{ [3, 1] | sort | sum }}{{ 'ab' | list }}",
+        "{% macro f(a, b=2) %}{{ a + b }}{{ caller() if caller }}{% endmacro %}"
+        "{{ f(1) }}{% call f(3, b=4) %}x{% endcall %}",
+        "{{ messages | map(attribute='content') | join(' ') | title | indent(2) }}",
+        "{{ messages | tojson(indent=2) }}{{ 'a%sb' | format(1) }}{{ '%d%%' % 5 }}",
+    ],
+)
+def test_metered_template_renders_as_plain_jinja2_does(template):
+    plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+    plain.filters["tojson"] = lambda x, indent: json.dumps(x, indent=indent)
+    assert render(template) == plain.from_string(template).render(messages=USER)
 
 
 def test_numbers_in_messages_do_not_trip_the_limits():
@@ -133,6 +204,24 @@ def test_template_file_beats_the_tokenizer_config():
     files = make_files() | {"chat_template.jinja": b"from the file"}
     tokenizer = Tokenizer.from_files(files, CONFIG)
     assert tokenizer.render(USER, add_generation_prompt=False) == "from the file"
+
+
+def test_additional_templates_are_read_beside_the_file():
+    files = make_files() | {
+        "chat_template.jinja": b"plain",
+        "additional_chat_templates/tool_use.jinja": b"tools",
+    }
+    tokenizer = Tokenizer.from_files(files, CONFIG)
+    assert tokenizer.render(USER, add_generation_prompt=False) == "plain"
+    assert tokenizer.render(USER, add_generation_prompt=False, tools=[]) == "tools"
+    other = files | {"additional_chat_templates/tool_use.jinja": b"other"}
+    assert Tokenizer.from_files(other, CONFIG).fingerprint != tokenizer.fingerprint
+
+
+def test_pinned_date_belongs_to_the_fingerprint(monkeypatch):
+    before = make_tokenizer().fingerprint
+    monkeypatch.setattr("jlora.data.tokenizer_files.PINNED_DATE", datetime(2025, 1, 1))
+    assert make_tokenizer().fingerprint != before
 
 
 def test_template_json_is_read_last():

@@ -1,4 +1,4 @@
-"""The jinja2 environment of Hugging Face's chat templates, with limits on sizes."""
+"""The jinja2 environment of Hugging Face's chat templates, with limits on what it costs."""
 
 import importlib.metadata
 import json
@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
-import jinja2.filters
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -18,19 +17,24 @@ import jinja2.utils
 from jinja2.exceptions import SecurityError, TemplateError
 
 from jlora.data.control import CLOSE_GENERATION, OPEN_GENERATION
+from jlora.data.limits import (
+    Budget,
+    metered_call,
+    metered_filter,
+    node_filters,
+    rewrite,
+)
 from jlora.errors import UnsupportedError
 
 # Llama 3.2's template prints today's date; its own fallback is this day. Pinned, so
 # that neither the data nor a resumed run depends on the clock.
 PINNED_DATE = datetime(2024, 7, 26)
-MAX_OUTPUT_CHARS = 32 << 20
-_MAX_ITEMS = 1 << 20
-_MAX_BITS = 4096
 _MIN_JINJA2 = (3, 1, 6)
-_SIZED = (str, list, tuple)
+# By chance, or for web pages, and without a bound on what they make.
+_LEFT_OUT = ("random", "pprint", "urlize", "wordwrap", "xmlattr")
 
 
-def make_environment() -> jinja2.Environment:
+def make_environment() -> "_Sandbox":
     """Returns an environment equal to transformers' `_compile_jinja_template`.
 
     Raises:
@@ -41,20 +45,11 @@ def make_environment() -> jinja2.Environment:
         raise UnsupportedError(
             f"jinja2 {version} has known sandbox escapes; install jinja2>=3.1.6"
         )
-    environment = _Sandbox(
+    return _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
     )
-    environment.filters["tojson"] = _tojson
-    environment.filters["format"] = _format
-    for name in ("tojson", "center", "indent", "format"):
-        environment.filters[name] = _bounded(environment.filters[name])
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = PINNED_DATE.strftime
-    environment.globals["dict"] = _TemplateDict()
-    environment.globals["namespace"] = _TemplateNamespace
-    return environment
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -73,9 +68,27 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """HF's sandbox; an unsafe attribute raises at once and sizes are bounded."""
+    """HF's sandbox; an unsafe attribute raises at once, and a budget bounds all work."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        """Makes the filters and globals that templates of models expect."""
+        self.budget = Budget()
+        super().__init__(**options, finalize=self.budget.finalize)
+        self.filters["tojson"] = _tojson
+        self.filters = {
+            name: metered_filter(self.budget, name, filter)
+            for name, filter in self.filters.items()
+            if name not in _LEFT_OUT
+        } | node_filters(self.budget)
+        self.globals = {
+            "dict": _TemplateDict(),
+            "namespace": _TemplateNamespace,
+            "range": self.globals["range"],
+            "raise_exception": _raise_exception,
+            "strftime_now": PINNED_DATE.strftime,
+        }
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
         raise SecurityError(
@@ -85,8 +98,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
     ) -> Any:
-        if _is_too_large(operator, left, right):
-            raise SecurityError(f"the result of {operator!r} is too large")
+        self.budget.binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(
@@ -96,61 +108,14 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        _check_arguments(*args, *kwargs.values())
-        # The base class wraps str.format and str.format_map, and nothing else.
-        template = getattr(getattr(__obj, "__wrapped__", None), "__self__", None)
-        if isinstance(template, str) and _has_wide_field(template):
-            raise SecurityError("a format string with a width above 999,999")
-        return super().call(__context, __obj, *args, **kwargs)
+        args = metered_call(__self.budget, __obj, args, kwargs)
+        result = super().call(__context, __obj, *args, **kwargs)
+        return __self.budget.charge_result(result)
 
-
-def _is_too_large(operator: str, left: Any, right: Any) -> bool:
-    if operator == "%":
-        return isinstance(left, str) and (_has_wide_field(left) or _has_huge(right))
-    if isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length()
-        if operator == "**":
-            return bits * right > _MAX_BITS
-        return operator == "*" and bits + right.bit_length() > _MAX_BITS
-    if operator == "+" and isinstance(left, _SIZED) and isinstance(right, _SIZED):
-        return len(left) + len(right) > MAX_OUTPUT_CHARS
-    if operator == "*":
-        for items, times in ((left, right), (right, left)):
-            if isinstance(items, _SIZED) and isinstance(times, int):
-                return len(items) * times > _MAX_ITEMS
-    return False
-
-
-def _has_huge(*values: Any) -> bool:
-    return any(
-        _has_huge(*value)
-        if isinstance(value, tuple)
-        else isinstance(value, int) and abs(value) > _MAX_ITEMS
-        for value in values
-    )
-
-
-def _has_wide_field(format_string: str) -> bool:
-    return re.search(r"\d{7}", format_string) is not None
-
-
-def _check_arguments(*values: Any) -> None:
-    if _has_huge(*values):
-        raise SecurityError(f"a call with a number above {_MAX_ITEMS:,}")
-
-
-def _bounded(filter: Callable[..., Any]) -> Callable[..., Any]:
-    def bounded(value: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_arguments(*args, *kwargs.values())
-        return filter(value, *args, **kwargs)
-
-    return bounded
-
-
-def _format(value: str, *args: Any, **kwargs: Any) -> str:
-    if _has_wide_field(value):
-        raise SecurityError("a format string with a width above 999,999")
-    return jinja2.filters.do_format(value, *args, **kwargs)
+    def _generate(
+        self, source: jinja2.nodes.Template, *args: Any, **kwargs: Any
+    ) -> str:
+        return super()._generate(rewrite(source), *args, **kwargs)
 
 
 def _tojson(

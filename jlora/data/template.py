@@ -10,7 +10,7 @@ from jinja2.exceptions import SecurityError
 
 from jlora.data.control import Rendered, control_pattern, mark, unmark
 from jlora.data.jsonl import RowError
-from jlora.data.sandbox import MAX_OUTPUT_CHARS, make_environment
+from jlora.data.sandbox import make_environment
 from jlora.errors import CorruptError, nearest
 
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -38,6 +38,7 @@ class ChatTemplate:
             CorruptError: the template has a syntax error.
         """
         environment = make_environment()
+        self._budget = environment.budget
         try:
             self._template = environment.from_string(source)
             tree = environment.parse(source)
@@ -98,13 +99,11 @@ class ChatTemplate:
 
     def _stream(self, variables: dict[str, Any]) -> str:
         parts: list[str] = []
-        length = 0
+        self._budget.restart()
         try:
             for part in self._template.generate(variables):
                 parts.append(part)
-                length += len(part)
-                if length > MAX_OUTPUT_CHARS:
-                    raise SecurityError(f"more than {MAX_OUTPUT_CHARS:,} characters")
+                self._budget.spend(len(part))
         except (SecurityError, OverflowError, MemoryError, RecursionError) as error:
             raise CorruptError(
                 f"chat template: stopped by the sandbox, {type(error).__name__}: "

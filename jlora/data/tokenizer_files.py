@@ -1,12 +1,14 @@
 """What a model folder's files say about special tokens and templates."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
 
 from jlora.config import LlamaConfig
+from jlora.data.sandbox import PINNED_DATE
 from jlora.errors import CorruptError
 from jlora.strict_json import parse_json_object
 
@@ -18,6 +20,7 @@ _FINGERPRINTED = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_ADDITIONAL = re.compile(r"additional_chat_templates/([^/]+)\.jinja")
 _SPECIAL_NAMES = (
     *("bos_token", "eos_token", "unk_token", "sep_token"),
     *("pad_token", "cls_token", "mask_token"),
@@ -64,12 +67,19 @@ def special_tokens(
 def templates(
     files: Mapping[str, bytes], settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Returns the templates by name; the first place that has any decides."""
-    if "chat_template.jinja" in files:
-        try:
-            return {"default": files["chat_template.jinja"].decode("utf-8-sig")}
-        except UnicodeDecodeError as error:
-            raise CorruptError(f"chat_template.jinja: not UTF-8 ({error})") from error
+    """Returns the templates by name; the first place that has any decides.
+
+    additional_chat_templates/NAME.jinja belong to chat_template.jinja.
+    """
+    found_files = {
+        _ADDITIONAL.sub(r"\1", name): name
+        for name in sorted(files)
+        if name == "chat_template.jinja" or _ADDITIONAL.fullmatch(name)
+    }
+    if found_files:
+        default = found_files.pop("chat_template.jinja", None)
+        names = {**found_files, **({"default": default} if default else {})}
+        return {name: _text(files, file) for name, file in names.items()}
     found = settings.get("chat_template")
     if found is None:
         found = read_json(files, "chat_template.json").get("chat_template")
@@ -87,6 +97,13 @@ def templates(
     return named
 
 
+def _text(files: Mapping[str, bytes], name: str) -> str:
+    try:
+        return files[name].decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorruptError(f"{name}: not UTF-8 ({error})") from error
+
+
 def eos_ids(value: object) -> frozenset[int]:
     """Returns the ids in an eos_token_id: null, one or a list."""
     items = value if isinstance(value, list) else [value]
@@ -94,10 +111,10 @@ def eos_ids(value: object) -> frozenset[int]:
 
 
 def fingerprint(files: Mapping[str, bytes]) -> str:
-    """Returns a sha256 over what decides how text becomes ids."""
-    digest = hashlib.sha256()
-    for name in _FINGERPRINTED:
-        if name in files:
+    """Returns a sha256 over what decides how text becomes ids, the pinned date included."""
+    digest = hashlib.sha256(PINNED_DATE.date().isoformat().encode())
+    for name in sorted(files):
+        if name in _FINGERPRINTED or _ADDITIONAL.fullmatch(name):
             digest.update(f"{name} {len(files[name])}\n".encode())
             digest.update(files[name])
     return digest.hexdigest()
