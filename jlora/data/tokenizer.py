@@ -1,5 +1,6 @@
 """Text and conversations to token ids, exactly as the model's own files say."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from jlora.data.control import (
     GuardedTokenizer,
     Rendered,
     check_text,
+    control_pattern,
     encode_data_as_text,
 )
 from jlora.data.template import ChatTemplate
@@ -217,6 +219,12 @@ class Tokenizer:
         texts = set().union(*(t.controls for t in self._templates.values()))
         ids = (self._backend.token_to_id(text) for text in texts)
         return frozenset(index for index in ids if index is not None)
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """A pattern that finds the control tokens in a text."""
+        texts = {self.token(index) for index in self.control_ids}
+        return control_pattern(texts)
 
     @cached_property
     def _guarded(self) -> GuardedTokenizer:

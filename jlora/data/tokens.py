@@ -10,6 +10,7 @@ from jlora.data.control import Encoded, Rendered, Span, check_text
 from jlora.data.files import Chunk, place
 from jlora.data.jsonl import Problem, RowError, parse_rows
 from jlora.data.masks import Plan, find_spans, plan_conversation
+from jlora.data.prefixes import encode_beginnings
 from jlora.data.records import ChatRecord, Layout, TextRecord, make_record
 from jlora.data.tokenizer import Tokenizer
 from jlora.errors import UsageError, listing
@@ -196,8 +197,14 @@ def _tokenize_chats(
 
 def _encode_all(plans: Sequence[Plan], tokenizer: Tokenizer) -> dict[Rendered, Encoded]:
     """Encodes every text once; the last answer's end is the end of the whole."""
-    texts = {text: None for plan in plans for text in plan.texts() if not text.cuts}
-    unique = list(texts)
+    unique = list(dict.fromkeys(p.whole for p in plans if not p.whole.cuts))
     with_offsets = any(plan.marked for plan in plans)
     encoded = tokenizer.encode_rendered(unique, with_offsets=with_offsets)
-    return dict(zip(unique, encoded, strict=True))
+    wholes = dict(zip(unique, encoded, strict=True))
+    beginnings = {
+        text: plan.whole
+        for plan in plans
+        for text in plan.texts()
+        if not text.cuts and text not in wholes
+    }
+    return wholes | encode_beginnings(beginnings, wholes, tokenizer)

@@ -1,0 +1,63 @@
+import itertools
+
+import pytest
+from data_cases import TEMPLATES, chat, make_tokenizer
+
+from jlora.data.control import Rendered
+from jlora.data.prefixes import encode_beginnings
+from jlora.errors import JloraError
+
+TEXTS = [
+    "What is",
+    " the  sum? ",
+    "five\n\nof two",
+    "a",
+    "é<s",
+    "\t",
+    "<|im_",
+    "[INST]",
+]
+NAMES = [name for name, case in TEMPLATES.items() if case["template"]]
+
+
+def conversations(tokenizer):
+    for texts in itertools.islice(itertools.permutations(TEXTS, 4), 0, 1600, 97):
+        messages = chat(*texts)["messages"]
+        try:
+            yield tokenizer.template().render(messages)
+        except JloraError:  # the template has no system turn, say
+            continue
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_of_every_beginning_are_those_of_encoding_it(name):
+    tokenizer = make_tokenizer(name)
+    for whole in conversations(tokenizer):
+        if whole.cuts:
+            continue
+        [encoded] = tokenizer.encode_rendered([whole])
+        texts = [Rendered(whole.text[:end]) for end in range(len(whole.text))]
+        found = encode_beginnings(
+            dict.fromkeys(texts, whole), {whole: encoded}, tokenizer
+        )
+        wanted = tokenizer.encode_rendered(texts)
+        assert [found[text].ids for text in texts] == [e.ids for e in wanted]
+
+
+def test_only_what_follows_the_last_control_token_is_encoded(monkeypatch):
+    tokenizer = make_tokenizer()
+    whole = tokenizer.template().render(chat("a" * 50, "b" * 50, "c", "d")["messages"])
+    [encoded] = tokenizer.encode_rendered([whole])
+    asked: list[str] = []
+    encode = tokenizer.encode_rendered
+    monkeypatch.setattr(
+        tokenizer,
+        "encode_rendered",
+        lambda texts, **more: (
+            asked.extend(text.text for text in texts) or encode(texts, **more)
+        ),
+    )
+    end = whole.text.index("c<|im_end|>")
+    text = Rendered(whole.text[:end])
+    encode_beginnings({text: whole}, {whole: encoded}, tokenizer)
+    assert asked == ["<|im_start|>user\n"]
