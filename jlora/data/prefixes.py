@@ -39,9 +39,9 @@ def _controls(
 
     Nothing where text and ids do not tell of the same ones.
     """
-    ids = wholes[whole].ids
+    ids, control_ids = wholes[whole].ids, tokenizer.control_ids
     found = list(tokenizer.control_pattern.finditer(whole.text))
-    places = [i for i, index in enumerate(ids) if index in tokenizer.control_ids]
+    places = [i for i, index in enumerate(ids) if index in control_ids]
     if [tokenizer.token(ids[place]) for place in places] != [m[0] for m in found]:
         return []
     return [(m.start(), m.end(), i) for m, i in zip(found, places, strict=True)]
