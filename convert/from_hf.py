@@ -7,8 +7,8 @@ from typing import Literal
 
 from convert.base import open_base, write_base
 from convert.info import describe
-from convert.safetensors import check_target
-from convert.source import Dtype, open_source
+from convert.safetensors import check_space, check_target
+from convert.source import Dtype, open_source, size_as
 from jlora.cli import run_command
 from jlora.errors import UnsupportedError
 
@@ -39,6 +39,8 @@ def main(arguments: Arguments) -> None:
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)  # before anything is fetched or read
     source = open_source(arguments.src)
+    if arguments.quantize == "none":
+        check_space(out, size_as(source, arguments.dtype))
     write_base(source, out, arguments.dtype, arguments.overwrite)
     print("\n".join(describe(open_base(out))))
     print(f"{'written':<14}{out} in {time.perf_counter() - start:.1f} s")

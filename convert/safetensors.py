@@ -5,6 +5,7 @@ memory. Folders appear whole or not at all.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import json
@@ -314,17 +315,43 @@ def atomic_folder(
             _clear(temporary)
             yield temporary
             _sync(temporary)
-            if target.exists() and any(target.iterdir()):
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-            temporary.rename(target)
+            if not (target.exists() and _exchange(temporary, target)):
+                if target.exists() and any(target.iterdir()):
+                    shutil.rmtree(old, ignore_errors=True)
+                    target.rename(old)
+                temporary.rename(target)
             _sync_one(target.parent)
         except BaseException:
             if old.exists() and not target.exists():
                 old.rename(target)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        for replaced in (old, temporary):
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two folders in one step if the system can; returns whether it did.
+
+    Two renames would leave an instant, and a killed process, without any folder.
+    """
+    current_folder, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = [os.fsencode(path) for path in (a, b)]
+    return rename(current_folder, names[0], current_folder, names[1], swap) == 0
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises ResourceError if the disk of `out` has fewer free bytes than `needed`."""
+    free = shutil.disk_usage(_existing(out)).free
+    if needed > free:
+        raise ResourceError(
+            f"{out}: the disk is full: {needed:,} bytes are needed, {free:,} are free; "
+            "nothing was written; free some space or choose another OUT"
+        )
 
 
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:

@@ -320,6 +320,14 @@ def stored_dtype(spec: Spec, dtype: Dtype) -> np.dtype[Any]:
     return np.dtype(np.float32) if spec.dtype == np.float64 else spec.dtype
 
 
+def size_as(source: Source, dtype: Dtype) -> int:
+    """Returns the bytes that all tensors take in the dtype asked for."""
+    return sum(
+        Spec(spec.shape, stored_dtype(spec, dtype)).nbytes
+        for spec in source.tensors.values()
+    )
+
+
 def read_as(
     source: Source, path: str, dtype: Dtype, box: Index | None = None
 ) -> np.ndarray:

@@ -23,6 +23,7 @@ from convert.peft_keys import EMBEDDING, HEAD
 from convert.safetensors import (
     Spec,
     atomic_folder,
+    check_space,
     check_target,
     read_header,
     read_tensor,
@@ -35,6 +36,7 @@ from convert.source import (
     Source,
     first_non_finite,
     open_source,
+    size_as,
     stored_dtype,
 )
 from convert.verify import check
@@ -76,6 +78,7 @@ def main(arguments: Arguments) -> None:
     adapter = open_adapter(arguments.adapter)
     check_target(out, arguments.overwrite, adapter.location)
     check_fit(adapter, source.config)
+    check_space(out, size_as(source, arguments.dtype))
     with atomic_folder(out, arguments.overwrite, source.location) as folder:
         for line in write_merged(source, adapter, folder, arguments.dtype):
             print(line)
