@@ -1,6 +1,7 @@
 """Fine-tune a Llama with LoRA: model and data in, a run folder with the adapter out."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -8,23 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import yaml
 from jax.sharding import Mesh
 
 from convert.peft import attach_adapter, open_adapter, write_adapter
 from convert.source import Source, abstract_params, load_params, open_source
-from jlora.checkpoint import RunCheckpoints, fingerprint, locked, resume
+from jlora.checkpoint import fingerprint, locked
 from jlora.cli import run_command
-from jlora.config import LoraConfig
-from jlora.data import Prefetch, Tokenizer, load_split, make_samples, plan_lines
-from jlora.errors import StopRequested
-from jlora.loop import StepLog, check_remaining, is_due, stop_requests
-from jlora.lora import Params, format_parameter_count, join
+from jlora.config import LlamaConfig, LoraConfig
+from jlora.data import Tokenizer, load_split, make_samples, plan_lines
+from jlora.fit import Entry, fit, write_settings
+from jlora.lora import Params, count_parameters, format_parameter_count
 from jlora.lora_init import add_lora
 from jlora.model import Llama
-from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import flops_per_token, memory_table, plan_workload
-from jlora.report import Report, plot, show_samples
+from jlora.report import plot, show_samples
 from jlora.settings import (
     ComputeConfig,
     DataConfig,
@@ -34,7 +32,8 @@ from jlora.settings import (
     check_seed,
 )
 from jlora.sharding import check_divisible, make_mesh, parameter_sharding
-from jlora.training import TrainState, evaluate, make_eval_step, make_train_step
+from jlora.sweep import start_member
+from jlora.sweep_file import check_same_steps, compute_of_sweep, read_sweep
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Arguments:
     """Continue from the newest checkpoint in output_dir: if there is one, never, or always."""
     init_adapter: str | None = None
     """PEFT adapter to continue from; its settings replace the lora group's."""
+    sweep: str | None = None
+    """YAML file: adapters to train at once, by name, with what differs."""
     plan: bool = False
     """Print what would be trained and whether it fits, then stop."""
 
@@ -67,6 +68,7 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
+    every = read_sweep(args)  # one run without a name, if it is no sweep
     mesh = make_mesh(args.mesh)
     source = open_source(args.model)
     config = source.config
@@ -74,29 +76,38 @@ def main(args: Arguments) -> None:
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
     # The data comes first: a mistake in it shows before the weights are read.
     tokenizer = Tokenizer.from_files(source.files, config)
-    data, held_out = load_split(
+    load = partial(
+        load_split,
         tokenizer,
         args.data,
         vocab_size=config.vocab_size,
         batch_size=args.train.batch_size,
-        seed=args.seed,
     )
-    base, params, lora = load_model(args, source, mesh)
-    print(format_parameter_count(params))
+    seeds = list(dict.fromkeys(own.seed for own in every.values()))
+    splits = {seed: load(seed=seed) for seed in seeds}
+    data, held_out = splits[seeds[0]]
+    check_same_steps([split[0] for split in splits.values()])
+    base = load_base(args, source, mesh)
+    adapters = {name: start_adapter(own, base, config) for name, own in every.items()}
+    for name, (params, _) in adapters.items():
+        print(f"{name}: " * bool(name) + format_parameter_count(params))
     print("\n".join(data.summary + (held_out.summary if held_out else [])))
     epoch_steps = math.ceil(args.train.num_epochs * data.steps_per_epoch)
     total_steps = args.train.max_steps or epoch_steps
+    params = max((own for own, _ in adapters.values()), key=count_parameters)
     work = plan_workload(
         config,
         params,
         mesh,
-        compute=args.compute,
+        compute=compute_of_sweep(args.compute, len(every), packed=args.data.packing),
         rows=args.train.batch_size // args.train.grad_accum_steps,
         length=data.row_length,
+        adapters=len(every),
     )
+    beside = f" for each of {len(every)} adapters" * (len(every) > 1)
     print(
-        f"{total_steps} steps of {args.train.batch_size} x {data.row_length} tokens on "
-        f"{mesh.size} {jax.devices()[0].device_kind}: {work.dtype.name}, "
+        f"{total_steps} steps of {args.train.batch_size} x {data.row_length} tokens"
+        f"{beside} on {mesh.size} {jax.devices()[0].device_kind}: {work.dtype.name}, "
         f"attention {work.attention}, kernels {work.kernels}, remat {work.remat}",
         flush=True,
     )
@@ -105,96 +116,88 @@ def main(args: Arguments) -> None:
         show_samples(make_samples(data, tokenizer))
         return
     segments = max(d.max_segments for d in (data, held_out) if d)
-    options = (work.dtype, work.attention, work.remat, lora.lora_dropout, segments)
-    model = Llama(config, *options, kernels=work.kernels)
-    schedule = make_schedule(args.optim, total_steps)
-    optimizer = make_optimizer(args.optim, schedule)
-    state, frozen = TrainState.create(params, optimizer, mesh)
-    step = make_train_step(
-        model,
-        optimizer,
-        mesh,
-        state=state,
-        frozen=frozen,
-        packed=args.data.packing,
-        grad_accum_steps=args.train.grad_accum_steps,
-        seed=args.seed,
+    model = Llama(
+        config,
+        work.dtype,
+        work.attention,
+        work.remat,
+        max_segments=segments,
+        kernels=work.kernels,
     )
-    eval_step = make_eval_step(model, mesh, params=params, packed=args.data.packing)
 
-    run = Path(args.output_dir)
-    settings = {**asdict(args), "lora": asdict(lora)}
-    identity = {  # what a resumed run has to share with the one it continues
+    shared = {  # what a resumed run has to share with the one it continues
         "base": fingerprint(base),
         "tokenizer": tokenizer.fingerprint,
-        "data": data.fingerprint,
-        "lora": settings["lora"],
-        "seed": args.seed,
         "batch_size": args.train.batch_size,
     }
-    versions = {name: version(name) for name in ("jax", "flax", "optax")}
-    meta = {"settings": settings, "identity": identity, "versions": versions}
-    with locked(run), stop_requests() as stop:
-        state = resume(run, state, meta, mode=args.resume)
-        start = int(state.step)
-        check_remaining(run, start, total_steps)
-        (run / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        checkpoints = RunCheckpoints(run / "checkpoints", args.train.keep)
-        flops = flops_per_token(params, config, data.row_length)
-        with (
-            Report(run, total_steps=total_steps, start_step=start) as report,
-            Prefetch(data, mesh, start=start, stop=total_steps) as batches,
-        ):
-            log = StepLog(
-                report,
-                schedule,
-                flops_per_token=flops,
-                steps_per_epoch=data.steps_per_epoch,
-                log_every=args.train.log_every,
+    entries = []
+    for name, own in every.items():
+        params, lora = adapters[name]
+        data, held_out = splits[own.seed]
+        identity = {"data": data.fingerprint, "lora": asdict(lora), "seed": own.seed}
+        meta = {
+            "settings": {**asdict(own), "lora": asdict(lora)},
+            "identity": {**shared, **identity},
+            "versions": {n: version(n) for n in ("jax", "flax", "optax")},
+            "sweep": list(every),
+        }
+        entries.append(
+            Entry(
+                name=name,
+                folder=Path(own.output_dir),
+                member=start_member(
+                    own.optim, own.seed, lora.lora_dropout, params, mesh
+                ),
+                meta=meta,
+                data=data,
+                held_out=held_out,
+                flops_per_token=flops_per_token(params, config, data.row_length),
             )
-            for done, batch in enumerate(batches, start + 1):
-                state, metrics = step(state, frozen, batch)
-                log.add(done, metrics, batches.waited_s)
-                stopping = stop.is_set() and done < total_steps
-                evaluating = is_due(done, args.train.eval_every, total_steps)
-                if held_out and evaluating and not stopping:
-                    log.flush()
-                    tuned = join(state.trainable, frozen)
-                    eval_loss, _ = evaluate(eval_step, tuned, held_out, mesh)
-                    report.log(step=done, eval_loss=eval_loss)
-                # Saved after the evaluation, which a resumed run does not repeat.
-                if stopping or is_due(done, args.train.save_every, total_steps):
-                    log.flush()
-                    checkpoints.save(done, state, meta)
-                if stopping:
-                    raise StopRequested(f"step {done} is saved; run it again to go on")
-        checkpoints.close()
-        adapter = run / "adapter"
-        tuned = join(state.trainable, frozen)
-        write_adapter(tuned, lora, adapter, args.model, overwrite=True)
-        plot(run)
-    print(f"adapter written to {adapter}")
-
-
-def load_model(
-    args: Arguments, source: Source, mesh: Mesh
-) -> tuple[Params, Params, LoraConfig]:
-    """Returns (base on the mesh, base with adapter, the adapter's settings)."""
-    dtype: Any = args.compute.base_dtype
-    if args.plan:  # for which shapes are enough
-        base = abstract_params(source, dtype=dtype)
-    else:
-        base = load_params(
-            source,
-            dtype=dtype,
-            sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
         )
+
+    def export(index: int, tuned: Params) -> None:
+        folder, lora = entries[index].folder, list(adapters.values())[index][1]
+        write_adapter(tuned, lora, folder / "adapter", args.model, overwrite=True)
+        plot(folder)
+        print(f"adapter written to {folder / 'adapter'}")
+
+    with locked(Path(args.output_dir)) if args.sweep else nullcontext():
+        if args.sweep:
+            write_settings(Path(args.output_dir), asdict(args))
+        fit(
+            entries,
+            model,
+            mesh,
+            args.train,
+            total_steps=total_steps,
+            packed=args.data.packing,
+            mode=args.resume,
+            export=export,
+        )
+
+
+def load_base(args: Arguments, source: Source, mesh: Mesh) -> Params:
+    """Returns the base on the mesh; for a plan, shapes are enough."""
+    dtype: Any = args.compute.base_dtype
+    if args.plan:
+        return abstract_params(source, dtype=dtype)
+    return load_params(
+        source,
+        dtype=dtype,
+        sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
+    )
+
+
+def start_adapter(
+    args: Arguments, base: Params, config: LlamaConfig
+) -> tuple[Params, LoraConfig]:
+    """Returns (base with an adapter to train, the adapter's settings)."""
     if args.init_adapter is None:
         add = partial(add_lora, config=args.lora, key=jax.random.key(args.seed))
-        return base, jax.eval_shape(add, base) if args.plan else add(base), args.lora
+        return jax.eval_shape(add, base) if args.plan else add(base), args.lora
     adapter = open_adapter(args.init_adapter)
     lora = replace(adapter.config, lora_dropout=args.lora.lora_dropout)
-    return base, attach_adapter(base, source.config, adapter, train=True), lora
+    return attach_adapter(base, config, adapter, train=True), lora
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from jlora.plan import peak_memory_bytes, plan_workload
 from jlora.settings import ComputeConfig, MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.sweep import Member, Sweep
+from jlora.sweep_file import compute_of_sweep
 from jlora.training import TrainState, make_train_step
 
 STEPS, WARM_UP, TOTAL = 8, 3, 100
@@ -94,9 +95,16 @@ def measure(name: str) -> dict[str, Any]:
 
     def model_for(adapters: int) -> tuple[Llama, str]:
         work = plan_workload(
-            config, params, mesh, compute=compute, rows=rows * adapters, length=length
+            config,
+            params,
+            mesh,
+            compute=compute_of_sweep(compute, adapters, packed=False),
+            rows=rows,
+            length=length,
+            adapters=adapters,
         )
-        return Llama(config, work.dtype, work.attention, work.remat), work.remat
+        options = (config, work.dtype, work.attention, work.remat)
+        return Llama(*options, kernels=work.kernels), work.remat
 
     # First, as the single step donates the state of the adapter that it trains.
     model, remat_together = model_for(count)
@@ -135,6 +143,7 @@ def measure(name: str) -> dict[str, Any]:
         "peak_gib": [round(x / 2**30, 2) for x in (peak_alone, peak_memory_bytes())],
         "remat": [remat_alone, remat_together],
         "attention": model.attention,
+        "kernels_alone": model.kernels,
         "versions": {"jax": jax.__version__},
     }
 

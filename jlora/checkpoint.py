@@ -7,7 +7,7 @@ of every leaf is kept beside the arrays and compared on the way back.
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ SCHEMA_VERSION = 1
 # Parts of a run's identity whose values say nothing to a reader.
 DIGESTS = ("base", "tokenizer", "data")
 # Settings that say where a run lies and how it was called, not what it computes.
-PLACES = ("model", "output_dir", "resume", "plan")
+PLACES = ("model", "output_dir", "resume", "plan", "sweep")
 # Of a converted base; a chunk is the least that a process reads of a leaf.
 CHUNK_BYTES = 16 << 20
 Tree = dict[str, Any]
@@ -226,15 +226,22 @@ def load_newest(folder: Path) -> tuple[Saved | None, list[str]]:
         CorruptError: there are steps, and none is valid; nothing is deleted.
         UnsupportedError: a step was written by another schema of jlora.
     """
+    saved, problems = load_newest_common([folder])
+    return (saved[0] if saved else None), problems
+
+
+def load_newest_common(folders: Sequence[Path]) -> tuple[list[Saved], list[str]]:
+    """Returns the newest step that is valid in every folder, else nothing; as above."""
     problems = []
-    for step in saved_steps(folder):
+    shared = set.intersection(*(set(saved_steps(folder)) for folder in folders))
+    for step in sorted(shared, reverse=True):
         try:
-            return _load(folder / str(step), step), problems
+            return [_load(folder / str(step), step) for folder in folders], problems
         except CorruptError as error:
             problems.append(str(error))
     if problems:
-        raise CorruptError(f"{folder}: no valid checkpoint: {listing(problems, 3)}")
-    return None, []
+        raise CorruptError(f"{folders[0]}: no valid checkpoint: {listing(problems, 3)}")
+    return [], []
 
 
 def _load(path: Path, step: int) -> Saved:
@@ -286,7 +293,7 @@ def restore_into(state: Any, saved: Saved) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def check_identity(saved: Saved, identity: dict[str, Any]) -> None:
+def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
     """Refuses to continue a run with other data, weights or settings than it began with.
 
     Raises:
@@ -302,7 +309,7 @@ def check_identity(saved: Saved, identity: dict[str, Any]) -> None:
     ]
     if differing:
         raise UsageError(
-            f"cannot resume from step {saved.step}: {listing(differing)}; give what "
+            f"{run}: cannot resume from step {saved.step}: {listing(differing)}; give what "
             "the run began with, or another output_dir"
         )
 
@@ -343,23 +350,54 @@ def resume(run: Path, state: Any, meta: dict[str, Any], *, mode: str) -> Any:
         UsageError: the mode does not fit, or the identity differs.
         CorruptError: there are checkpoints, and none is valid.
     """
-    saved, problems = load_newest(run / "checkpoints")
+    return resume_all([run], [state], [meta], mode=mode)[0]
+
+
+def resume_all(
+    runs: Sequence[Path], states: Sequence[Any], metas: Sequence[Any], *, mode: str
+) -> list[Any]:
+    """Returns `resume` of runs that are trained together, all at the same step.
+
+    The "sweep" of a meta names them all: that is how runs that were saved together are
+    told from runs that were not, where some of them have no checkpoint.
+    """
+    folders = [run / "checkpoints" for run in runs]
+    begun = [folder for folder in folders if saved_steps(folder)]
+    saved, problems = load_newest_common(folders)
     for problem in problems:
         print(f"warning: skipped a damaged checkpoint: {problem}", flush=True)
-    if saved is None and mode == "must":
-        raise UsageError(f"{run}: no checkpoint to resume from")
-    if saved is None:
-        return state
-    if mode == "never":
+    if not begun and mode == "must":
+        raise UsageError(f"{runs[0]}: no checkpoint to resume from")
+    if begun and mode == "never":
         raise UsageError(
-            f"{run}: holds a run already; choose another output_dir, "
+            f"{begun[0].parent}: holds a run already; choose another output_dir, "
             "or continue it with --resume auto"
         )
-    check_identity(saved, meta["identity"])
-    print(f"resuming after step {saved.step}", flush=True)
-    for line in changed_settings(saved, meta):
+    if not saved:
+        _check_first_save(begun, folders, metas[0])
+        return list(states)
+    for run, before, meta in zip(runs, saved, metas, strict=True):
+        check_identity(before, meta["identity"], run)
+    print(f"resuming after step {saved[0].step}", flush=True)
+    pairs = zip(saved, metas, strict=True)
+    notes = (line for pair in pairs for line in changed_settings(*pair))
+    for line in dict.fromkeys(notes):
         print(f"note: {line}", flush=True)
-    return restore_into(state, saved)
+    return [restore_into(*pair) for pair in zip(states, saved, strict=True)]
+
+
+def _check_first_save(
+    begun: Sequence[Path], folders: Sequence[Path], meta: dict[str, Any]
+) -> None:
+    """Refuses runs without a common step, unless a kill came amid their first save."""
+    for folder in begun:
+        saved, _ = load_newest(folder)
+        if saved is None or saved.meta.get("sweep") != meta.get("sweep"):
+            others = [str(f.parent) for f in folders if f not in begun] or folders
+            raise UsageError(
+                f"{folder.parent} was trained already, without {listing(others)}; "
+                "choose another output_dir, or leave one or the other out of the sweep"
+            )
 
 
 def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:

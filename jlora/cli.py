@@ -7,6 +7,7 @@ an instance of it. Flags beat the file given by `--config`.
 import dataclasses
 import difflib
 import errno
+import functools
 import importlib.metadata
 import logging
 import re
@@ -142,11 +143,47 @@ def parse(cls: type[T], words: Sequence[str], *, positional: Sequence[str] = ())
     if not positional:  # which could stand after a list
         words = join_lists(words, flags.values())
     words, file = _take_config_file(_check_flags(words, flags))
-    from_file = {} if file is None else _read_config(file, flags, words)
+    taken = {word.split("=", 1)[0] for word in words if word.startswith("--")}
+    from_file = {} if file is None else _as_words(read_yaml(file), flags, f"{file}")
+    from_file = {k: word for k, word in from_file.items() if f"--{k}" not in taken}
+    where = {key: f"{file}: {key}" for key in from_file}
+    words = [*from_file.values(), *words]
+    return _instantiate(cls, parser, words, settings, positional, where)
+
+
+def with_changes(args: T, changes: dict[str, Any], where: str) -> T:
+    """Returns a command's arguments with some settings changed, checked as flags are.
+
+    Args:
+        args: an instance of the command's dataclass.
+        changes: keys as in a file for --config, nested or dotted.
+        where: what to call the source of the changes.
+
+    Raises:
+        UsageError: as `parse`.
+    """
+    cls = type(args)
+    settings = {s.key: s for s in all_settings(cls)}
+    changed = _as_words(changes, settings, where)
+    values = {key: functools.reduce(getattr, key.split("."), args) for key in settings}
+    kept = [f"--{k}={as_text(v)}" for k, v in values.items() if k not in changed]
+    parser = _make_parser(cls, (), settings)
+    sources = {key: f"{where}: {key}" for key in changed}
+    words = [*kept, *changed.values()]
+    return _instantiate(cls, parser, words, settings, (), sources)
+
+
+def _instantiate(
+    cls: type[T],
+    parser: _Parser,
+    words: list[str],
+    settings: dict[str, Setting],
+    positional: Sequence[str],
+    where: dict[str, str],
+) -> T:
     try:
-        values = parser.parse_args([*from_file.values(), *words])
+        values = parser.parse_args(words)
     except _Refused as error:
-        where = {key: f"{file}: {key}" for key in from_file}
         raise UsageError(_explain(str(error), settings, positional, where)) from error
     fields = parser.instantiate(values).as_dict()
     return cls(**{f.name: fields[f.name] for f in dataclasses.fields(cls)})  # type: ignore[arg-type]
@@ -249,30 +286,28 @@ def _take_config_file(words: list[str]) -> tuple[list[str], Path | None]:
     return rest, Path(files[0]) if files else None
 
 
-def _read_config(
-    file: Path, flags: dict[str, Setting], given: list[str]
+def _as_words(
+    document: dict[str, Any], flags: dict[str, Setting], where: str
 ) -> dict[str, str]:
-    """Returns {key: flag with value} of the file, without what `given` has already."""
-    taken = {word.split("=", 1)[0] for word in given if word.startswith("--")}
+    """Returns {key: flag with value} of a mapping that a file gives."""
     words = {}
-    for key, value in _flatten(read_yaml(file), flags, file).items():
+    for key, value in _flatten(document, flags, where).items():
         if key not in flags:
             close = nearest_setting(key, flags)
             hint = f"; did you mean {close!r}?" if close else ""
-            raise UsageError(f"{file}: unknown key {key!r}{hint}")
+            raise UsageError(f"{where}: unknown key {key!r}{hint}")
         kind = flags[key].kind
         if isinstance(value, str) and kind in (int, float, bool):
             raise UsageError(
-                f"{file}: {key} is the text {value!r}; "
+                f"{where}: {key} is the text {value!r}; "
                 f"expected {describe(kind)}, without quotes"
             )
-        if f"--{key}" not in taken:
-            words[key] = f"--{key}={as_text(value)}"
+        words[key] = f"--{key}={as_text(value)}"
     return words
 
 
 def _flatten(
-    tree: dict[str, Any], flags: dict[str, Setting], file: Path, prefix: str = ""
+    tree: dict[str, Any], flags: dict[str, Setting], where: str, prefix: str = ""
 ) -> dict[str, Any]:
     """Returns dotted keys; a mapping that is itself a setting's value stays whole."""
     result = {}
@@ -283,11 +318,11 @@ def _flatten(
         ]
         if members and not isinstance(value, dict | None):
             raise UsageError(
-                f"{file}: {name} is {value!r}; expected keys below it: "
+                f"{where}: {name} is {value!r}; expected keys below it: "
                 f"{listing(members)}"
             )
         if members or (isinstance(value, dict) and name not in flags):
-            result |= _flatten(value or {}, flags, file, f"{name}.")
+            result |= _flatten(value or {}, flags, where, f"{name}.")
         else:
             result[name] = value
     return result

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jlora.errors import DivergedError, UsageError
 from jlora.plan import peak_flops, peak_memory_bytes
 from jlora.report import Report
@@ -61,7 +63,19 @@ class StepLog:
         flops_per_token: float,
         steps_per_epoch: int,
         log_every: int,
+        index: int = 0,
     ) -> None:
+        """Takes what a line tells besides a step's metrics.
+
+        Args:
+            report: where lines go.
+            schedule: learning rate of each step.
+            flops_per_token: of the model and its adapter.
+            steps_per_epoch: of the run's data.
+            log_every: steps between lines.
+            index: of this run where the metrics are those of several.
+        """
+        self._index = index
         self._report, self._schedule, self._every = report, schedule, log_every
         self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
         self._peak = peak_flops()
@@ -86,7 +100,9 @@ class StepLog:
         if self._pending is None:
             return
         (step, arrays, waited), self._pending = self._pending, None
-        metrics = {name: array.item() for name, array in arrays.items()}
+        metrics = {
+            name: np.ravel(array)[self._index].item() for name, array in arrays.items()
+        }
         skipped, in_a_row = metrics.pop("skipped"), metrics.pop("in_a_row")
         self._tokens, self._steps = self._tokens + metrics["tokens"], self._steps + 1
         if in_a_row:

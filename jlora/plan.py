@@ -47,6 +47,8 @@ class Workload:
     attention: str
     remat: str
     kernels: str
+    adapters: int = 1
+    """Adapters that are trained at once, each with its own rows."""
 
 
 def plan_workload(
@@ -57,10 +59,12 @@ def plan_workload(
     compute: ComputeConfig,
     rows: int,
     length: int,
+    adapters: int = 1,
 ) -> Workload:
     """Returns the workload of one device for a part of the batch of `rows` rows.
 
-    remat auto becomes the least recomputation that is estimated to fit.
+    With several adapters these are rows of each. remat auto becomes the least
+    recomputation that is estimated to fit.
 
     Raises:
         UsageError: an attention implementation or kernels that cannot run here.
@@ -68,7 +72,7 @@ def plan_workload(
     dtype = compute_dtype(compute.dtype)
     work = Workload(
         config=config,
-        rows=rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        rows=adapters * rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
         length=length,
         weight_shards=mesh.shape["fsdp"] * mesh.shape["tensor"],
         dtype=dtype,
@@ -79,6 +83,7 @@ def plan_workload(
         kernels=choose_kernels(
             compute.kernels, dtype=dtype, devices=list(mesh.devices.flat)
         ),
+        adapters=adapters,
     )
     if work.remat != "auto":
         return work
@@ -97,7 +102,7 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if is_adapter(path[-1].key):
-            adapter += size
+            adapter += size * work.adapters
         else:
             weights += size
         trained += size if is_trainable(path[-1].key) else 0

@@ -18,29 +18,38 @@ from rich.text import Text
 class Report:
     """The log of one run; a context manager that owns the progress bar."""
 
-    def __init__(self, run: Path, *, total_steps: int, start_step: int = 0) -> None:
-        """Opens metrics.jsonl, dropping lines of steps after `start_step`."""
+    def __init__(
+        self,
+        run: Path,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        name: str = "",
+        beside: "Report | None" = None,
+    ) -> None:
+        """Opens metrics.jsonl, dropping lines of steps after `start_step`.
+
+        Args:
+            run: the run folder.
+            total_steps: where the bar ends.
+            start_step: where it begins.
+            name: of this run among several.
+            beside: the first of them, whose progress display they all share.
+        """
         self.path = run / "metrics.jsonl"
         _keep_lines_until(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._total = total_steps
-        self._progress: Progress | None = None
-        if sys.stdout.isatty():
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeLeft(),
-                TextColumn("{task.fields[note]}"),
-                console=Console(),
-            )
+        self._total, self._label = total_steps, f"{name}: " if name else ""
+        self._owns_display = beside is None
+        self._progress = beside._progress if beside else _make_progress()
+        if self._progress:
             self._task = self._progress.add_task(
-                "train", total=total_steps, completed=start_step, note=""
+                name or "training", total=total_steps, completed=start_step, note=""
             )
 
     def __enter__(self) -> "Report":
         """Shows the progress bar."""
-        if self._progress:
+        if self._progress and self._owns_display:
             self._progress.start()
         return self
 
@@ -51,7 +60,7 @@ class Report:
         trace: TracebackType | None,
     ) -> None:
         """Takes the progress bar down and closes the file."""
-        if self._progress:
+        if self._progress and self._owns_display:
             self._progress.stop()
         self._file.close()
 
@@ -86,10 +95,11 @@ class Report:
         if self._progress:
             self._progress.update(self._task, completed=step, note=note)
         else:
-            print(f"step {step}/{self._total}  {note}", flush=True)
+            print(f"{self._label}step {step}/{self._total}  {note}", flush=True)
 
     def say(self, message: str) -> None:
         """Prints one line, above the progress bar if there is one."""
+        message = self._label + message
         if self._progress:
             self._progress.console.print(message, markup=False, highlight=False)
         else:
@@ -110,6 +120,20 @@ def show_samples(samples: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> N
             else:
                 text.append(f"{{+{piece}+}}" if is_learnt else piece)
         console.print(Text(title, "bold underline"), text, "", sep="\n")
+
+
+def _make_progress() -> Progress | None:
+    """Returns a display for a terminal, and None where there is none."""
+    if not sys.stdout.isatty():
+        return None
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeLeft(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(),
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

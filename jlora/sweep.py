@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.errors import UsageError
-from jlora.lora import Params, is_adapter, map_leaves
+from jlora.lora import Params, is_adapter, join, map_leaves
 from jlora.model import Llama
 from jlora.optimizer import Numbers, make_optimizer, make_schedule
 from jlora.settings import OptimConfig
@@ -30,6 +30,7 @@ from jlora.training import (
     Batch,
     TrainState,
     compiler_options,
+    make_train_step,
     step_function,
 )
 
@@ -45,6 +46,16 @@ class Member:
     frozen: Params
 
 
+def start_member(
+    optim: OptimConfig, seed: int, lora_dropout: float, params: Params, mesh: Mesh
+) -> Member:
+    """Returns an adapter at step 0; the base in `params` is shared, not copied."""
+    # Only the structure of the optimizer's state matters here, no number in it does.
+    optimizer = make_optimizer(optim, make_schedule(optim, 1))
+    state, frozen = TrainState.create(params, optimizer, mesh)
+    return Member(optim, seed, lora_dropout, state, frozen)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Varied:
@@ -54,6 +65,45 @@ class _Varied:
     numbers: Numbers
     key: Any
     dropout: Any
+
+
+class Alone:
+    """One adapter behind the interface of `Sweep`, at no cost."""
+
+    def __init__(
+        self,
+        member: Member,
+        model: Llama,
+        mesh: Mesh,
+        *,
+        total_steps: int,
+        packed: bool = True,
+        grad_accum_steps: int = 1,
+    ) -> None:
+        """Makes the step of a single run; arguments as for `Sweep`."""
+        self.state, self.frozen = member.state, member.frozen
+        schedule = make_schedule(member.optim, total_steps)
+        step = make_train_step(
+            model.clone(lora_dropout=member.lora_dropout),
+            make_optimizer(member.optim, schedule),
+            mesh,
+            state=member.state,
+            frozen=member.frozen,
+            packed=packed,
+            grad_accum_steps=grad_accum_steps,
+            seed=member.seed,
+        )
+        self.step = lambda state, frozen, batches: step(state, frozen, batches[0])
+
+    def parameters(self, state: TrainState, index: int) -> Params:
+        """Returns the whole tree."""
+        return join(state.trainable, self.frozen)
+
+    tuned = parameters
+
+    def member(self, state: TrainState, index: int) -> TrainState:
+        """Returns the state itself."""
+        return state
 
 
 class Sweep:
@@ -91,6 +141,7 @@ class Sweep:
             UsageError: the members' trees have other leaves.
         """
         self._shapes = [jax.tree.map(jax.typeof, m.state) for m in members]
+        self._frozen = [m.frozen for m in members]
         _check_same_leaves(members)
         shardings = _with_axis(mesh, tree_shardings(mesh, members[0].state))
         self.state = jax.device_put(_stack([m.state for m in members]), shardings)
@@ -145,6 +196,19 @@ class Sweep:
             state, frozen, batches, varied
         )
 
+    def parameters(self, state: TrainState, index: int) -> Params:
+        """Returns the whole tree of one adapter, padded, so that all have one shape."""
+        own = jax.tree.map(lambda leaf: leaf[index], state.trainable)
+        frozen = map_leaves(
+            lambda path, leaf: leaf[index] if is_adapter(path[-1]) else leaf,
+            self.frozen,
+        )
+        return join(own, frozen)
+
+    def tuned(self, state: TrainState, index: int) -> Params:
+        """Returns the whole tree of one adapter at its true rank."""
+        return join(self.member(state, index).trainable, self._frozen[index])
+
     def member(self, state: TrainState, index: int) -> TrainState:
         """Returns one adapter's state at its true rank, as a run of its own has it."""
         return jax.tree.map(
@@ -152,6 +216,15 @@ class Sweep:
             state,
             self._shapes[index],
         )
+
+
+def make_trainer(
+    members: Sequence[Member], model: Llama, mesh: Mesh, *, orders: Any, **settings: Any
+) -> Alone | Sweep:
+    """Returns the one adapter or all of them; arguments as for `Sweep`."""
+    if len(members) == 1:
+        return Alone(members[0], model, mesh, **settings)
+    return Sweep(members, model, mesh, orders=orders, **settings)
 
 
 def _varied(members: Sequence[Member], total_steps: int) -> _Varied:
@@ -199,16 +272,12 @@ def _stack(trees: Sequence[Any]) -> Any:
 
 def _stack_frozen(trees: Sequence[Params], mesh: Mesh) -> tuple[Params, Params]:
     """Returns (frozen leaves, 0 where one has an axis of adapters and None elsewhere)."""
-
-    def is_adapters(path: tuple[str, ...]) -> bool:
-        return is_adapter(path[-1])
-
-    layout = map_leaves(lambda path, _: 0 if is_adapters(path) else None, trees[0])
+    layout = map_leaves(lambda path, _: 0 if is_adapter(path[-1]) else None, trees[0])
     shardings = tree_shardings(mesh, trees[0])
     stacked = jax.tree_util.tree_map_with_path(
         lambda path, first, sharding, *others: (
             jax.device_put(_stack([first, *others]), _with_axis(mesh, sharding))
-            if is_adapters(tuple(entry.key for entry in path))
+            if is_adapter(path[-1].key)
             else first
         ),
         trees[0],

@@ -19,9 +19,10 @@ ROWS = (
     {"lora"},
     {"lora_init", "merge", "model"},
     {"loss", "optimizer", "checkpoint", "data", "report", "cli", "generation"},
-    {"training"},
+    {"training", "sweep_file"},
     {"plan", "sweep"},
     {"loop"},
+    {"fit"},
 )
 OWNERS = {
     "flax": ("jlora.lora", "jlora.model", "jlora.sharding"),
