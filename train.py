@@ -116,14 +116,8 @@ def main(args: Arguments) -> None:
         show_samples(make_samples(data, tokenizer))
         return
     segments = max(d.max_segments for d in (data, held_out) if d)
-    model = Llama(
-        config,
-        work.dtype,
-        work.attention,
-        work.remat,
-        max_segments=segments,
-        kernels=work.kernels,
-    )
+    options = (work.dtype, work.attention, work.remat)
+    model = Llama(config, *options, max_segments=segments, kernels=work.kernels)
 
     shared = {  # what a resumed run has to share with the one it continues
         "base": fingerprint(base),
