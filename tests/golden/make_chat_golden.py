@@ -125,6 +125,55 @@ TOOLS = """\
     {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
 {%- endif %}
 """
+# In the manner of Llama 3.1 and later: today's date, tools in the system or user turn, one
+# call at a time, results as "ipython".
+LLAMA31 = """\
+{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- set system_text = "" %}
+{%- set turns = messages %}
+{%- if messages[0]["role"] == "system" %}
+    {%- set system_text = messages[0]["content"] | trim %}
+    {%- set turns = messages[1:] %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{%- if tools is not none %}{{- "Environment: ipython\\n" }}{%- endif %}
+{{- "Cutting Knowledge Date: December 2023\\nToday Date: " + date_string + "\\n\\n" }}
+{%- if tools is not none %}
+    {%- for tool in tools %}{{- tool | tojson(indent=4) }}{{- "\\n\\n" }}{%- endfor %}
+{%- endif %}
+{{- system_text }}{{- "<|eot_id|>" }}
+{%- for message in turns %}
+    {%- if not (message.role == "ipython" or message.role == "tool" or "tool_calls" in message) %}
+        {{- "<|start_header_id|>" + message["role"] + "<|end_header_id|>\\n\\n" }}
+        {{- message["content"] | trim + "<|eot_id|>" }}
+    {%- elif "tool_calls" in message %}
+        {%- if not message.tool_calls | length == 1 %}
+            {{- raise_exception("one tool call at a time") }}
+        {%- endif %}
+        {%- set call = message.tool_calls[0].function %}
+        {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
+        {{- '{"name": "' + call.name + '", "parameters": ' }}
+        {{- call.arguments | tojson }}{{- "}<|eot_id|>" }}
+    {%- else %}
+        {{- "<|start_header_id|>ipython<|end_header_id|>\\n\\n" }}
+        {%- if message.content is mapping or message.content is iterable %}
+            {{- message.content | tojson }}
+        {%- else %}{{- message.content }}{%- endif %}
+        {{- "<|eot_id|>" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- "<|start_header_id|>assistant<|end_header_id|>\\n\\n" }}
+{%- endif %}
+"""
+DATE = "26 Jul 2024"  # Transformers would take today
 ASK = {"role": "user", "content": "What is the sum of two and three?"}
 ANSWER = {"role": "assistant", "content": "The sum is five."}
 SYSTEM = {
@@ -153,6 +202,7 @@ TEMPLATES = {
     "chatml": ("bytes", "<|im_start|>", "<|im_end|>", CHATML, None),
     "generation": ("bytes", "<|im_start|>", "<|im_end|>", GENERATION, None),
     "llama3": ("bytes", "<|begin_of_text|>", "<|eot_id|>", LLAMA3, None),
+    "llama31": ("bytes", "<|begin_of_text|>", "<|eot_id|>", LLAMA31, [TOOL]),
     "tools": ("bytes", "<|begin_of_text|>", "<|eot_id|>", TOOLS, [TOOL]),
     "llama2": ("metaspace", "<s>", "</s>", LLAMA2, None),
     "mistral": ("metaspace", "<s>", "</s>", MISTRAL, None),
@@ -220,12 +270,22 @@ def metaspace() -> Tokenizer:
 
 def expected(tokenizer, messages, tools, has_mask: bool) -> dict:
     prompt = tokenizer.apply_chat_template(
-        messages[:-1], tools=tools, add_generation_prompt=True, tokenize=False
+        messages[:-1],
+        tools=tools,
+        add_generation_prompt=True,
+        tokenize=False,
+        date_string=DATE,
     )
     out = tokenizer.apply_chat_template(
-        messages, tools=tools, return_dict=True, return_assistant_tokens_mask=has_mask
+        messages,
+        tools=tools,
+        return_dict=True,
+        return_assistant_tokens_mask=has_mask,
+        date_string=DATE,
     )
-    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+    text = tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, date_string=DATE
+    )
     case = {"messages": messages, "tools": tools, "text": text, "prompt": prompt}
     case["ids"] = out["input_ids"]
     if has_mask:
