@@ -93,12 +93,10 @@ def test_mask_is_what_transformers_renders_between_two_prefixes(name):
                 start, end = len(ids(messages[:i], True)), len(ids(messages[: i + 1]))
                 expected[start:end] = 1
         # A line break after the end of a turn is not the answer's.
-        tokens = theirs(name).convert_ids_to_tokens(ids(messages))
+        whole = ids(messages)
+        tokens = theirs(name).convert_ids_to_tokens(whole)
         for i in range(1, len(tokens)):
-            if (
-                tokens[i] in ("Ċ", "<0x0A>")
-                and ids(messages)[i - 1] in ours.control_ids
-            ):
+            if tokens[i] in ("Ċ", "\n") and whole[i - 1] in ours.control_ids:
                 expected[i] = 0
         record = ChatRecord(1, messages, None, 0)
         plan = plan_conversation(record, ours, train_on="assistant", where="here")
