@@ -90,7 +90,9 @@ def add(writer, key, value):
         writer.add_uint32(key, value)
 
 
-def write_gguf(path, arrays, changes=None, architecture="llama", kind=None):
+def write_gguf(
+    path, arrays, changes=None, architecture="llama", kind=None, heads=(4, 2)
+):
     """Writes HF tensors as llama.cpp's converter does; kind quantises the matrices."""
     writer = gguf.GGUFWriter(str(path), architecture)
     for key, value in (METADATA | (changes or {})).items():
@@ -100,8 +102,9 @@ def write_gguf(path, arrays, changes=None, architecture="llama", kind=None):
         if isinstance(value, tuple):  # rows of blocks and their format
             writer.add_tensor(gguf_name(key), value[0], raw_dtype=value[1])
             continue
-        heads = {"q_proj": 4, "k_proj": 2}.get(key.split(".")[-2])
-        array = permute(value, heads) if heads else value
+        module = key.split(".")[-2]
+        count = dict(zip(("q_proj", "k_proj"), heads, strict=True)).get(module)
+        array = permute(value, count) if count else value
         name = (
             gguf_name(key) if "." in key and key.startswith(("model", "lm_")) else key
         )

@@ -1,14 +1,18 @@
+import json
 from importlib.metadata import files
 
+import gguf as gguf_package
 import jax
 import jax.numpy as jnp
 import llamas
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
+from convert import to_hf
 from convert.source import open_source
 from jlora.data.tokenizer import Tokenizer
 from jlora.generation import generate_tokens
@@ -92,3 +96,56 @@ def test_greedy_tokens_equal_transformers(prompt, ours, theirs, their_tokenizer)
     model, params = ours
     found = generate_tokens(model, params, ids, max_new_tokens=NEW_TOKENS)
     assert list(found) == expected
+
+
+@pytest.fixture(scope="module")
+def merged(gguf, tmp_path_factory):
+    """Returns SmolLM2 merged with a random adapter, as an exported folder."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    (folder / "adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "task_type": "CAUSAL_LM"}
+    config |= {"target_modules": ["q_proj"], "bias": "none", "inference_mode": True}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    prefix = "base_model.model.model.layers.{}.self_attn.q_proj."
+    shapes = {"lora_A.weight": (2, 576), "lora_B.weight": (576, 2)}
+    tensors = {
+        prefix.format(i) + name: 0.1 * torch.randn(shape)
+        for i in range(30)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
+    arguments = to_hf.Arguments(
+        out=str(folder / "merged"),
+        model=str(gguf),
+        adapter=str(folder / "adapter"),
+        dtype="bfloat16",
+        verify=True,
+    )
+    to_hf.main(arguments)
+    return folder / "merged"
+
+
+def test_a_merged_export_is_read_alike_by_transformers(merged, their_tokenizer):
+    theirs = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    tokens = np.random.default_rng(0).integers(0, 49152, (2, 64)).astype(np.int32)
+    model, params = convert.load(str(merged))
+    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens))
+    expected = llamas.torch_logits(theirs, tokens)
+    np.testing.assert_allclose(np.asarray(logits), expected, rtol=0, atol=2e-3)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    for prompt in PROMPTS:
+        assert tokenizer(prompt).input_ids == their_tokenizer(prompt).input_ids
+
+
+def test_a_merged_export_has_the_layout_of_llama_cpp(merged):
+    names = gguf_package.get_tensor_name_map(gguf_package.MODEL_ARCH.LLAMA, 30)
+    tensors = load_file(merged / "model.safetensors")
+    unknown = [key for key in tensors if names.get_name(key, (".weight",)) is None]
+    assert unknown == []
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert len(tensors) == 2 + 9 * 30
+    config = json.loads((merged / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (merged / name).is_file()
