@@ -19,6 +19,10 @@ from jlora.errors import CorruptError, UnsupportedError
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
+# Llama 3's header takes 8 MB, its longest array 280,000 items. A file may be sparse, so
+# its size alone bounds nothing.
+MAX_HEADER_BYTES = 100 << 20
+MAX_ITEMS = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,11 @@ class _Reader:
                 f"{self._size - self._left:,}, {self._left:,} are left"
             )
         self._left -= count
+        if self._size - self._left > MAX_HEADER_BYTES:
+            raise CorruptError(
+                f"{self._path}: its header declares more than {MAX_HEADER_BYTES:,} "
+                "bytes; it is damaged, use another copy"
+            )
         return self._file.read(count)
 
     def _number(self, code: str) -> int:
@@ -122,6 +131,11 @@ class _Reader:
         return self._number(_SCALARS[kind])
 
     def _array(self, kind: int, count: int) -> list[Any]:
+        if count > MAX_ITEMS:
+            raise CorruptError(
+                f"{self._path}: an array of {count:,} items; at most {MAX_ITEMS:,} are "
+                "read"
+            )
         if kind == _STRING:
             return [self._text() for _ in range(count)]
         if kind not in _SCALARS:

@@ -32,10 +32,10 @@ from convert.source import (
     read_json,
     read_side_files,
 )
-from jlora.config import LlamaConfig
+from jlora.config import LlamaConfig, unused_keys
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
-MAX_INDEX_BYTES = 64 << 20
+MAX_INDEX_BYTES = 16 << 20
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,9 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
     _require_config(folder)
     hf_config = read_json(folder, "config.json")
     config = parse_config(hf_config, f"{folder}/")
+    unused = unused_keys(hf_config)
+    if unused:
+        _log.info("%s: keys of config.json that are not used: %s", folder, unused)
     entries = _find_tensors(folder)
     names = {name.path: name for name in all_names(config)}
     stored = _match(folder, entries, config, list(names.values()))

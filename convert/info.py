@@ -13,6 +13,7 @@ from typing import Any
 from convert.peft import Adapter, find_adapter, open_adapter
 from convert.source import Source, hashing, open_source
 from jlora.cli import run_command
+from jlora.config import unused_keys
 from jlora.errors import UsageError, listing
 from jlora.rope_config import RopeParameters
 from jlora.strict_json import MAX_JSON_BYTES, parse_json_object
@@ -82,6 +83,9 @@ def describe(source: Source) -> list[str]:
         "end tokens": listing(_end_tokens(source)) or "none",
         "chat template": _template(source.files),
     }
+    unused = unused_keys(source.hf_config)
+    if unused:
+        facts["not used"] = listing(unused, 99)
     for key, value in source.provenance.items():
         name = "made from" if key == "format" else key.replace("_", " ")
         if isinstance(value, dict):

@@ -29,7 +29,8 @@ from jlora.errors import (
 )
 from jlora.strict_json import parse_json_object
 
-MAX_HEADER_BYTES = 100_000_000
+# A Llama of a thousand layers takes 1.5 MB; parsing takes fifteen times the memory.
+MAX_HEADER_BYTES = 16 << 20
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),

@@ -38,7 +38,7 @@ LOOK_ALIKES = {
     "smollm3": "layers without rotary embedding",
 }
 # Keys that change the computation, with the values that leave a Llama a Llama.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
             *("embedding_multiplier", "residual_multiplier", "attention_multiplier"),
@@ -82,7 +82,7 @@ def refuse_other_architectures(config: dict[str, Any]) -> bool:
         _refuse_quantised(config["quantization_config"])
     problems = [
         f"{key}={config[key]!r:.80} changes the computation"
-        for key, neutral in _NEUTRAL.items()
+        for key, neutral in NEUTRAL.items()
         if config.get(key) not in neutral
     ]
     if config.get("hidden_act", "silu") not in ("silu", "swish"):

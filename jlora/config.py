@@ -6,10 +6,10 @@ adapter_config.json, which are the schemas. Validation lives here and nowhere el
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from jlora.architectures import refuse_other_architectures
+from jlora.architectures import NEUTRAL, refuse_other_architectures
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.fields import Fields, is_int, is_number, joined
 from jlora.rope_config import RopeParameters, read_rope
@@ -55,33 +55,33 @@ class LlamaConfig:
         """
         is_mistral = refuse_other_architectures(config)
         problems: list[str] = []
-        fields = Fields(config, problems)
-        heads = fields.size("num_attention_heads")
-        kv_heads = fields.size("num_key_value_heads", None if is_mistral else heads)
-        hidden = fields.size("hidden_size")
-        head_dim = fields.size("head_dim", max(hidden // heads, 1))
+        values = Fields(config, problems)
+        heads = values.size("num_attention_heads")
+        kv_heads = values.size("num_key_value_heads", None if is_mistral else heads)
+        hidden = values.size("hidden_size")
+        head_dim = values.size("head_dim", max(hidden // heads, 1))
         # Absent, a Llama and a Mistral mean different numbers.
         default = None if is_mistral else 2048
-        positions = fields.size("max_position_embeddings", default)
+        positions = values.size("max_position_embeddings", default)
         result = cls(
-            vocab_size=fields.size("vocab_size"),
+            vocab_size=values.size("vocab_size"),
             hidden_size=hidden,
-            intermediate_size=fields.size("intermediate_size"),
-            num_hidden_layers=fields.size("num_hidden_layers", most=MAX_LAYERS),
+            intermediate_size=values.size("intermediate_size"),
+            num_hidden_layers=values.size("num_hidden_layers", most=MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=fields.number("rms_norm_eps", above=0),
+            rms_norm_eps=values.number("rms_norm_eps", above=0),
             rope_parameters=read_rope(
                 config, head_dim=head_dim, max_positions=positions, problems=problems
             ),
             max_position_embeddings=positions,
-            attention_bias=fields.boolean("attention_bias") and not is_mistral,
-            mlp_bias=fields.boolean("mlp_bias") and not is_mistral,
-            tie_word_embeddings=fields.boolean("tie_word_embeddings"),
-            bos_token_id=fields.token_id("bos_token_id"),
-            eos_token_id=fields.token_ids("eos_token_id"),
-            pad_token_id=fields.token_id("pad_token_id"),
+            attention_bias=values.boolean("attention_bias") and not is_mistral,
+            mlp_bias=values.boolean("mlp_bias") and not is_mistral,
+            tie_word_embeddings=values.boolean("tie_word_embeddings"),
+            bos_token_id=values.token_id("bos_token_id"),
+            eos_token_id=values.token_ids("eos_token_id"),
+            pad_token_id=values.token_id("pad_token_id"),
         )
         if not problems and config.get("head_dim") is None and hidden % heads:
             problems.append(
@@ -109,6 +109,15 @@ class LlamaConfig:
                 f"max_position_embeddings={self.max_position_embeddings}; "
                 "give at most that"
             )
+
+
+def unused_keys(config: dict[str, Any]) -> list[str]:
+    """Returns the keys of a config.json that do not matter to jlora."""
+    used = {field.name for field in fields(LlamaConfig)} | set(NEUTRAL)
+    used |= {"architectures", "model_type", "hidden_act", "layer_types", "dtype"}
+    used |= {"torch_dtype", "rope_theta", "rope_scaling"}
+    used |= {"original_max_position_embeddings", "transformers_version"}
+    return sorted(set(config) - used)
 
 
 @dataclass(frozen=True)

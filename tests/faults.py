@@ -651,7 +651,7 @@ FAULTS = [
     Fault(
         "an array of 2^60 items in GGUF",
         4,
-        "bytes are declared at byte",
+        "an array of 1,152,921,504,606,846,976 items",
         single(
             "model.gguf",
             b"GGUF"

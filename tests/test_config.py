@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from jlora.config import LlamaConfig, LoraConfig
+from jlora.config import LlamaConfig, LoraConfig, unused_keys
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 HF: dict[str, Any] = {
@@ -73,6 +73,12 @@ def test_eos_token_id_is_one_or_several(eos, expected):
 )
 def test_harmless_keys_change_nothing(key):
     assert make(**{key: "anything"}) == make()
+
+
+def test_keys_that_are_not_used_are_known():
+    harmless = {"pretraining_tp": 2, "auto_map": {}, "use_cache": True}
+    assert unused_keys(HF | harmless) == ["auto_map", "pretraining_tp", "use_cache"]
+    assert unused_keys(HF | {"sliding_window": None, "rope_theta": 1e4}) == []
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"])

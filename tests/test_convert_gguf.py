@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -425,7 +426,22 @@ def test_array_with_an_absurd_length_is_refused_at_once(path):
     header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
     key = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 4, 2**60)
     path.write_bytes(header + key + bytes(64))
-    with pytest.raises(CorruptError, match="cut or damaged"):
+    with pytest.raises(CorruptError, match="an array of 1,152,921,504,606,846,976 items"):
+        open_source(str(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (struct.pack("<IIQ", 9, 0, 2**33), "array of 8,589,934,592 items"),
+        (struct.pack("<IQ", 8, 2**33), "more than 104,857,600 bytes"),
+    ],
+)
+def test_a_sparse_file_cannot_fill_the_memory(path, value, message):
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"k"
+    path.write_bytes(header + value)
+    os.truncate(path, 2**34)
+    with pytest.raises(CorruptError, match=message):
         open_source(str(path))
 
 
