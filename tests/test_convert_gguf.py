@@ -426,7 +426,9 @@ def test_array_with_an_absurd_length_is_refused_at_once(path):
     header = b"GGUF" + struct.pack("<IQQ", 3, 0, 1)
     key = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, 4, 2**60)
     path.write_bytes(header + key + bytes(64))
-    with pytest.raises(CorruptError, match="an array of 1,152,921,504,606,846,976 items"):
+    with pytest.raises(
+        CorruptError, match="an array of 1,152,921,504,606,846,976 items"
+    ):
         open_source(str(path))
 
 
