@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 POSITIONAL = {
     "convert.from_hf": ("src", "out"),
     "convert.to_hf": ("out",),
+    "convert.combine": ("out",),
     "convert.to_peft": ("out",),
     "convert.info": ("path",),
 }
