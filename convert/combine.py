@@ -180,8 +180,8 @@ def _svd(parts: Sequence[Part], rank: int) -> Pair:
     rank = min(rank, len(s))
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     return {
-        "lora_A": np.float32(left @ u),
-        "lora_B": np.float32(s[:, None] * (v @ right.T)),
+        "lora_A": (left @ u).astype(np.float32),
+        "lora_B": (s[:, None] * (v @ right.T)).astype(np.float32),
     }
 
 

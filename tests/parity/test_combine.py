@@ -73,7 +73,9 @@ def test_the_combination_equals_add_weighted_adapter(how, count, rank, tmp_path)
     assert made.tensors.keys() == expected.keys()
     for path, pair in made.tensors.items():
         ours = made.scalings[path] * (pair["lora_A"] @ pair["lora_B"]).T
-        np.testing.assert_allclose(ours, expected[path], rtol=0, atol=2e-6)
+        # PEFT decomposes in float32, where errors go with the largest singular value.
+        tolerance = 1e-5 if how == "svd" else 1e-6
+        np.testing.assert_allclose(ours, expected[path], rtol=0, atol=tolerance)
     assert made.config.r == model.peft_config["all"].r
 
 
