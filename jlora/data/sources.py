@@ -98,7 +98,7 @@ def _folder(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         inside = sorted(item.name for item in path.iterdir() if item.is_dir())
         hint = f"; it has the folders {listing(inside)}" if inside else ""
         raise UsageError(
-            f"{path}: the folder has no data files ({', '.join(SUFFIXES)}, the first "
+            f"{path} is a folder with no data files ({', '.join(SUFFIXES)}, the first "
             f"three also .gz or .zst){hint}"
         )
     return tuple(path / name for name in data), tuple(
