@@ -50,7 +50,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
         (
             *("sliding_window", "use_sliding_window", "use_qk_norm", "qk_layernorm"),
             *("qkv_bias", "use_qkv_bias", "alibi", "parallel_attn", "rope_interleave"),
-            *("use_parallel_residual", "tie_lm_head_norm"),
+            "use_parallel_residual",
         ),
         (None, False),
     ),
