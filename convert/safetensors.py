@@ -247,7 +247,7 @@ def refuse_other_format(path: Path, first: bytes, wanted: str) -> None:
             "(save_pretrained of transformers does)"
         )
     length = int.from_bytes(first[:8], "little")
-    if wanted != "safetensors" and first[8:9] == b"{" and length < 1 << 40:
+    if wanted == "GGUF" and first[8:9] == b"{" and length < 1 << 40:
         raise UnsupportedError(
             f"{path}: a safetensors file under another name; give the folder that holds "
             "it and its config.json"

@@ -22,7 +22,7 @@ import numpy as np
 from convert.blocks import Index, as_box, empty, transpose_into, whole
 from convert.names import Params
 from convert.refusals import refuse_other_file
-from convert.safetensors import Spec, reading
+from convert.safetensors import Spec, reading, refuse_other_format
 from jlora.config import LlamaConfig
 from jlora.errors import (
     CorruptError,
@@ -228,6 +228,8 @@ def _read_side(folder: Path, name: str, max_bytes: int) -> bytes:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise CorruptError(f"{path}: more than {max_bytes:,} bytes")
+    if path.suffix in (".json", ".model"):
+        refuse_other_format(path, data[:64], "text")
     return data
 
 

@@ -109,6 +109,17 @@ def config_text(text: bytes) -> Callable[[Path], Path]:
     return make
 
 
+def beside(name: str, content: bytes) -> Callable[[Path], Path]:
+    """Makes a model with one more file beside its weights."""
+
+    def make(home: Path) -> Path:
+        folder = write_hf(home / "model", CONFIG, tensors(CONFIG))
+        (folder / name).write_bytes(content)
+        return folder
+
+    return make
+
+
 def changed(change: Callable[[Arrays], Any], **more: Any) -> Callable[[Path], Path]:
     """Makes a model whose tensors were changed in place."""
 
@@ -546,6 +557,20 @@ FAULTS = [
         4,
         "run `git lfs pull`",
         weights(lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha"),
+    ),
+    Fault(
+        "tokenizer.json is a Git LFS pointer",
+        4,
+        "tokenizer.json: a Git LFS pointer",
+        beside(
+            "tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha"
+        ),
+    ),
+    Fault(
+        "config.json is a saved web page",
+        4,
+        "config.json: a saved web page",
+        config_text(b"<!DOCTYPE html><html><head><title>404</title>"),
     ),
     Fault(
         "a saved web page",
