@@ -43,6 +43,16 @@ def export_config(source: Source, dtype: str) -> dict[str, Any]:
     return config
 
 
+def reader_notes(rope: RopeParameters) -> list[str]:
+    """Returns what a reader of the exported folder would get wrong without a word."""
+    if rope.rope_type in ("dynamic", "longrope"):
+        return [
+            f"note: llama.cpp's converter ignores rope type {rope.rope_type} of a Llama; "
+            "serve this model with transformers or vLLM"
+        ]
+    return []
+
+
 def _scaling(config: dict[str, Any], rope: RopeParameters) -> dict[str, Any]:
     """Returns the rotary settings without theta; defaults are written out as numbers."""
     if rope.rope_type == "default":

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_config import export_config
+from convert.hf_config import export_config, reader_notes
 from convert.names import Name, all_names, module_name
 from convert.peft import Adapter, check_fit, open_adapter, start_of
 from convert.peft_fit import changed_tables
@@ -89,6 +89,8 @@ def main(arguments: Arguments) -> None:
             verify = arguments.verify
         if verify:
             print(check(source, adapter, folder))
+    for note in reader_notes(source.config.rope_parameters):
+        print(note)
     print(f"{out} written in {time.perf_counter() - start:.1f} s")
 
 

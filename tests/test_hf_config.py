@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from tiny import CONFIG, tensors, write_hf
 
-from convert.hf_config import export_config
+from convert.hf_config import export_config, reader_notes
 from convert.source import open_source
 from jlora.config import LlamaConfig
 
@@ -93,4 +93,13 @@ def test_the_class_is_the_one_of_a_model_with_a_head(names, kind, expected, expo
     assert (exported["architectures"], exported["model_type"]) == (
         [expected[0]],
         expected[1],
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_llama_cpp_would_ignore_is_told(name):
+    rope = LlamaConfig.from_hf(SMALL | scaled(name)).rope_parameters
+    ignored = name.startswith(("dynamic", "longrope"))
+    assert [f"rope type {rope.rope_type}" in note for note in reader_notes(rope)] == (
+        [True] if ignored else []
     )
