@@ -255,6 +255,12 @@ def _check_same_leaves(members: Sequence[Member]) -> None:
                 f"adapter {index + 1} of the sweep has other parts than the first; "
                 "only ranks, start values and numbers may differ"
             )
+    shapes = {tuple(x.shape for x in jax.tree.leaves(m.state)) for m in members}
+    if len(shapes) > 1 and not members[0].optim.adam_eps:
+        raise UsageError(
+            "optim.adam_eps=0 divides the zeros of padded ranks by zero; give one above "
+            "0, or adapters of one rank"
+        )
 
 
 def _stack(trees: Sequence[Any]) -> Any:

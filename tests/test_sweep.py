@@ -43,6 +43,10 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     "optimizer": [(LINEAR, LORA, 0, 0), (WILD, LORA, 0, 0), (UNCLIPPED, LORA, 0, 0)],
     "adapters": [(LINEAR, LORA, 0, 0), (LINEAR, UNEVEN, 1, 0)],
     "orders": [(LINEAR, replace(LORA, lora_dropout=0.3), s, s) for s in (0, 1)],
+    "dora from pissa": [
+        (LINEAR, replace(LORA, r=r, use_dora=True, init_lora_weights="pissa"), 0, 0)
+        for r in (2, 3)
+    ],
     "dropout": [(LINEAR, replace(LORA, lora_dropout=p), 1, 0) for p in (0.0, 0.4)],
 }
 
@@ -187,4 +191,11 @@ def test_adapters_with_other_targets_are_refused():
         (LINEAR, replace(LORA, target_modules=["o_proj"]), 0, 0),
     ]
     with pytest.raises(UsageError, match="adapter 2 of the sweep has other parts"):
+        make_sweep(case, mesh_of())
+
+
+def test_padding_is_not_divided_by_zero():
+    exact = replace(LINEAR, adam_eps=0.0)
+    case = [(exact, LORA, 0, 0), (exact, UNEVEN, 0, 0)]
+    with pytest.raises(UsageError, match="adam_eps=0 divides the zeros of padded"):
         make_sweep(case, mesh_of())
