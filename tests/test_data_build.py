@@ -1,6 +1,7 @@
 """The token cache of a data set: when it is used, and that all cores make the same one."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from data_cases import all_tokens, chat, load, make_tokenizer, write_rows
 
 from jlora.data import build
 from jlora.data.account import Account
-from jlora.errors import CorruptError, UnsupportedError
+from jlora.errors import CorruptError, ResourceError, UnsupportedError
 from tests.test_data_tokens import UNSTABLE
 
 ROWS = [chat(f"What is {i}?", "five " * (1 + i % 4)) for i in range(40)]
@@ -155,3 +156,17 @@ def test_an_error_in_a_worker_is_the_users_message(path, two_workers):
     tokenizer = make_tokenizer(chat_template=UNSTABLE)
     with pytest.raises(UnsupportedError, match="changes earlier text"):
         load(write_rows(path, [chat("a", "b", "c", "d")] * 40), tokenizer)
+
+
+def die(chunk, reading):
+    os._exit(9)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_told_and_leaves_nothing(
+    path, tmp_path, monkeypatch, two_workers
+):
+    monkeypatch.setattr(build, "_work", die)
+    with pytest.raises(ResourceError, match="a process that tokenises died"):
+        load(path)
+    assert not [p for p in (tmp_path / "cache" / "tokens").iterdir() if p.is_dir()]

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ from jlora.data.store import (
 )
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example, Reading, tokenize
+from jlora.errors import ResourceError
 from jlora.settings import DataConfig
 
 # A worker takes seconds to start, in which one process has done this much itself.
@@ -105,7 +107,9 @@ def _build(
 ) -> list[dict[str, Any]]:
     """Appends the records of all sources and returns their accounts' notes."""
     size = sum(file.stat().st_size for source in sources for file in source.files)
-    cores = len(os.sched_getaffinity(0))
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # which Linux has
+        cores = len(os.sched_getaffinity(0))
     progress = _Progress(writer)
     notes, first_file = [], 0
     with _Tokenizing(tokenizer, min(cores, size // _BYTES_PER_WORKER)) as work:
@@ -169,12 +173,18 @@ class _Tokenizing:
                 yield _make_part(chunk, reading, self._tokenizer)
             return
         pending: deque[Future[_Part]] = deque()
-        for chunk in chunks:
-            pending.append(self._pool.submit(_work, chunk, reading))
-            if len(pending) > self._ahead:
+        try:
+            for chunk in chunks:
+                pending.append(self._pool.submit(_work, chunk, reading))
+                if len(pending) > self._ahead:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise ResourceError(
+                "a process that tokenises died: out of memory, or a script of your own "
+                "that has no `if __name__ == '__main__':` around what it does"
+            ) from error
 
 
 _worker_tokenizer: list[Tokenizer] = []
