@@ -84,6 +84,16 @@ def test_tokens_of_a_conversation_equal_transformers(tmp_path):
     assert all_tokens(load(path, make_tokenizer("tools"))) == case["ids"]
 
 
+def test_date_that_a_template_prints_is_told(tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [chat("the", "sum")])
+    told = [
+        name
+        for name in TEMPLATES
+        if "26 Jul 2024" in str(load(path, make_tokenizer(name)).summary)
+    ]
+    assert told == ["llama31"]
+
+
 def test_tool_calls_and_the_answer_after_them_are_learnt(tmp_path):
     case = TEMPLATES["tools"]["cases"]["call"]
     row = {"messages": case["messages"], "tools": case["tools"]}

@@ -15,6 +15,7 @@ from jlora.data.corpus import check_bad_rows, fit
 from jlora.data.files import place
 from jlora.data.mixing import content_ranks, hold_out, repeat
 from jlora.data.preview import choose_samples
+from jlora.data.sandbox import PINNED_DATE
 from jlora.data.sources import Given, find_sources
 from jlora.data.store import Store
 from jlora.data.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ class _Corpus:
         seed: int,
     ) -> None:
         check_seed(seed)
-        self._config, self._pad_id, self._seed = config, tokenizer.pad_id or 0, seed
+        self._config, self._tokenizer, self._seed = config, tokenizer, seed
         sources = find_sources(given)
         self._store, self.accounts = open_corpus(sources, tokenizer, config)
         self._files = [file for source in sources for file in source.files]
@@ -132,7 +133,11 @@ class _Corpus:
 
     def lines(self) -> list[str]:
         """What there is to say about each source."""
-        return [line for account in self.accounts for line in account.lines()]
+        lines = [line for account in self.accounts for line in account.lines()]
+        is_chat = any(account.reading.layout.is_chat for account in self.accounts)
+        if is_chat and self._tokenizer.template().prints_date:
+            lines.append(f"chat template: today is taken as {PINNED_DATE:%d %b %Y}")
+        return lines
 
     @cached_property
     def ranks(self) -> np.ndarray:
@@ -168,7 +173,7 @@ class _Corpus:
             seq_len=self._config.seq_len,
             packing=self._config.packing,
             batch_size=batch_size,
-            pad_id=self._pad_id,
+            pad_id=self._tokenizer.pad_id or 0,
             seed=self._seed,
             shuffle=shuffle,
         )

@@ -50,6 +50,8 @@ class ChatTemplate:
         self._literals = _literals(tree)
         self.has_generation = _GENERATION.search(source) is not None
         """Whether the template itself marks what the assistant says."""
+        self.prints_date = "strftime_now" in source
+        """Whether the text may hold a date; it is `sandbox.PINNED_DATE`."""
         self.controls = frozenset(
             text
             for text, special in added_tokens.items()
