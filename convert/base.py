@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +31,12 @@ from convert.blocks import (
     read_into,
     whole,
 )
+from convert.leaves import (
+    dequantize_tensor,
+    is_quantizable,
+    quantized_specs,
+    resulting_format,
+)
 from convert.names import Params, all_names
 from convert.safetensors import Spec, are_sizes, atomic_folder, reading
 from convert.source import (
@@ -39,22 +45,33 @@ from convert.source import (
     check_names,
     hashing,
     parse_config,
-    read_as,
     read_json,
+    read_leaves,
     read_side_files,
     set_leaf,
+    stored_dtype,
 )
 from jlora.checkpoint import leaf_digest, save_tree
-from jlora.errors import CorruptError, UnsupportedError
+from jlora.errors import CorruptError, UnsupportedError, listing
+from jlora.quantize import Format
 
 SCHEMA_VERSION = 2
 # About 200 bytes per leaf and 12 per chunk: room for a model of 500 billion weights.
 MAX_RECORD_BYTES = 16 << 20
 _DTYPES = ("float32", "float16", "bfloat16")
+_QUANTIZED_DTYPES = ("int8", "uint8", "float8_e4m3fn")
 
 
-def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
+def write_base(
+    source: Source,
+    out: Path,
+    dtype: Dtype,
+    overwrite: bool,
+    quantize: Format = "none",
+) -> str:
     """Writes a converted base and returns its content digest.
+
+    A quantised source stays quantised if the dtype is keep; any other dequantises it.
 
     Raises:
         UsageError: `out` cannot be made or holds something else.
@@ -62,18 +79,19 @@ def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
         ResourceError: the disk is full.
     """
     leaves: dict[str, dict[str, Any]] = {}
+    quantize = resulting_format(source, dtype, quantize)
+    specs = {path: source.specs(path, dtype, quantize) for path in source.tensors}
     with (
         atomic_folder(out, overwrite, source.location) as folder,
         hashing(source) as file_digests,
     ):
         for part, paths in _parts(list(source.tensors)).items():
-            leaves |= _write_part(
-                folder / "params" / part,
-                {
-                    path: np.ascontiguousarray(read_as(source, path, dtype))
-                    for path in paths
-                },
-            )
+            arrays: dict[str, np.ndarray] = {}
+            for path in paths:
+                boxes = {leaf: whole(spec.shape) for leaf, spec in specs[path].items()}
+                arrays |= read_leaves(source, path, dtype, quantize, boxes)
+            leaves |= _write_part(folder / "params" / part, arrays)
+            arrays.clear()
         for name, data in source.files.items():
             file = folder / name
             file.parent.mkdir(exist_ok=True)
@@ -82,6 +100,8 @@ def write_base(source: Source, out: Path, dtype: Dtype, overwrite: bool) -> str:
         record = {
             "schema": SCHEMA_VERSION,
             "content_digest": digest,
+            "quantize": quantize,
+            "kernel_dtype": _kernel_dtype(source, dtype).name,
             "provenance": source.provenance
             | ({"sha256": file_digests()} if source.weights else {}),
             "leaves": leaves,
@@ -139,6 +159,12 @@ def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Index]:
     }
 
 
+def _kernel_dtype(source: Source, dtype: Dtype) -> np.dtype[Any]:
+    """Returns the dtype that quantised kernels had, or would have had."""
+    kernel = next(path for path in source.tensors if is_quantizable(path))
+    return stored_dtype(source.tensors[kernel], dtype)
+
+
 def content_digest(leaf_digests: Mapping[str, str]) -> str:
     """Returns one sha256 over all leaves, independent of time and place.
 
@@ -179,14 +205,30 @@ def open_base(folder: Path) -> Source:
     hf_config = read_json(folder, "config.json")
     config = parse_config(hf_config, f"{folder}/")
     leaves = _recorded_leaves(folder, record)
-    expected = {name.path: name.shape for name in all_names(config)}
-    found = {path: leaf.shape for path, leaf in leaves.items()}
-    check_names(f"{folder / 'jlora.json'}", found, expected)
+    quantize, kernel_dtype = _recorded_format(folder, record)
+    tensors: dict[str, Spec] = {}
+    expected: dict[str, dict[str, Spec]] = {}
+    for name in all_names(config):
+        if quantize != "none" and is_quantizable(name.path):
+            tensors[name.path] = Spec(name.shape, kernel_dtype)
+            expected[name.path] = quantized_specs(name.path, name.shape, quantize)
+        else:
+            stored = leaves.get(name.path, Spec(name.shape, kernel_dtype))
+            tensors[name.path] = stored
+            expected[name.path] = {name.path: Spec(name.shape, stored.dtype)}
+    _check_leaves(folder, leaves, expected)
     part_of = {
-        path: part for part, paths in _parts(list(expected)).items() for path in paths
+        leaf: part
+        for part, paths in _parts(list(expected)).items()
+        for path in paths
+        for leaf in expected[path]
     }
 
     def read(path: str, box: Index | None = None) -> np.ndarray:
+        if path not in leaves:  # a quantised kernel
+            stored = {leaf: read(leaf) for leaf in expected[path]}
+            kernel = dequantize_tensor(stored, tensors[path].shape)
+            return kernel if box is None else kernel[box]
         place = folder / "params" / part_of[path] / path.replace("/", ".")
         leaf = leaves[path]
         return _read_chunks(
@@ -198,14 +240,50 @@ def open_base(folder: Path) -> Source:
         location=folder,
         config=config,
         hf_config=hf_config,
-        tensors={path: leaves[path] for path in expected},
+        tensors=tensors,
         read=read,
         files=read_side_files(folder),
         provenance={
             **record.get("provenance", {}),
             "content_digest": record["content_digest"],
         },
+        quantize=quantize,
     )
+
+
+def _recorded_format(
+    folder: Path, record: dict[str, Any]
+) -> tuple[Format, np.dtype[Any]]:
+    """Returns the format of the projections and the dtype they had before."""
+    quantize: Any = record.get("quantize")
+    dtype: Any = record.get("kernel_dtype")
+    if quantize not in get_args(Format) or dtype not in _DTYPES:
+        raise CorruptError(
+            f"{folder / 'jlora.json'}: quantize={quantize!r}, kernel_dtype={dtype!r}; "
+            "expected a format and a dtype that jlora writes"
+        )
+    return quantize, np.dtype(jnp.dtype(dtype))
+
+
+def _check_leaves(
+    folder: Path,
+    leaves: Mapping[str, Spec],
+    expected: Mapping[str, Mapping[str, Spec]],
+) -> None:
+    """Raises CorruptError if the record lists other leaves than the model has."""
+    wanted = {
+        leaf: spec.shape for specs in expected.values() for leaf, spec in specs.items()
+    }
+    found = {leaf: spec.shape for leaf, spec in leaves.items()}
+    check_names(f"{folder / 'jlora.json'}", found, wanted)
+    wrong = [
+        f"{leaf} {leaves[leaf].dtype} instead of {spec.dtype}"
+        for specs in expected.values()
+        for leaf, spec in specs.items()
+        if leaves[leaf].dtype != spec.dtype
+    ]
+    if wrong:
+        raise CorruptError(f"{folder / 'jlora.json'}: other dtypes: {listing(wrong)}")
 
 
 @dataclass(frozen=True)
@@ -318,7 +396,7 @@ def _is_leaf(leaf: dict[str, Any]) -> bool:
     )
     return (
         fits
-        and leaf.get("dtype") in _DTYPES
+        and leaf.get("dtype") in _DTYPES + _QUANTIZED_DTYPES
         and isinstance(leaf.get("sha256"), str)
         and len(leaf["crc32"]) == math.prod(shape) // math.prod(chunk)
     )

@@ -3,14 +3,13 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from convert.base import open_base, write_base
 from convert.info import describe
 from convert.safetensors import check_space, check_target
 from convert.source import Dtype, open_source, size_as
 from jlora.cli import run_command
-from jlora.errors import UnsupportedError
+from jlora.quantize import Format
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Arguments:
     """Folder to write; it appears whole or not at all."""
     dtype: Dtype = "keep"
     """Storage of every tensor; keep: as stored, quantised GGUF blocks as float32."""
-    quantize: Literal["none", "fp8", "int8", "nf4"] = "none"
-    """Format of the frozen weights; only none is supported yet."""
+    quantize: Format = "none"
+    """Format of the seven projections' weights; the others get dtype."""
     overwrite: bool = False
     """Replace OUT if it is a model folder."""
 
@@ -32,16 +31,11 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     """Converts and prints a summary."""
     start = time.perf_counter()
-    if arguments.quantize != "none":
-        raise UnsupportedError(
-            f"--quantize {arguments.quantize} is not supported yet; leave it at none"
-        )
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)  # before anything is fetched or read
     source = open_source(arguments.src)
-    if arguments.quantize == "none":
-        check_space(out, size_as(source, arguments.dtype))
-    write_base(source, out, arguments.dtype, arguments.overwrite)
+    check_space(out, size_as(source, arguments.dtype, arguments.quantize))
+    write_base(source, out, arguments.dtype, arguments.overwrite, arguments.quantize)
     print("\n".join(describe(open_base(out))))
     print(f"{'written':<14}{out} in {time.perf_counter() - start:.1f} s")
 

@@ -66,7 +66,12 @@ def describe(source: Source) -> list[str]:
         )
         if there
     ]
-    counts = Counter(str(spec.dtype) for spec in source.tensors.values())
+    stored = [
+        spec
+        for path in source.tensors
+        for spec in source.specs(path, "keep", source.quantize).values()
+    ]
+    counts = Counter(str(spec.dtype) for spec in stored)
     facts = {
         "format": source.kind,
         "architecture": f"Llama, {config.num_hidden_layers} layers of "
@@ -76,7 +81,10 @@ def describe(source: Source) -> list[str]:
         + (f", biases in {' and '.join(biases)}" if biases else ""),
         "parameters": f"{sum(prod(s.shape) for s in source.tensors.values()):,}",
         "tensors": _counted(counts),
-        "size": f"{sum(spec.nbytes for spec in source.tensors.values()):,} bytes",
+        "quantised": "no"
+        if source.quantize == "none"
+        else f"{source.quantize}: the layers' projections",
+        "size": f"{sum(spec.nbytes for spec in stored):,} bytes",
         "rope": f"{_rope(config.rope_parameters)}, up to "
         f"{config.max_position_embeddings:,} positions",
         "tokenizer": _tokenizer(source.files),

@@ -35,6 +35,7 @@ from jlora.lora import (
     linear_modules,
     modules,
     norm_squared,
+    weight_of,
     with_adapter,
 )
 from jlora.lora_init import add_lora, initial_pair
@@ -138,7 +139,7 @@ def _weight(base: dict[str, Params], name: str) -> Any:
     leaves = base.get(name, {})
     if name == HEAD and "kernel" not in leaves:
         return base[_TABLE]["embedding"].T
-    return next((x for key, x in leaves.items() if key in BASE_WEIGHTS), None)
+    return weight_of(leaves)
 
 
 def _placed_like(array: np.ndarray, like: Any) -> Any:

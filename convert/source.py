@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,12 @@ import ml_dtypes
 import numpy as np
 
 from convert.blocks import Index, as_box, empty, transpose_into, whole
+from convert.leaves import (
+    is_quantizable,
+    quantize_tensor,
+    quantized_specs,
+    resulting_format,
+)
 from convert.names import Params
 from convert.refusals import refuse_other_file
 from convert.safetensors import Spec, reading, refuse_other_format
@@ -31,12 +37,14 @@ from jlora.errors import (
     listing,
     nearest,
 )
+from jlora.quantize import BLOCK, Format
 from jlora.strict_json import MAX_JSON_BYTES, parse_json_object
 
 if TYPE_CHECKING:
     from jlora.model import Llama
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+BaseDtype = Dtype | Literal["fp8", "int8", "nf4"]
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 INDEX = "model.safetensors.index.json"
@@ -86,6 +94,15 @@ class Source:
     """Where it came from, for jlora.json; free of times."""
     weights: tuple[Path, ...] = ()
     """The files that hold the tensors; none of a base, whose record has their digests."""
+    quantize: Format = "none"
+    """How the projections' kernels are stored; `read` gives them in float32."""
+
+    def specs(self, path: str, dtype: Dtype, quantize: Format) -> dict[str, Spec]:
+        """Returns {params path: spec} of what a tensor becomes in this dtype and format."""
+        spec = self.tensors[path]
+        if quantize != "none" and is_quantizable(path):
+            return quantized_specs(path, spec.shape, quantize)
+        return {path: Spec(spec.shape, stored_dtype(spec, dtype))}
 
 
 def open_source(path: str) -> Source:
@@ -322,11 +339,13 @@ def stored_dtype(spec: Spec, dtype: Dtype) -> np.dtype[Any]:
     return np.dtype(np.float32) if spec.dtype == np.float64 else spec.dtype
 
 
-def size_as(source: Source, dtype: Dtype) -> int:
-    """Returns the bytes that all tensors take in the dtype asked for."""
+def size_as(source: Source, dtype: Dtype, quantize: Format = "none") -> int:
+    """Returns the bytes that all tensors take in the dtype and format asked for."""
+    quantize = resulting_format(source, dtype, quantize)
     return sum(
-        Spec(spec.shape, stored_dtype(spec, dtype)).nbytes
-        for spec in source.tensors.values()
+        spec.nbytes
+        for path in source.tensors
+        for spec in source.specs(path, dtype, quantize).values()
     )
 
 
@@ -354,34 +373,93 @@ def read_as(
     return result
 
 
+def read_leaves(
+    source: Source,
+    path: str,
+    dtype: Dtype,
+    quantize: Format,
+    boxes: Mapping[str, Index],
+) -> dict[str, np.ndarray]:
+    """Returns {params path: array} of what `Source.specs` promises, or boxes of it.
+
+    Only to quantise, a kernel is read as a whole.
+    """
+    if quantize == "none" or not is_quantizable(path):
+        return {path: read_as(source, path, dtype, boxes[path])}
+    if source.quantize == quantize:
+        return {leaf: source.read(leaf, box) for leaf, box in boxes.items()}
+    arrays = quantize_tensor(path, source.read(path), quantize)
+    return {leaf: array[boxes[leaf]] for leaf, array in arrays.items()}
+
+
 def load_params(
-    source: Source, *, dtype: Dtype = "keep", sharding: ShardingOf | None = None
+    source: Source, *, dtype: BaseDtype = "keep", sharding: ShardingOf | None = None
 ) -> Params:
     """Returns the params as jax arrays, read one tensor at a time.
 
     Args:
         source: the model.
-        dtype: of every leaf; "keep" leaves bfloat16 and float16 bit for bit.
+        dtype: of every leaf; "keep" leaves them bit for bit; fp8, int8 and nf4 quantise
+            the projections and keep the others. Another one dequantises.
         sharding: (path, shape) -> sharding; each process reads and makes its own
             slices only.
+
+    Raises:
+        UsageError: the model is quantised in another format, or a device's share of a
+            tensor would not be whole.
     """
     params: Params = {}
-    for path, spec in source.tensors.items():
-        where = None if sharding is None else sharding(path, spec.shape)
-        box = _own_box(where, spec.shape)
-        leaf = _place(read_as(source, path, dtype, box), box, spec.shape, where)
-        # Copies are asynchronous: without waiting, many tensors would be held twice.
-        set_leaf(params, path, leaf.block_until_ready())
+    plain, quantize = _split_dtype(source, dtype)
+    wanted = {path: source.specs(path, plain, quantize) for path in source.tensors}
+    if sharding is not None:
+        _check_shards(wanted, sharding)
+    for path, specs in wanted.items():
+        places = {
+            leaf: None if sharding is None else sharding(leaf, spec.shape)
+            for leaf, spec in specs.items()
+        }
+        boxes = {leaf: _own_box(places[leaf], specs[leaf].shape) for leaf in specs}
+        arrays = read_leaves(source, path, plain, quantize, boxes)
+        for leaf, spec in specs.items():
+            array = _place(arrays.pop(leaf), boxes[leaf], spec.shape, places[leaf])
+            # Copies are asynchronous: many tensors would be held twice without waiting.
+            set_leaf(params, leaf, array.block_until_ready())
     return params
 
 
-def abstract_params(source: Source, *, dtype: Dtype = "keep") -> Params:
+def _check_shards(
+    wanted: Mapping[str, Mapping[str, Spec]], sharding: ShardingOf
+) -> None:
+    wrong = []
+    for specs in wanted.values():
+        for leaf, spec in specs.items():
+            try:
+                sharding(leaf, spec.shape).shard_shape(spec.shape)
+            except ValueError:
+                wrong.append(f"{leaf} {list(spec.shape)}")
+    if wrong:
+        raise UsageError(
+            f"the mesh does not cut into equal parts: {listing(wrong, 3)}; nf4 keeps "
+            f"blocks of {BLOCK} weights together; lower mesh.fsdp or mesh.tensor, or use "
+            "int8 or fp8"
+        )
+
+
+def abstract_params(source: Source, *, dtype: BaseDtype = "keep") -> Params:
     """Returns shapes and dtypes as `load_params` would give, without a byte read."""
     params: Params = {}
-    for path, spec in source.tensors.items():
-        leaf = jax.ShapeDtypeStruct(spec.shape, stored_dtype(spec, dtype))
-        set_leaf(params, path, leaf)
+    plain, quantize = _split_dtype(source, dtype)
+    for path in source.tensors:
+        for leaf, spec in source.specs(path, plain, quantize).items():
+            set_leaf(params, leaf, jax.ShapeDtypeStruct(spec.shape, spec.dtype))
     return params
+
+
+def _split_dtype(source: Source, dtype: BaseDtype) -> tuple[Dtype, Format]:
+    """Returns (dtype of plain leaves, format of the projections)."""
+    if dtype in ("fp8", "int8", "nf4"):
+        return "keep", resulting_format(source, "keep", dtype)
+    return dtype, resulting_format(source, dtype, "none")
 
 
 def _own_box(sharding: jax.sharding.Sharding | None, shape: tuple[int, ...]) -> Index:

@@ -19,7 +19,6 @@ Weight-Decomposed Low-Rank Adaptation" (Liu et al., 2024); PEFT's `tuners/lora/l
 and `tuners/lora/dora.py` for names and formulas.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,14 @@ from jaxtyping import Array, Float, Int
 
 from jlora import fused
 from jlora.errors import CorruptError
+from jlora.quantize import (
+    SCALES,
+    is_quantized,
+    kernel_of,
+    kernel_shape,
+    num_weights,
+    quantized_matmul,
+)
 
 Params = dict[str, Any]
 Leaves = Mapping[str, Any]
@@ -75,16 +82,22 @@ def linear(
         dtype: of the products and the result.
         dropped: x after dropout, for A (and DoRA's change of the base) in training.
     """
-    kernel = leaves.get("trained_kernel", leaves["kernel"])
     bias = leaves.get("trained_bias", leaves.get("bias"))
-    y = matmul(x, kernel, dtype)
+    y = _base(x, leaves, dtype)
     if "lora_A" in leaves:
-        y = _adapted(x, y, kernel, leaves, dtype, dropped)
+        y = _adapted(x, y, leaves, dtype, dropped)
     return y if bias is None else y + bias.astype(dtype)
 
 
+def _base(x: Array, leaves: Leaves, dtype: Any) -> Array:
+    """Returns x W of a kernel that is trained itself, quantised or plain."""
+    if "trained_kernel" not in leaves and is_quantized(leaves):
+        return quantized_matmul(x, leaves, dtype)
+    return matmul(x, leaves.get("trained_kernel", leaves.get("kernel")), dtype)
+
+
 def _adapted(
-    x: Array, y: Array, kernel: Array, leaves: Leaves, dtype: Any, dropped: Array | None
+    x: Array, y: Array, leaves: Leaves, dtype: Any, dropped: Array | None
 ) -> Array:
     """Returns the adapted layer's output without its bias, given y = x W."""
     inner = x if dropped is None else dropped
@@ -95,7 +108,7 @@ def _adapted(
     if dropped is None:
         return (gain * (y + (update - _start(x, leaves, dtype)))).astype(dtype)
     # PEFT leaves y itself undropped, which costs this second product with the kernel.
-    base = matmul(dropped, kernel, dtype) - _start(dropped, leaves, dtype)
+    base = _base(dropped, leaves, dtype) - _start(dropped, leaves, dtype)
     y = y - _start(x, leaves, dtype)
     return (y + (gain - 1) * base + gain * update).astype(dtype)
 
@@ -209,11 +222,18 @@ def column_norms(leaves: Leaves) -> Float[Array, " D_out"]:
         a = jnp.concatenate([a, leaves["lora_A0"]], axis=1)
         b = jnp.concatenate([b, -leaves["lora_B0"]], axis=0)
     b = b * leaves["lora_scaling"]
-    cross = _exact_product(a, next(leaves[w] for w in WEIGHTS if w in leaves))
+    cross = _exact_product(a, weight_of(leaves))
     gram = matmul(a.T, a, jnp.float32)
     update = jnp.sum(b * (2 * cross + matmul(gram, b, jnp.float32)), axis=0)
     squared = jnp.maximum(leaves["lora_norm_squared"] + update, 0)
     return checkpoint_name(jnp.sqrt(squared), NORM_NAME)
+
+
+def weight_of(leaves: Leaves) -> Any:
+    """Returns a module's kernel or embedding, a quantised one as float32; None of a norm."""
+    if is_quantized(leaves):
+        return kernel_of(leaves, jnp.float32)
+    return next((leaves[name] for name in WEIGHTS if name in leaves), None)
 
 
 def _exact_product(a: Array, weight: Array) -> Array:
@@ -256,7 +276,8 @@ class LoRADense(nn.Module):
     def __call__(self, x: Float[Array, "... D_in"]) -> Float[Array, "... D_out"]:
         """Returns the layer's output in `dtype`."""
         shape = (x.shape[-1], self.features)
-        self.param("kernel", nn.initializers.zeros_init(), shape)
+        if not self.has_variable("params", "kernel_q"):
+            self.param("kernel", nn.initializers.zeros_init(), shape)
         if self.use_bias:
             self.param("bias", nn.initializers.zeros_init(), (self.features,))
         leaves = self.variables["params"]
@@ -273,6 +294,8 @@ def leaves_to_fuse(x: Array, layers: Sequence[LoRADense]) -> list[Params] | None
     if any(layer.dropout > 0 and layer.has_rng("dropout") for layer in layers):
         return None
     leaves = [dict(layer.variables["params"]) for layer in layers]
+    if any(is_quantized(own) for own in leaves):
+        return None
     return leaves if fused.can_fuse(x.astype(layers[0].dtype), leaves) else None
 
 
@@ -314,9 +337,9 @@ def modules(params: Params) -> dict[str, Params]:
 def linear_modules(params: Params) -> dict[str, tuple[int, int]]:
     """Returns {HF module name: (in, out)} of the tree's linear layers, in model order."""
     return {
-        name: leaves["kernel"].shape
+        name: kernel_shape(leaves)
         for name, leaves in modules(params).items()
-        if "kernel" in leaves
+        if "kernel" in leaves or is_quantized(leaves)
     }
 
 
@@ -378,13 +401,14 @@ def join(trainable: Params, frozen: Params) -> Params:
 def count_parameters(params: Params) -> tuple[int, int]:
     """Returns (trainable, all) parameters as PEFT counts them.
 
-    An adapter's settings (scalings, norms, starts, ids) are no parameters. A copy counts
+    An adapter's settings (scalings, norms, starts, ids) and the scales of quantised
+    kernels are no parameters. A copy counts
     beside what it shadows, but a bias trained alone is trained in its place.
     """
     trainable = total = 0
     for leaves in modules(params).values():
         for name, leaf in leaves.items():
-            size = math.prod(leaf.shape)
+            size = 0 if name in SCALES else num_weights(leaf)
             trainable += size if is_trainable(name) else 0
             in_place = name == "trained_bias" and "trained_kernel" not in leaves
             if not in_place and (is_trainable(name) or not is_adapter(name)):

@@ -21,8 +21,10 @@ from jlora.lora import (
     is_adapter,
     modules,
     norm_squared,
+    weight_of,
     with_adapter,
 )
+from jlora.quantize import QUANTIZED_LEAVES, is_quantized, kernel_shape
 from jlora.targets import TABLES, select
 
 EMBEDDING, HEAD = TABLES
@@ -44,9 +46,7 @@ def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
     tied = HEAD not in found
     vocab = found[EMBEDDING]["embedding"].shape[0] if EMBEDDING in found else 0
     selection = select(config, list(found), tied=tied, vocab_size=vocab, strict=True)
-    weights = {name: _weight(leaves) for name, leaves in found.items()}
-    if tied and EMBEDDING in found:
-        weights[HEAD] = found[EMBEDDING]["embedding"].T
+    weight = partial(_weight, found)
     order = _order(list(found))
     leaves: dict[str, dict[str, Any]] = {name: {} for name in selection.names}
     for name, (rank, scaling) in selection.adapted.items():
@@ -57,13 +57,17 @@ def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
             rank=rank,
             scaling=scaling,
         )
-        leaves[name] |= _with_magnitude(config, start(weights[name]), weights[name])
+        own = found.get(name, {})
+        if is_quantized(own) and not _reads_weight(config):
+            own = jax.ShapeDtypeStruct(kernel_shape(own), jnp.float32)
+        else:
+            own = weight(name)
+        leaves[name] |= _with_magnitude(config, start(own), own)
     for name in selection.saved:
-        source = found.get(name, {"kernel": weights[name]})
-        for leaf, value in source.items():
+        for leaf, value in _saved(found, name).items():
             leaves[name][f"trained_{leaf}"] = value.astype(jnp.float32)
     for name, ids in selection.tokens.items():
-        rows = weights[name] if name == EMBEDDING else weights[name].T
+        rows = weight(name) if name == EMBEDDING else weight(name).T
         index = jnp.asarray(ids, jnp.int32)
         leaves[name] |= {
             "token_ids": index,
@@ -88,8 +92,27 @@ def _order(names: list[str]) -> dict[str, int]:
     return {name: i for i, name in enumerate([*layers, HEAD, EMBEDDING])}
 
 
-def _weight(leaves: Params) -> Any:
-    return leaves.get("kernel", leaves.get("embedding", leaves.get("scale")))
+def _weight(found: dict[str, Params], name: str) -> Any:
+    """Returns a module's weight; for a tied head, the table's transpose."""
+    if name == HEAD and name not in found:
+        return found[EMBEDDING]["embedding"].T
+    return weight_of(found[name])
+
+
+def _saved(found: dict[str, Params], name: str) -> Params:
+    """Returns the leaves that a wholly trained module starts from."""
+    own = found.get(name, {})
+    if own and not is_quantized(own):
+        return own
+    rest = {leaf: value for leaf, value in own.items() if leaf not in QUANTIZED_LEAVES}
+    return rest | {"kernel": _weight(found, name)}
+
+
+def _reads_weight(config: LoraConfig) -> bool:
+    start = config.init_lora_weights
+    return config.use_dora or (
+        isinstance(start, str) and start.startswith(("pissa", "olora"))
+    )
 
 
 def _lookup_start(

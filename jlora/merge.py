@@ -15,6 +15,7 @@ import numpy as np
 
 from jlora.errors import CorruptError
 from jlora.lora import WEIGHTS, Params, is_adapter
+from jlora.quantize import QUANTIZED_LEAVES, is_quantized, kernel_of
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -22,13 +23,14 @@ Arrays = Mapping[str, np.ndarray]
 def merge(params: Params) -> Params:
     """Returns the tree without adapters, each adapted weight replaced by its merged one.
 
+    A quantised kernel with an adapter becomes a plain one, of the embedding's dtype.
     Where embedding and head of a tied base come apart, the head becomes a leaf of its
     own, `lm_head/kernel`; the model reads it from there.
 
     Raises:
         CorruptError: a merged weight is not finite.
     """
-    result = _merge_tree(params, "")
+    result = _merge_tree(params, "", _table_dtype(params))
     head = params.get("lm_head", {})
     if "kernel" not in head:
         result.pop("lm_head", None)
@@ -40,21 +42,32 @@ def merge(params: Params) -> Params:
     return result
 
 
-def _merge_tree(tree: Params, path: str) -> Params:
+def _table_dtype(params: Params) -> Any:
+    table = params.get("embed_tokens", {}).get("embedding")
+    return np.dtype(np.float32) if table is None else table.dtype
+
+
+def _merge_tree(tree: Params, path: str, dtype: Any) -> Params:
     if not any(is_adapter(key) for key in tree):
         return {
-            key: _merge_tree(value, f"{path}/{key}" if path else key)
+            key: _merge_tree(value, f"{path}/{key}" if path else key, dtype)
             if isinstance(value, dict)
             else value
             for key, value in tree.items()
         }
     result = {key: leaf for key, leaf in tree.items() if not is_adapter(key)}
     if result:
-        merged = merge_module(_arrays(tree))
-        for key, array in merged.items():
+        arrays = _arrays(tree)
+        if is_quantized(tree):
+            arrays["kernel"] = kernel_of(arrays, np.float32)
+        plain = {k: v for k, v in arrays.items() if k not in QUANTIZED_LEAVES}
+        result = {}
+        for key, array in merge_module(plain).items():
             if not np.isfinite(array.astype(np.float32)).all():
                 raise CorruptError(f"{path}: the merged weights are not finite")
-            result[key] = _placed_like(array, tree[key])
+            like: Any = tree.get(key, tree.get("kernel_q"))
+            own = like.dtype if key in tree else dtype
+            result[key] = _placed_like(array.astype(own, copy=False), like)
     return result
 
 

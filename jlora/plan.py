@@ -15,6 +15,7 @@ from jlora.config import LlamaConfig
 from jlora.hopper import choose_kernels
 from jlora.lora import Params, is_adapter, is_trainable, modules
 from jlora.model import compute_dtype
+from jlora.quantize import SCALES, num_weights
 from jlora.settings import ComputeConfig
 from jlora.training import LOSS_CHUNK_TOKENS
 
@@ -172,10 +173,10 @@ def flops_per_token(params: Params, config: LlamaConfig, length: int) -> float:
     """
     frozen = trained = 0
     for name, leaves in modules(params).items():
-        sizes = {key: math.prod(leaf.shape) for key, leaf in leaves.items()}
+        sizes = {k: num_weights(leaf) for k, leaf in leaves.items() if k not in SCALES}
         table = name.endswith("embed_tokens")
         if "trained_kernel" in sizes:
-            sizes["kernel"] = 0
+            sizes |= {"kernel": 0, "kernel_q": 0}
         if table and "kernel" in params.get("lm_head", {}):
             sizes["embedding"] = 0  # looked up, not multiplied
         trained += sum(

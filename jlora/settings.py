@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jlora.errors import UnsupportedError, UsageError, listing, nearest
+from jlora.errors import UsageError, listing, nearest
 
 # Kinds of trainable leaves; see `optimizer.group_of`. `embedding`: both factors of an
 # adapter on the embedding; `whole`: matrices trained in full; `norm`: scales and biases.
@@ -181,21 +181,14 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
     base_dtype: Literal["keep", "float32", "bfloat16", "fp8", "int8", "nf4"] = "keep"
-    """Storage of the frozen weights; keep: as in the checkpoint. fp8, int8, nf4: not yet."""
+    """Storage of the frozen weights; keep: as in the checkpoint; fp8, int8, nf4: the seven
+    projections' only, quantised while they are read."""
     remat: Literal["auto", "none", "minimal", "full"] = "auto"
     """What the backward pass recomputes to save memory."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto: cudnn on GPU where it applies, else xla; splash: on TPU."""
     kernels: Literal["auto", "xla", "hopper"] = "auto"
     """Matmuls of the layers; auto: hopper on one H100 or H200 in bfloat16, else xla."""
-
-    def __post_init__(self) -> None:
-        """Raises UnsupportedError for choices that are not built yet."""
-        if self.base_dtype in ("fp8", "int8", "nf4"):
-            raise UnsupportedError(
-                f"compute.base_dtype={self.base_dtype} is not supported yet; "
-                "use keep, bfloat16 or float32"
-            )
 
 
 def check_seed(seed: int) -> None:

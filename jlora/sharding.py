@@ -129,6 +129,9 @@ def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
     return {
         "kernel": (rows, columns),
         "embedding": (rows, columns),
+        "kernel_q": (rows, columns),
+        "kernel_scale": (columns,),
+        "kernel_absmax": (rows, columns),
         "bias": (columns,),
         "lora_A": (rows, "lora_rank"),
         "lora_B": ("lora_rank", columns),

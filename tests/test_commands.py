@@ -304,6 +304,25 @@ def test_a_folder_and_the_base_made_of_it_train_the_same(run, base, tmp_path):
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(run)
 
 
+def test_a_quantised_model_trains_resumes_and_merges(tmp_path):
+    base, run, merged = (tmp_path / name for name in ("nf4", "run", "merged"))
+    facts = succeed("convert.from_hf", "hf", base, "--quantize", "nf4")
+    assert "nf4: the layers' projections" in facts
+    nf4 = ["--compute.base_dtype", "nf4", "--train.max_steps"]
+    first = succeed("train", *training(run, *nf4, 2))
+    assert "all params: 48,544" in first  # 41,120 of the base, as unquantised
+    # The same weights, quantised before: the run goes on.
+    resumed = succeed("train", *training(run, *nf4, 3, "--model", base))
+    assert "resuming after step 2" in resumed
+    words = ["--model", base, "--adapter", run]
+    assert "all as written" in succeed("convert.to_hf", *words, merged)
+    assert loss_of(*words) == pytest.approx(loss_of("--model", merged), abs=2e-6)
+    text = ["--prompt", "What is", "--max_new_tokens", 4]
+    assert succeed("generate", *words, *text) == succeed(
+        "generate", "--model", merged, *text
+    )
+
+
 def test_info_tells_what_a_base_is(base):
     out = succeed("convert.info", base)
     assert "2 layers of 32" in out
@@ -602,7 +621,6 @@ TRAIN_MISTAKES = [
     ("{} --lora.target_modules q_proj v_proj", 2, "[q_proj,v_proj]"),
     ("{} --lora.target_modules [lm_head]", 3, "not supported yet"),
     ("{} --lora.use_dora", 3, "use_dora"),
-    ("{} --compute.base_dtype nf4", 3, "nf4 is not supported yet"),
     ("{} --compute.attention cudnn", 2, "needs an NVIDIA GPU"),
     ("{} --data.format alpaka", 2, "expected one of auto, text"),
     ("{} --data.train missing.jsonl", 2, "missing.jsonl: no such file"),
@@ -667,7 +685,7 @@ CONVERT_MISTAKES = [
     ("from_hf", "hf x --overwrit", 2, "did you mean --overwrite?"),
     ("from_hf", "hf x y", 2, "unexpected: y"),
     ("from_hf", "hf x --dtype bf16", 2, "did you mean 'bfloat16'?"),
-    ("from_hf", "hf x --quantize nf4", 3, "not supported yet"),
+    ("from_hf", "hf x --quantize nf3", 2, "expected one of none, fp8, int8, nf4"),
     ("from_hf", "qwen x", 3, "Qwen2ForCausalLM"),
     ("from_hf", "cut_off x", 4, "model.safetensors"),
     ("info", "nowhere", 2, "no such file or folder"),

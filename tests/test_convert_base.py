@@ -214,7 +214,6 @@ def test_command_converts_and_prints_the_facts(hf, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["--quantize", "nf4"], 3, "not supported yet"),
         (["--dtype", "int8"], 2, "dtype"),
         (["--overwite"], 2, "did you mean --overwrite"),
     ],

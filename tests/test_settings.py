@@ -1,6 +1,6 @@
 import pytest
 
-from jlora.errors import UnsupportedError, UsageError
+from jlora.errors import UsageError
 from jlora.settings import (
     ComputeConfig,
     DataConfig,
@@ -50,19 +50,6 @@ def test_a_batch_that_cannot_be_split_is_refused_with_both_numbers():
 
 def test_num_epochs_does_not_matter_when_max_steps_decides():
     assert TrainConfig(max_steps=1, num_epochs=0.0).max_steps == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"base_dtype": "fp8"}, "fp8"),
-        ({"base_dtype": "int8"}, "int8"),
-        ({"base_dtype": "nf4"}, "nf4"),
-    ],
-)
-def test_a_choice_that_is_not_built_yet_is_refused_by_name(changes, words):
-    with pytest.raises(UnsupportedError, match=f"{words} is not supported yet; use"):
-        ComputeConfig(**changes)
 
 
 @pytest.mark.parametrize(

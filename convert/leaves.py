@@ -1,0 +1,90 @@
+"""What a model's tensors are stored as: plain leaves, or those of a quantised kernel."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convert.blocks import empty, for_each
+from convert.safetensors import Spec
+from jlora.errors import UnsupportedError, UsageError
+from jlora.quantize import Format, kernel_of, quantize_kernel, quantized_shapes
+
+if TYPE_CHECKING:
+    from convert.source import Source
+
+# Columns that are quantised at a time: a few megabytes of float32.
+_COLUMNS = 128
+
+
+def is_quantizable(path: str) -> bool:
+    """Whether a params path is the kernel of one of a layer's seven projections."""
+    return path.startswith("layers/") and path.endswith("/kernel")
+
+
+def resulting_format(source: "Source", dtype: str, quantize: Format) -> Format:
+    """Returns the format that the projections get.
+
+    A quantised model stays as it is, and another dtype than keep dequantises it.
+
+    Raises:
+        UsageError: the model is quantised in another format.
+    """
+    if quantize == "none":
+        return source.quantize if dtype == "keep" else "none"
+    if source.quantize not in ("none", quantize):
+        raise UsageError(
+            f"{source.location}: quantised as {source.quantize} already, and cannot "
+            f"become {quantize}; convert the original model"
+        )
+    return quantize
+
+
+def quantized_specs(
+    path: str, shape: tuple[int, ...], quantize: Format
+) -> dict[str, Spec]:
+    """Returns {params path: spec} of the leaves that stand for the kernel at `path`.
+
+    Raises:
+        UnsupportedError: the format cannot hold this shape.
+    """
+    stem = path.removesuffix("kernel")
+    rows, columns = shape
+    try:
+        shapes = quantized_shapes((rows, columns), quantize)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}") from error
+    return {stem + leaf: Spec(*what) for leaf, what in shapes.items()}
+
+
+def quantize_tensor(
+    path: str, kernel: np.ndarray, quantize: Format
+) -> dict[str, np.ndarray]:
+    """Returns {params path: array} of what stands for a kernel; memory beside it is small."""
+    specs = quantized_specs(path, kernel.shape, quantize)
+    arrays = {leaf: empty(spec.shape, spec.dtype) for leaf, spec in specs.items()}
+
+    def columns(start: int) -> None:
+        part = slice(start, start + _COLUMNS)
+        found = quantize_kernel(kernel[:, part], quantize)
+        for leaf, array in arrays.items():
+            array[..., part] = found[leaf.rpartition("/")[2]]
+
+    for_each(columns, range(0, kernel.shape[1], _COLUMNS))
+    return arrays
+
+
+def dequantize_tensor(
+    arrays: dict[str, np.ndarray], shape: tuple[int, ...]
+) -> np.ndarray:
+    """Returns the float32 kernel of {params path: stored array}."""
+    result = empty(shape, np.float32)
+
+    def columns(start: int) -> None:
+        part = slice(start, start + _COLUMNS)
+        leaves = {
+            leaf.rpartition("/")[2]: array[..., part] for leaf, array in arrays.items()
+        }
+        result[:, part] = kernel_of(leaves, np.float32)
+
+    for_each(columns, range(0, shape[1], _COLUMNS))
+    return result

@@ -1,0 +1,211 @@
+"""Formats of frozen weights: what stands in a layer in place of its `kernel`.
+
+| format | `kernel_q` | beside it | weight i, j |
+|---|---|---|---|
+| int8 | int8 [in, out] | `kernel_scale` [out] | q * scale[j] |
+| fp8 | float8_e4m3fn [in, out] | `kernel_scale` [out] | q * scale[j] |
+| nf4 | uint8 [in / 2, out] | `kernel_absmax` [in / 64, out] | NF4[q] * absmax[i // 64, j] |
+
+nf4 has two weights in a byte, that of the even row in the high half, and blocks of 64
+along `in`, as bitsandbytes has where 64 divides `in` (here the last block may be short);
+the absmax is not quantised again, so that a weight takes 4.5 bits. Scales are float32.
+The dtype of `kernel_q` tells the format. Values are
+products in float32, rounded once to the dtype asked for.
+
+Source: "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023), appendix
+E for the table; "FP8 Formats for Deep Learning" (Micikevicius et al., 2022).
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float
+
+from jlora.errors import UnsupportedError
+
+Format = Literal["none", "fp8", "int8", "nf4"]
+BLOCK = 64
+SCALES = ("kernel_scale", "kernel_absmax")
+QUANTIZED_LEAVES = ("kernel_q", *SCALES)
+_FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
+_CODES = {"int8": np.dtype(np.int8), "fp8": _FP8, "nf4": np.dtype(np.uint8)}
+_LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
+# The quantiles of a normal distribution, with zero and both ends exact.
+NF4 = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+_NF4_BORDERS = (NF4[1:] + NF4[:-1]) / 2
+
+
+def quantized_shapes(
+    shape: tuple[int, int], quantize: Format
+) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Returns {leaf: (shape, dtype)} of what stands for a kernel [in, out].
+
+    Raises:
+        UnsupportedError: nf4 of an odd number of rows.
+    """
+    rows, columns = shape
+    if quantize != "nf4":
+        return {
+            "kernel_q": (shape, _CODES[quantize]),
+            "kernel_scale": ((columns,), np.dtype(np.float32)),
+        }
+    if rows % 2:
+        raise UnsupportedError(
+            f"nf4 has two rows in a byte, and a kernel of {rows} inputs is odd; use int8 "
+            "or fp8"
+        )
+    return {
+        "kernel_q": ((rows // 2, columns), _CODES[quantize]),
+        "kernel_absmax": ((math.ceil(rows / BLOCK), columns), np.dtype(np.float32)),
+    }
+
+
+def quantize_kernel(kernel: np.ndarray, quantize: Format) -> dict[str, np.ndarray]:
+    """Returns the leaves of a kernel [in, out], on the host; its columns are independent.
+
+    Each weight becomes the nearest that the format has, computed in float32. An nf4
+    weight halfway between two becomes the lower one; int8 and fp8 round to even.
+    """
+    wide = kernel.astype(np.float32)
+    if quantize == "nf4":
+        return _quantize_nf4(wide)
+    largest = _LARGEST[quantize]
+    scale = np.abs(wide).max(axis=0) / largest
+    wide /= np.where(scale > 0, scale, np.float32(1))
+    np.clip(wide, -largest, largest, out=wide)
+    codes = np.rint(wide) if quantize == "int8" else wide
+    return {"kernel_q": codes.astype(_CODES[quantize]), "kernel_scale": scale}
+
+
+def _quantize_nf4(wide: np.ndarray) -> dict[str, np.ndarray]:
+    rows, columns = wide.shape
+    absmax = np.empty((math.ceil(rows / BLOCK), columns), np.float32)
+    packed = np.empty((rows // 2, columns), np.uint8)
+    for number, start in enumerate(range(0, rows, BLOCK)):
+        block = wide[start : start + BLOCK]
+        absmax[number] = np.abs(block).max(axis=0)
+        block = block / np.where(absmax[number] > 0, absmax[number], np.float32(1))
+        codes = np.zeros(block.shape, np.uint8)
+        for border in _NF4_BORDERS:
+            codes += block > border
+        packed[start // 2 : start // 2 + len(block) // 2] = (
+            codes[::2] << 4 | codes[1::2]
+        )
+    return {"kernel_q": packed, "kernel_absmax": absmax}
+
+
+def is_quantized(leaves: Mapping[str, Any]) -> bool:
+    """Whether a module's weight is stored in one of the formats."""
+    return "kernel_q" in leaves
+
+
+def kernel_shape(leaves: Mapping[str, Any]) -> tuple[int, int]:
+    """Returns (in, out) of a module with a weight, quantised or not."""
+    if not is_quantized(leaves):
+        return leaves["kernel"].shape
+    columns = leaves["kernel_q"].shape[1]
+    return num_weights(leaves["kernel_q"]) // columns, columns
+
+
+def num_weights(leaf: Any) -> int:
+    """Returns how many weights a `kernel_q`, or any plain leaf, holds."""
+    return math.prod(leaf.shape) * (2 if leaf.dtype == np.uint8 else 1)
+
+
+def kernel_of(leaves: Mapping[str, Any], dtype: Any) -> Any:
+    """Returns a module's kernel [in, out] in `dtype`, dequantised if need be.
+
+    NumPy leaves give a NumPy array, equal to what JAX makes of them bit for bit.
+    """
+    if not is_quantized(leaves):
+        return leaves["kernel"].astype(dtype)
+    codes = leaves["kernel_q"]
+    if "kernel_absmax" in leaves:
+        return _dequantize_nf4(codes, leaves["kernel_absmax"]).astype(dtype)
+    return (codes.astype(np.float32) * leaves["kernel_scale"]).astype(dtype)
+
+
+def _dequantize_nf4(packed: Any, absmax: Any) -> Any:
+    """Returns the float32 values: one elementwise operation, without a gather."""
+    xp: Any = np if isinstance(packed, np.ndarray) else jnp
+    rows, columns = 2 * packed.shape[0], packed.shape[1]
+    codes = xp.stack([packed >> 4, packed & 15], axis=1).reshape(rows, columns)
+    values = NF4[codes] if xp is np else _look_up(codes)
+    whole = xp.broadcast_to(absmax[:, None], (absmax.shape[0], BLOCK, columns))
+    return values * whole.reshape(-1, columns)[:rows]
+
+
+def _look_up(codes: Array) -> Array:
+    """Returns NF4[codes] by halving the table with one bit of the code after another."""
+    values: list[Any] = list(NF4)
+    for bit in range(4):
+        is_set = (codes >> bit & 1).astype(bool)
+        values = [
+            jnp.where(is_set, high, low)
+            for low, high in zip(values[::2], values[1::2], strict=True)
+        ]
+    return values[0]
+
+
+def quantized_matmul(
+    x: Float[Array, "... D_in"], leaves: Mapping[str, Any], dtype: Any
+) -> Float[Array, "... D_out"]:
+    """Returns x W in `dtype`, W being dequantised just before.
+
+    The backward pass dequantises again: what stays between them is the stored form. W has
+    no gradient.
+    """
+    stored = {name: leaves[name] for name in QUANTIZED_LEAVES if name in leaves}
+    return _product(x, stored, dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: Array, leaves: dict[str, Array], dtype: Any) -> Any:
+    return _matmul(x, kernel_of(leaves, dtype), dtype)
+
+
+def _matmul(x: Array, w: Array, dtype: Any) -> Array:
+    precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+    return jnp.matmul(x.astype(dtype), w, precision=precision)
+
+
+def _forward(x: Array, leaves: dict[str, Array], dtype: Any) -> tuple[Array, Any]:
+    # An empty array remembers the dtype of x.
+    return _product(x, leaves, dtype), (leaves, jnp.zeros((0,), x.dtype))
+
+
+def _backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, None]:
+    leaves, like = kept
+    # The barrier makes this another W than the forward pass's, which XLA would keep.
+    leaves, gradient = jax.lax.optimization_barrier((leaves, gradient))
+    dx = _matmul(gradient, kernel_of(leaves, dtype).T, dtype)
+    return dx.astype(like.dtype), None
+
+
+_product.defvjp(_forward, _backward)
