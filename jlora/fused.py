@@ -38,22 +38,32 @@ def can_fuse(x: Array, layers: Sequence[Leaves]) -> bool:
 
 
 def project(
-    x: Float[Array, "B T D"], layers: Sequence[Leaves]
+    x: Float[Array, "B T D"],
+    layers: Sequence[Leaves],
+    residual: Float[Array, "B T N"] | None = None,
 ) -> list[Float[Array, "B T _"]]:
-    """Returns x W + (x A) s B for every projection, in the dtype of x."""
-    flat = x.reshape(-1, x.shape[-1])
-    outs = _project(flat, [leaves["kernel"] for leaves in layers], _pairs(layers))
+    """Returns x W + (x A) s B for every projection, in the dtype of x.
+
+    A residual is added to the output, where there is one projection.
+    """
+    kernels = [leaves["kernel"] for leaves in layers]
+    outs = _project(_flat(x), kernels, _pairs(layers), _flat(residual))
     return [out.reshape(*x.shape[:-1], -1) for out in outs]
 
 
 def swiglu(
-    x: Float[Array, "B T D"], gate: Leaves, up: Leaves, down: Leaves
+    x: Float[Array, "B T D"],
+    layers: Sequence[Leaves],
+    residual: Float[Array, "B T D"],
 ) -> Float[Array, "B T D"]:
-    """Returns down(silu(gate(x)) * up(x)), in the dtype of x."""
-    layers = (gate, up, down)
-    flat = x.reshape(-1, x.shape[-1])
-    out = _swiglu(flat, [leaves["kernel"] for leaves in layers], _pairs(layers))
+    """Returns residual + down(silu(gate(x)) * up(x)); layers: gate, up and down."""
+    kernels = [leaves["kernel"] for leaves in layers]
+    out = _swiglu(_flat(x), kernels, _pairs(layers), _flat(residual))
     return out.reshape(x.shape)
+
+
+def _flat(x: Any) -> Any:
+    return None if x is None else x.reshape(-1, x.shape[-1])
 
 
 def _pairs(layers: Sequence[Leaves]) -> list[Pair]:
@@ -67,40 +77,48 @@ def _pairs(layers: Sequence[Leaves]) -> list[Pair]:
 
 
 @jax.custom_vjp
-def _project(x: Array, kernels: list[Array], pairs: list[Pair]) -> list[Array]:
-    return _project_forward(x, kernels, pairs)[0]
+def _project(
+    x: Array, kernels: list[Array], pairs: list[Pair], residual: Array | None
+) -> list[Array]:
+    return _project_forward(x, kernels, pairs, residual)[0]
 
 
 def _project_forward(
-    x: Array, kernels: list[Array], pairs: list[Pair]
+    x: Array, kernels: list[Array], pairs: list[Pair], residual: Array | None
 ) -> tuple[list[Array], Any]:
     s = _down(x, pairs)
-    return _up(x, s, kernels, pairs), (x, s, kernels, pairs)
+    outs = hopper.sum_of_products(*_terms(x, s, kernels, pairs), residual)
+    return outs, (x, s, kernels, pairs, residual is not None)
 
 
 def _project_backward(residuals: Any, dys: list[Array]) -> tuple[Any, ...]:
-    x, s, kernels, pairs = residuals
+    x, s, kernels, pairs, has_residual = residuals
     ds = _d_down(dys, pairs)
-    return _dx(dys, ds, kernels, pairs), None, _d_pairs(x, s, dys, ds, pairs)
+    dx = _dx(dys, ds, kernels, pairs)
+    d_pairs = _d_pairs(x, s, dys, ds, pairs)
+    return dx, None, d_pairs, dys[0] if has_residual else None
 
 
 _project.defvjp(_project_forward, _project_backward)
 
 
 @jax.custom_vjp
-def _swiglu(x: Array, kernels: list[Array], pairs: list[Pair]) -> Array:
-    return _swiglu_forward(x, kernels, pairs)[0]
+def _swiglu(
+    x: Array, kernels: list[Array], pairs: list[Pair], residual: Array
+) -> Array:
+    return _swiglu_forward(x, kernels, pairs, residual)[0]
 
 
 def _swiglu_forward(
-    x: Array, kernels: list[Array], pairs: list[Pair]
+    x: Array, kernels: list[Array], pairs: list[Pair], residual: Array
 ) -> tuple[Array, Any]:
     s = _down(x, pairs[:2])
     xs, (gates, ups) = _terms(x, s, kernels[:2], pairs[:2])
     gate, up, act = hopper.swiglu(xs, gates, ups)
     gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
     s_act = _down(act, pairs[2:])
-    (out,) = _up(act, s_act, kernels[2:], pairs[2:])
+    terms = _terms(act, s_act, kernels[2:], pairs[2:])
+    (out,) = hopper.sum_of_products(*terms, residual)
     return out, (x, s, gate, up, s_act, kernels, pairs)
 
 
@@ -113,7 +131,7 @@ def _swiglu_backward(residuals: Any, dy: Array) -> tuple[Any, ...]:
     ds = _d_down([d_gate, d_up], pairs[:2])
     dx = _dx([d_gate, d_up], ds, kernels[:2], pairs[:2])
     d_first = _d_pairs(x, s, [d_gate, d_up], ds, pairs[:2])
-    return dx, None, [*d_first, *d_last]
+    return dx, None, [*d_first, *d_last], dy
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -167,14 +185,6 @@ def _terms(
     return [x, s], [list(group) for group in zip(kernels, placed, strict=True)]
 
 
-def _up(
-    x: Array, s: Array | None, kernels: list[Array], pairs: list[Pair]
-) -> list[Array]:
-    if s is None and len(kernels) == 1:  # the compiler adds the residual to this one
-        return [_dot(x, kernels[0])]
-    return hopper.sum_of_products(*_terms(x, s, kernels, pairs))
-
-
 def _d_down(dys: list[Array], pairs: list[Pair]) -> Array | None:
     """Returns the gradient of x A, as wide as it."""
     parts = [
@@ -191,8 +201,6 @@ def _d_down(dys: list[Array], pairs: list[Pair]) -> Array | None:
 def _dx(
     dys: list[Array], ds: Array | None, kernels: list[Array], pairs: list[Pair]
 ) -> Array:
-    if ds is None and len(kernels) == 1:
-        return _dot(dys[0], kernels[0], transposed=True)
     xs, weights = list(dys), list(kernels)
     if ds is not None:
         xs.append(ds)

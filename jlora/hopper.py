@@ -14,7 +14,6 @@ on warp specialization and persistent kernels.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,8 +27,12 @@ from jlora.errors import UsageError
 
 # Depth of one step of the inner loop: one row of the 128-byte swizzle in bfloat16.
 DEPTH = 64
-# What the numbers of rows and columns of an output must be multiples of.
-ROWS, COLUMNS = 128, 256
+# What two blocks of threads make at a time: each half of the rows. They read the same
+# tile of the weights, which is sent to both. An output is a multiple of it.
+ROWS, COLUMNS = 256, 256
+# Tiles under each other before the next column of tiles: 132 multiprocessors then work
+# on a square of the output, which reads the least.
+_BAND = 8
 # Buffers in the ring: as many as fit in shared memory beside the output's.
 _STAGES = 4
 # Columns and rows of the output that leave through shared memory at a time.
@@ -65,129 +68,118 @@ def choose_kernels(wanted: str, *, dtype: Any, devices: Sequence[Any]) -> str:
     return "hopper" if fits else "xla"
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How the output is cut into tiles, and their order (for the L2 cache)."""
-
-    rows: int = 128
-    """Rows of a tile."""
-    columns: int = 256
-    """Columns of a tile."""
-    split_rows: bool = True
-    """The two multiplying warpgroups share a tile by rows, or else by columns."""
-    minor: int = 0
-    """Axis along which tiles follow each other: 0 rows, 1 columns."""
-    width: int = 8
-    """Tiles along the minor axis before the major one moves on."""
-    delay: int = 1
-    """Products still under way when the next is issued."""
-
-
 # Compiled functions of their own, so that a kernel is built once for all layers.
-@functools.partial(jax.jit, static_argnames=("transposed", "schedule", "interpret"))
+@functools.partial(jax.jit, static_argnames=("transposed", "interpret"))
 def sum_of_products(
     xs: Sequence[Float[Array, "M _"]],
     weights: Sequence[Sequence[Array]],
+    addend: Float[Array, "M N"] | None = None,
     *,
     transposed: bool = False,
-    schedule: Schedule = Schedule(),
     interpret: Any = None,
 ) -> list[Float[Array, "M _"]]:
     """Returns for every list of weights the sum of x @ w over xs, summed in float32.
 
     Args:
-        xs: bfloat16 [M, K]; M is a multiple of 128, each K one of 64.
+        xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
         weights: per output, a w [K, N] for each x ([N, K] if transposed); N is a
             multiple of 256.
+        addend: is added to the sum, where there is one output.
         transposed: multiply by w^T instead.
-        schedule: of the tiles.
         interpret: simulates the GPU where there is none, for tests.
     """
     rows = xs[0].shape[0]
     sizes = [group[0].shape[0 if transposed else 1] for group in weights]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    width = schedule.columns
 
     def load(groups: Any, term: int, n: Any, k: Any, buffer: Any, done: Any) -> None:
         for group, start, size in zip(groups, starts, sizes, strict=True):
 
             @pl.when((n >= start) & (n < start + size))
             def _(w: Any = group[term], start: int = start) -> None:
-                along = pl.ds(pl.multiple_of(n - start, width), width)
+                along = pl.ds(pl.multiple_of(n - start, COLUMNS), COLUMNS)
                 block = w.at[along, k] if transposed else w.at[k, along]
-                plgpu.copy_gmem_to_smem(block, buffer.at[0], done)
+                plgpu.copy_gmem_to_smem(
+                    block, buffer.at[0], done, collective_axes="member"
+                )
 
-    def store(
-        made: list[Array], outs: Any, m: Any, n: Any, offset: Any, parts: Any
-    ) -> None:
+    def store(made: list[Array], outs: Any, m: Any, n: Any, buffers: Any) -> None:
         (sums,) = made
+        if addend is not None:
+            _store_sum(sums, outs[0].at[m, n], outs[-1].at[m, n], buffers)
+            return
         for out, start, size in zip(outs, starts, sizes, strict=True):
 
-            @pl.when((n >= start) & (n < start + size))
+            @pl.when((n.start >= start) & (n.start < start + size))
             def _(out: Any = out, start: int = start) -> None:
-                at = n - start + offset
-                _store([(sums, out.at[m, pl.ds(at, sums.shape[1])])], parts)
+                place = out.at[m, pl.ds(n.start - start, n.size)]
+                _store([(sums.astype(out.dtype), place)], buffers)
+
+    def prepare(outs: Any, m: Any, n: Any, buffers: Any) -> None:
+        if addend is not None:
+            _fetch_first(outs[-1].at[m, n], buffers)
 
     return _launch(
         xs,
         weights,
         outputs=[(rows, size) for size in sizes],
-        grid=(rows // schedule.rows, sum(sizes) // width),
+        grid=(rows // ROWS, sum(sizes) // COLUMNS),
         load=load,
         store=store,
+        prepare=prepare,
+        addend=addend,
         pieces=1,
         transposed=transposed,
-        schedule=schedule,
         interpret=interpret,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("schedule", "interpret"))
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def swiglu(
     xs: Sequence[Float[Array, "M _"]],
     gate: Sequence[Float[Array, "_ F"]],
     up: Sequence[Float[Array, "_ F"]],
     *,
-    schedule: Schedule = Schedule(),
     interpret: Any = None,
 ) -> list[Float[Array, "M F"]]:
     """Returns [gate, up, silu(gate) * up], gate and up as `sum_of_products` has them.
 
     Args:
-        xs: bfloat16 [M, K]; M is a multiple of 128, each K one of 64.
+        xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
         gate: a w [K, F] for each x; F is a multiple of 128.
         up: likewise.
-        schedule: of the tiles; by rows.
         interpret: simulates the GPU where there is none, for tests.
     """
     rows, size = xs[0].shape[0], gate[0].shape[1]
-    half = schedule.columns // 2
+    half = COLUMNS // 2
 
     def load(groups: Any, term: int, n: Any, k: Any, buffer: Any, done: Any) -> None:
         for i, group in enumerate(groups):
             along = pl.ds(pl.multiple_of(lax.div(n, 2), half), half)
-            plgpu.copy_gmem_to_smem(group[term].at[k, along], buffer.at[i], done)
+            plgpu.copy_gmem_to_smem(
+                group[term].at[k, along], buffer.at[i], done, collective_axes="member"
+            )
 
-    def store(
-        sums: list[Array], outs: Any, m: Any, n: Any, offset: Any, parts: Any
-    ) -> None:
-        at = pl.ds(pl.multiple_of(lax.div(n, 2), half), half)
-        g, u = sums
+    def store(sums: list[Array], outs: Any, m: Any, n: Any, buffers: Any) -> None:
+        at = pl.ds(pl.multiple_of(lax.div(n.start, 2), half), half)
+        g, u = (x.astype(outs[0].dtype) for x in sums)
         wide = g.astype(jnp.float32)
         act = wide * jax.nn.sigmoid(wide) * u.astype(jnp.float32)
         made = (g, u, act.astype(g.dtype))
-        _store([(x, out.at[m, at]) for x, out in zip(made, outs, strict=True)], parts)
+        places = [out.at[m, at] for out in outs]
+        _store(list(zip(made, places, strict=True)), buffers)
 
     return _launch(
         xs,
         [gate, up],
         outputs=[(rows, size)] * 3,
-        grid=(rows // schedule.rows, size // half),
+        grid=(rows // ROWS, size // half),
         load=load,
         store=store,
+        prepare=lambda *_: None,
+        addend=None,
         pieces=2,
         transposed=False,
-        schedule=schedule,
         interpret=interpret,
     )
 
@@ -200,35 +192,39 @@ def _launch(
     grid: tuple[int, int],
     load: Callable[..., None],
     store: Callable[..., None],
+    prepare: Callable[..., None],
+    addend: Array | None,
     pieces: int,
     transposed: bool,
-    schedule: Schedule,
     interpret: Any,
 ) -> list[Array]:
     """Runs the kernel: `load` copies a tile of the weights, `store` writes the sums.
 
     A tile's columns may come in several pieces, each with weights and sums of its own.
+    `prepare` runs before a tile's products; an addend follows the outputs.
     """
-    blocks = _multiprocessors()
-    rows, columns, by_rows = schedule.rows, schedule.columns, schedule.split_rows
+    blocks = _multiprocessors() // 2
+    rows = ROWS // 2
     depths = [x.shape[1] // DEPTH for x in xs]
-    piece = columns // pieces
-    mine = (rows // 2, piece) if by_rows else (rows, piece // 2)
+    piece = COLUMNS // pieces
+    mine = rows // 2  # rows of a warpgroup
 
     def body(*refs: Any) -> None:
         x_refs, refs = refs[: len(xs)], refs[len(xs) :]
         groups = [
             refs[i : i + len(xs)] for i in range(0, len(weights) * len(xs), len(xs))
         ]
-        refs = refs[len(weights) * len(xs) :]
-        outs, (a_ring, b_ring, parts, ready, consumed) = refs[:-5], refs[-5:]
+        outs, (a_ring, b_ring, parts, arrived, ready, consumed) = refs[:-6], refs[-6:]
+        outs = outs[len(weights) * len(xs) :]
+        if addend is not None:  # inputs come before outputs
+            outs = (*outs[1:], outs[0])
         warpgroup = lax.axis_index("warpgroup")
         count = (math.prod(grid) - 1 - lax.axis_index("block")) // blocks + 1
 
         def corner(i: Any) -> tuple[Any, Any]:
             index = lax.axis_index("block") + i * blocks
-            m, n = plgpu.planar_snake(index, grid, schedule.minor, schedule.width)
-            return m * rows, n * columns
+            m, n = plgpu.planar_snake(index, grid, 0, _BAND)
+            return m * ROWS + lax.axis_index("member") * rows, n * COLUMNS
 
         def copy() -> None:
             plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
@@ -256,26 +252,20 @@ def _launch(
             for ahead in range(_STAGES):  # no phase of a barrier may stay unseen
                 plgpu.barrier_wait(consumed.at[lax.rem(step + ahead, _STAGES)])
 
-        offset = warpgroup * (mine[0] if by_rows else mine[1])
-        my_rows = pl.ds(offset, mine[0]) if by_rows else slice(None)
-        my_columns = slice(None) if by_rows else pl.ds(offset, mine[1])
+        offset = warpgroup * mine
 
         def product(k: Any, step: Any, accs: Any) -> Any:
             slot = lax.rem(step, _STAGES)
             plgpu.barrier_wait(ready.at[slot])
             for i, acc in enumerate(accs):
                 b = b_ring.at[slot, i]
-                if transposed:
-                    b = plgpu.transpose_ref(b.at[my_columns], (1, 0))
-                else:
-                    b = b.at[:, my_columns]
-                plgpu.wgmma(acc, a_ring.at[slot].at[my_rows], b)
-            plgpu.wgmma_wait(schedule.delay * pieces)
+                b = plgpu.transpose_ref(b, (1, 0)) if transposed else b
+                plgpu.wgmma(acc, a_ring.at[slot].at[pl.ds(offset, mine)], b)
+            plgpu.wgmma_wait(pieces)  # all but these, so the step before is done
 
-            @pl.when(k >= schedule.delay)
+            @pl.when(k > 0)
             def _() -> None:
-                free = lax.rem(step + _STAGES - schedule.delay, _STAGES)
-                plgpu.barrier_arrive(consumed.at[free])
+                plgpu.barrier_arrive(consumed.at[lax.rem(step + _STAGES - 1, _STAGES)])
 
             return step + 1
 
@@ -284,23 +274,26 @@ def _launch(
             for slot in range(_STAGES):
                 plgpu.barrier_arrive(consumed.at[slot])
 
+            buffers = [
+                (parts.at[warpgroup, i], arrived.at[2 * warpgroup + i]) for i in (0, 1)
+            ]
+
             def tile(i: Any, step: Any) -> Any:
                 m, n = corner(i)
+                at = pl.ds(m + offset, mine), pl.ds(n, COLUMNS)
+                prepare(outs, *at, buffers)
 
                 def with_sums(*accs: Any) -> None:
                     def one(k: Any, step: Any) -> Any:
                         return product(k, step, accs)
 
                     end = lax.fori_loop(0, sum(depths), one, step)
-                    sums = [acc[...].astype(xs[0].dtype) for acc in accs]
-                    for behind in range(schedule.delay, 0, -1):
-                        free = lax.rem(end + _STAGES - behind, _STAGES)
-                        plgpu.barrier_arrive(consumed.at[free])
-                    at = pl.ds(m + offset, mine[0]) if by_rows else pl.ds(m, mine[0])
-                    column = 0 if by_rows else offset
-                    store(sums, outs, at, n, column, parts.at[warpgroup])
+                    sums = [acc[...] for acc in accs]
+                    last = lax.rem(end + _STAGES - 1, _STAGES)
+                    plgpu.barrier_arrive(consumed.at[last])
+                    store(sums, outs, *at, buffers)
 
-                accs = [plgpu.ACC(mine, jnp.float32)] * pieces
+                accs = [plgpu.ACC((mine, piece), jnp.float32)] * pieces
                 pl.run_scoped(with_sums, *accs)
                 return step + sum(depths)
 
@@ -323,11 +316,16 @@ def _launch(
             shared((_STAGES, rows, DEPTH)),
             shared((_STAGES, pieces, *b_shape)),
             shared((2, 2, _PART, _PART)),
+            plgpu.Barrier(num_barriers=4),
             plgpu.Barrier(num_arrivals=1 + pieces, num_barriers=_STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+            plgpu.ClusterBarrier(
+                collective_axes=("member",), num_arrivals=2, num_barriers=_STAGES
+            ),
         ],
         grid=(blocks,),
         grid_names=("block",),
+        cluster=(2,),
+        cluster_names=("member",),
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
@@ -335,22 +333,53 @@ def _launch(
         ),
         interpret=interpret,
     )
-    return list(kernel(*xs, *(w for group in weights for w in group)))
+    extra = [] if addend is None else [addend]
+    return list(kernel(*xs, *(w for group in weights for w in group), *extra))
 
 
 def _multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", 132)
 
 
-def _store(pairs: Sequence[tuple[Array, Any]], parts: Any) -> None:
+def _parts(shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
+    return [
+        (slice(m, m + _PART), slice(n, n + _PART))
+        for m in range(0, shape[0], _PART)
+        for n in range(0, shape[1], _PART)
+    ]
+
+
+def _store(pairs: Sequence[tuple[Array, Any]], buffers: Any) -> None:
     """Copies tiles of a warpgroup to their places, through two small buffers in turn."""
     turn = 0
     for values, out in pairs:
-        for m in range(0, values.shape[0], _PART):
-            for n in range(0, values.shape[1], _PART):
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                parts[turn] = values[m : m + _PART, n : n + _PART]
-                plgpu.commit_smem()
-                place = out.at[m : m + _PART, n : n + _PART]
-                plgpu.copy_smem_to_gmem(parts.at[turn], place)
-                turn = 1 - turn
+        for part in _parts(values.shape):
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            _put(values[part], out.at[part], buffers[turn][0])
+            turn = 1 - turn
+
+
+def _put(values: Array, out: Any, buffer: Any) -> None:
+    buffer[...] = values
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffer, out)
+
+
+def _fetch_first(addend: Any, buffers: Any) -> None:
+    """Starts to copy the first two parts of an addend's tile into the buffers."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for turn, part in enumerate(_parts(addend.shape)[:2]):
+        plgpu.copy_gmem_to_smem(addend.at[part], *buffers[turn])
+
+
+def _store_sum(sums: Array, out: Any, addend: Any, buffers: Any) -> None:
+    """Adds the addend to the sums and stores them; two parts of it are on their way."""
+    parts = _parts(sums.shape)
+    for i, part in enumerate(parts):
+        buffer, arrived = buffers[i % 2]
+        plgpu.barrier_wait(arrived)
+        total = sums[part] + buffer[...].astype(jnp.float32)
+        _put(total.astype(out.dtype), out.at[part], buffer)
+        if i + 2 < len(parts):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.copy_gmem_to_smem(addend.at[parts[i + 2]], buffer, arrived)

@@ -291,7 +291,10 @@ def leaves_to_fuse(x: Array, layers: Sequence[LoRADense]) -> list[Params] | None
     """Returns the layers' leaves if `jlora.fused` is to compute them, else None."""
     if any(layer.kernels != "hopper" or layer.is_initializing() for layer in layers):
         return None
-    if any(layer.dropout > 0 and layer.has_rng("dropout") for layer in layers):
+    # A rate that is an array may be any.
+    rates = [layer.dropout for layer in layers]
+    drops = any(not isinstance(rate, float) or rate > 0 for rate in rates)
+    if drops and layers[0].has_rng("dropout"):
         return None
     leaves = [dict(layer.variables["params"]) for layer in layers]
     if any(is_quantized(own) for own in leaves):
@@ -307,6 +310,16 @@ def project(
     if leaves is None:
         return [layer(x) for layer in layers]
     return fused.project(x.astype(layers[0].dtype), leaves)
+
+
+def add_projection(
+    residual: Float[Array, "B T D_out"], x: Float[Array, "B T D_in"], layer: LoRADense
+) -> Float[Array, "B T D_out"]:
+    """Returns residual + layer(x)."""
+    leaves = leaves_to_fuse(x, [layer])
+    if leaves is None:
+        return residual + layer(x)
+    return fused.project(x.astype(layer.dtype), leaves, residual)[0]
 
 
 def module_at(params: Params, name: str) -> Params:

@@ -24,6 +24,7 @@ from jlora.config import LlamaConfig
 from jlora.lora import (
     NORM_NAME,
     LoRADense,
+    add_projection,
     drop,
     head_logits,
     head_parameters,
@@ -173,13 +174,15 @@ class Attention(nn.Module):
         q, k, v = (heads(y) for y in project(x, projections))
         return apply_rope(q, call.cos, call.sin), apply_rope(k, call.cos, call.sin), v
 
-    def output(self, out: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        """Returns the heads' outputs, mixed."""
-        return project(out.reshape(*out.shape[:2], -1), (self.o_proj,))[0]
+    def output(
+        self, residual: Float[Array, "B T D"], out: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
+        """Returns the heads' outputs, mixed and added to the residual stream."""
+        return add_projection(residual, out.reshape(*out.shape[:2], -1), self.o_proj)
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: residual + down(silu(gate(x)) * up(x))."""
 
     config: LlamaConfig
     options: _Options
@@ -191,18 +194,20 @@ class MLP(nn.Module):
         self.up_proj = dense(config.intermediate_size, use_bias=bias)
         self.down_proj = dense(config.hidden_size, use_bias=bias)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns the block's output."""
+    def __call__(
+        self, residual: Float[Array, "B T D"], x: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Returns the block's output, added to the residual stream."""
         leaves = leaves_to_fuse(x, (self.gate_proj, self.up_proj, self.down_proj))
         if leaves is not None:
-            return fused.swiglu(x, *leaves)
+            return fused.swiglu(x, leaves, residual)
 
         def named(y: Array, name: str) -> Array:
             axes = ("batch", "length", "act_mlp")
             return checkpoint_name(nn.with_logical_constraint(y, axes), name)
 
         gate, up = named(self.gate_proj(x), "gate"), named(self.up_proj(x), "up")
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return residual + self.down_proj(jax.nn.silu(gate) * up)
 
 
 def _recomputed_attend(q: Array, k: Array, v: Array, **settings: Any) -> Array:
@@ -233,8 +238,8 @@ class DecoderLayer(nn.Module):
 
     def after(self, x: Array, out: Array) -> Array:
         """Returns the residual stream past attention's output and the MLP."""
-        x = checkpoint_name(x + self.self_attn.output(out), "residual")
-        x = x + self.mlp(self.post_attention_layernorm(x))
+        x = checkpoint_name(self.self_attn.output(x, out), "residual")
+        x = self.mlp(x, self.post_attention_layernorm(x))
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
     def __call__(

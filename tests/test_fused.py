@@ -41,9 +41,10 @@ def plain_swiglu(x: jax.Array, gate: Leaves, up: Leaves, down: Leaves) -> jax.Ar
 
 @pytest.fixture
 def _products_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def sum_of_products(xs, weights, *, transposed=False):
+    def sum_of_products(xs, weights, addend=0, *, transposed=False):
         return [
             sum(x @ (w.T if transposed else w) for x, w in zip(xs, group, strict=True))
+            + (0 if addend is None else addend)
             for group in weights
         ]
 
@@ -100,8 +101,8 @@ def test_fused_swiglu_equals_the_plain_block_in_output_and_gradient(ranks) -> No
         leaves(i, *size, r)
         for i, (size, r) in enumerate(zip(sizes, ranks, strict=True))
     ]
-    found = gradients(lambda x, ls: [fused.swiglu(x, *ls)], x, layers)
-    expected = gradients(lambda x, ls: [plain_swiglu(x, *ls)], x, layers)
+    found = gradients(lambda x, ls: [fused.swiglu(x, ls, 2 * x)], x, layers)
+    expected = gradients(lambda x, ls: [2 * x + plain_swiglu(x, *ls)], x, layers)
     assert_close(found, expected)
 
 
@@ -158,7 +159,7 @@ def test_no_kernel_runs_twice_in_a_gradient(remat: str, calls: int) -> None:
     model = Llama(config, jnp.bfloat16, remat=remat, kernels="hopper")
 
     def total(trainable: Any) -> jax.Array:
-        tokens = jnp.zeros((1, 128), jnp.int32)
+        tokens = jnp.zeros((1, 256), jnp.int32)
         logits: Any = model.apply({"params": join(trainable, frozen)}, tokens)
         return logits.sum()
 
@@ -170,21 +171,24 @@ def test_simulated_kernels_equal_products_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
-    monkeypatch.setattr(hopper, "_multiprocessors", lambda: 1)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda: 2)
     keys = jax.random.split(jax.random.key(0), 4)
     x, s = (
-        jax.random.normal(key, (128, k), jnp.bfloat16)
-        for key, k in zip(keys, (128, 64), strict=False)
+        jax.random.normal(key, (256, k), jnp.bfloat16)
+        for key, k in zip(keys, (256, 64), strict=False)
     )
     w, b = (
         jax.random.normal(key, (k, 256), jnp.bfloat16)
-        for key, k in zip(keys[2:], (128, 64), strict=True)
+        for key, k in zip(keys[2:], (256, 64), strict=True)
     )
-    (found,) = hopper.sum_of_products(
-        [x, s], [[w, b]], interpret=params.InterpretGPUParams()
-    )
+    try:
+        (found,) = hopper.sum_of_products(
+            [x, s], [[w, b]], 2 * w, interpret=params.InterpretGPUParams()
+        )
+    except NotImplementedError:
+        pytest.skip("this jax does not simulate blocks that share a tile; 0.11 does")
     x, s, w, b = (y.astype(jnp.float32) for y in (x, s, w, b))
-    expected = x @ w + s @ b
+    expected = x @ w + s @ b + 2 * w
     # One rounding to bfloat16.
     np.testing.assert_allclose(found, expected, rtol=2**-8, atol=1e-3)
 
