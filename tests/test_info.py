@@ -59,6 +59,7 @@ FACTS = {
     "vocabulary 20, own head, biases in attention",
     "parameters": "9,456",
     "tensors": "bfloat16 (29)",
+    "quantised": "no",
     "size": "18,912 bytes",
     "rope": "yarn, theta 10,000, factor 4 over 16, attention factor 1.13863, up to 64 "
     "positions",
