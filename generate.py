@@ -15,6 +15,8 @@ from jlora.lora import Params
 from jlora.model import Llama, compute_dtype
 from jlora.settings import check_seed
 
+NEW_TOKENS = 256
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -28,8 +30,8 @@ class Arguments:
     """Text to continue; with --chat, the one message to answer."""
     chat: bool = False
     """Use the chat template; without --prompt, read messages from the keyboard."""
-    max_new_tokens: int = 256
-    """Stop after this many tokens, if the model does not stop by itself."""
+    max_new_tokens: int | None = None
+    """Stop after this many tokens; null: after 256, or when the model's positions are full."""
     temperature: float = 0.0
     """0 takes the most likely token; higher is more random."""
     seed: int = 0
@@ -42,7 +44,8 @@ class Arguments:
         check_seed(self.seed)
         if self.prompt is None and not self.chat:
             raise UsageError("give --prompt TEXT, or --chat")
-        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
+        tokens = 1 if self.max_new_tokens is None else self.max_new_tokens
+        if tokens < 1 or not 0 <= self.temperature < float("inf"):
             raise UsageError(
                 f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}; "
                 "expected at least 1 token and a temperature of at least 0"
@@ -90,14 +93,28 @@ def say(
     tokenizer: Tokenizer,
     tokens: list[int],
 ) -> str:
-    """Prints the answer as it comes; returns it."""
+    """Prints the answer as it comes; returns it.
+
+    Raises:
+        UsageError: the conversation has no room left.
+    """
+    longest = model.config.max_position_embeddings
+    room = longest - len(tokens)
+    if room < 1 and args.chat:
+        raise UsageError(
+            f"the conversation has {len(tokens)} tokens and the model takes {longest}; "
+            "start a new one"
+        )
+    wanted = args.max_new_tokens
+    if wanted is None or (args.chat and args.prompt is None):
+        wanted = max(1, min(wanted or NEW_TOKENS, room))
     new: list[int] = []
     shown = ""
     for token in generate_tokens(
         model,
         params,
         tokens,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=wanted,
         stop_ids=tokenizer.stop_ids,
         temperature=args.temperature,
         seed=args.seed,

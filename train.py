@@ -1,25 +1,26 @@
 """Fine-tune a Llama with LoRA: model and data in, a run folder with the adapter out."""
 
 import math
+import threading
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax.sharding import Mesh
 
-from convert.peft import attach_adapter, open_adapter, write_adapter
+from convert.peft import start_adapter, write_adapter
 from convert.source import Source, abstract_params, load_params, open_source
-from jlora.checkpoint import fingerprint, locked
+from jlora.checkpoint import check_run, fingerprint, locked
 from jlora.cli import run_command
-from jlora.config import LlamaConfig, LoraConfig
+from jlora.config import LoraConfig
 from jlora.data import Tokenizer, load_split, make_samples, plan_lines
 from jlora.fit import Entry, fit, write_settings
+from jlora.loop import stop_requests
 from jlora.lora import Params, count_parameters, format_parameter_count
-from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.plan import flops_per_token, memory_table, plan_workload
 from jlora.report import plot, show_samples
@@ -68,18 +69,27 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
+    with stop_requests() as stop:
+        train(args, stop)
+
+
+def train(args: Arguments, stop: threading.Event) -> None:
+    """As `main`; a stop that is asked for early is heeded after the first step."""
     every = read_sweep(args)  # one run without a name, if it is no sweep
+    for own in () if args.plan else every.values():
+        check_run(Path(own.output_dir), args.resume)
     mesh = make_mesh(args.mesh)
     source = open_source(args.model)
     config = source.config
-    config.check_length(args.data.seq_len, "data.seq_len")
+    sized = args.data.sized(config.max_position_embeddings)
+    config.check_length(sized.seq_len, "data.seq_len")
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
     # The data comes first: a mistake in it shows before the weights are read.
     tokenizer = Tokenizer.from_files(source.files, config)
     load = partial(
         load_split,
         tokenizer,
-        args.data,
+        sized,
         vocab_size=config.vocab_size,
         batch_size=args.train.batch_size,
     )
@@ -87,14 +97,18 @@ def main(args: Arguments) -> None:
     splits = {seed: load(seed=seed) for seed in seeds}
     data, held_out = splits[seeds[0]]
     check_same_steps([split[0] for split in splits.values()])
-    base = load_base(args, source, mesh)
-    adapters = {name: start_adapter(own, base, config) for name, own in every.items()}
-    for name, (params, _) in adapters.items():
-        print(f"{name}: " * bool(name) + format_parameter_count(params))
+
+    def start(own: Arguments, base: Params) -> tuple[Params, LoraConfig]:
+        return start_adapter(base, config, own.lora, own.seed, own.init_adapter)
+
+    shapes = abstract_params(source, dtype=args.compute.base_dtype)  # type: ignore[arg-type]
+    planned = {n: start(own, shapes) for n, own in every.items()}
+    for name, (params, _) in planned.items():
+        print(f"{name}: " * bool(name) + format_parameter_count(params), flush=True)
     print("\n".join(data.summary + (held_out.summary if held_out else [])))
     epoch_steps = math.ceil(args.train.num_epochs * data.steps_per_epoch)
     total_steps = args.train.max_steps or epoch_steps
-    params = max((own for own, _ in adapters.values()), key=count_parameters)
+    params = max((own for own, _ in planned.values()), key=count_parameters)
     work = plan_workload(
         config,
         params,
@@ -118,7 +132,8 @@ def main(args: Arguments) -> None:
     segments = max(d.max_segments for d in (data, held_out) if d)
     options = (work.dtype, work.attention, work.remat)
     model = Llama(config, *options, max_segments=segments, kernels=work.kernels)
-
+    base = load_base(args, source, mesh)
+    adapters = {name: start(own, base) for name, own in every.items()}
     shared = {  # what a resumed run has to share with the one it continues
         "base": fingerprint(base),
         "tokenizer": tokenizer.fingerprint,
@@ -166,32 +181,18 @@ def main(args: Arguments) -> None:
             total_steps=total_steps,
             packed=args.data.packing,
             mode=args.resume,
+            stop=stop,
             export=export,
         )
 
 
 def load_base(args: Arguments, source: Source, mesh: Mesh) -> Params:
-    """Returns the base on the mesh; for a plan, shapes are enough."""
-    dtype: Any = args.compute.base_dtype
-    if args.plan:
-        return abstract_params(source, dtype=dtype)
+    """Returns the base on the mesh."""
     return load_params(
         source,
-        dtype=dtype,
+        dtype=args.compute.base_dtype,  # type: ignore[arg-type]
         sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
     )
-
-
-def start_adapter(
-    args: Arguments, base: Params, config: LlamaConfig
-) -> tuple[Params, LoraConfig]:
-    """Returns (base with an adapter to train, the adapter's settings)."""
-    if args.init_adapter is None:
-        add = partial(add_lora, config=args.lora, key=jax.random.key(args.seed))
-        return jax.eval_shape(add, base) if args.plan else add(base), args.lora
-    adapter = open_adapter(args.init_adapter)
-    lora = replace(adapter.config, lora_dropout=args.lora.lora_dropout)
-    return attach_adapter(base, config, adapter, train=True), lora
 
 
 if __name__ == "__main__":

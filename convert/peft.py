@@ -8,6 +8,8 @@ Source: PEFT 0.21 `utils/save_and_load.py`, `tuners/lora/layer.py`.
 """
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,7 @@ __all__ = [
     "plain",
     "read_adapter",
     "save_adapter",
+    "start_adapter",
     "start_of",
     "write_adapter",
 ]
@@ -119,6 +122,27 @@ def attach_adapter(
             leaves["lora_norm_squared"] = norm_squared(weight)
         laid[name] = replaced.pop(name, {}) | leaves
     return with_adapter(params, laid | replaced)
+
+
+def start_adapter(
+    base: Params, config: LlamaConfig, lora: LoraConfig, seed: int, init: str | None
+) -> tuple[Params, LoraConfig]:
+    """Returns (base with an adapter to train, its settings); of shapes, shapes.
+
+    Args:
+        base: arrays, or their shapes only.
+        config: of the base.
+        lora: of a new adapter; of a continued one, its dropout.
+        seed: of a new adapter's start.
+        init: PEFT adapter or run to continue from, or None.
+    """
+    if init is None:
+        add = partial(add_lora, config=lora, key=jax.random.key(seed))
+        is_real = isinstance(jax.tree.leaves(base)[0], jax.Array)
+        return add(base) if is_real else jax.eval_shape(add, base), lora
+    adapter = open_adapter(init)
+    lora = replace(adapter.config, lora_dropout=lora.lora_dropout)
+    return attach_adapter(base, config, adapter, train=True), lora
 
 
 _TABLE = module_name(EMBEDDING)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -533,6 +533,8 @@ def load(
     """
     from jlora.model import Llama
 
+    if dtype not in get_args(Dtype):
+        raise UsageError(f"dtype={dtype!r}; expected one of {listing(get_args(Dtype))}")
     source = open_source(str(path))
     config, params = source.config, load_params(source, dtype=dtype)
     if adapter is not None:

@@ -7,6 +7,7 @@ of every leaf is kept beside the arrays and compared on the way back.
 import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,12 +183,12 @@ class RunCheckpoints:
         self._manager.close()
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Holds the run folder for this process, creating it.
+def check_run(run: Path, mode: str) -> None:
+    """Refuses, before anything is read, a folder that the run could not be in.
 
     Raises:
-        UsageError: another process holds it, it holds a model, or it cannot be made.
+        UsageError: it is no folder, holds a model, cannot be made, or holds a run (or
+            none) against the mode of resuming; see `resume`.
     """
     if run.exists() and not run.is_dir():
         raise UsageError(
@@ -195,6 +196,26 @@ def locked(run: Path) -> Iterator[None]:
         )
     if (run / "config.json").exists():
         raise UsageError(f"{run}: holds a model; choose another output_dir")
+    home = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
+    if not (home.is_dir() and os.access(home, os.W_OK)):
+        raise UsageError(f"{run}: cannot be made, as {home} cannot be written")
+    begun = bool(saved_steps(run / "checkpoints"))
+    if mode == "must" and not begun:
+        raise UsageError(f"{run}: no checkpoint to resume from")
+    if mode == "never" and begun:
+        raise UsageError(
+            f"{run}: holds a run already; choose another output_dir, "
+            "or continue it with --resume auto"
+        )
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Holds the run folder for this process, creating it.
+
+    Raises:
+        UsageError: another process holds it, or it cannot be made.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")

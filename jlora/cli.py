@@ -83,7 +83,7 @@ def run_command(
         check_versions()
         main(parse(arguments_class, words, positional=positional))
     except JloraError as error:
-        return _fail(str(error), error.exit_status)
+        return _fail(str(error), error.exit_status, error.label)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except MemoryError:
@@ -107,9 +107,9 @@ def run_command(
     return 0
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(message: str, status: int, label: str = "error") -> int:
     sys.stdout.flush()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"{label}: {message}", file=sys.stderr)
     return status
 
 

@@ -8,6 +8,7 @@ class JloraError(Exception):
     """A failure that a user can understand and act on; printed without a traceback."""
 
     exit_status = 1
+    label = "error"
 
 
 class UsageError(JloraError):
@@ -44,6 +45,7 @@ class StopRequested(JloraError):
     """Asked to stop from outside; the state is saved."""
 
     exit_status = 75
+    label = "stopped"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

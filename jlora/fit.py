@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jlora.checkpoint import RunCheckpoints, locked, resume_all
 from jlora.data import Dataset, Prefetch
 from jlora.errors import DivergedError, StopRequested, listing
-from jlora.loop import StepLog, check_remaining, is_due, stop_requests
+from jlora.loop import StepLog, check_remaining, clear_outcome, is_due
 from jlora.lora import Params
 from jlora.model import Llama
 from jlora.optimizer import make_schedule
@@ -50,6 +50,7 @@ def fit(
     total_steps: int,
     packed: bool,
     mode: str,
+    stop: threading.Event,
     export: Callable[[int, Params], None],
 ) -> None:
     """Trains the adapters from their newest checkpoint, or their start, to the end.
@@ -62,6 +63,7 @@ def fit(
         total_steps: where training ends.
         packed: whether rows hold several documents.
         mode: of resuming; see `checkpoint.resume`.
+        stop: set when asked to stop, at any time.
         export: called with the index and the whole tree of every adapter at the end.
 
     Raises:
@@ -69,7 +71,7 @@ def fit(
         DivergedError: naming adapters that diverged; the others are exported.
         UsageError, CorruptError: as `checkpoint.resume`.
     """
-    with ExitStack() as stack, stop_requests() as stop:
+    with ExitStack() as stack:
         for entry in entries:
             stack.enter_context(locked(entry.folder))
         states = resume_all(
@@ -81,6 +83,8 @@ def fit(
         start = int(states[0].step)
         check_remaining(entries[0].folder, start, total_steps)
         for entry in entries:
+            if start < total_steps:
+                clear_outcome(entry.folder)
             write_settings(entry.folder, entry.meta["settings"])
         datasets = list({id(entry.data): entry.data for entry in entries}.values())
         trainer = make_trainer(
@@ -139,6 +143,7 @@ class _Run:
             flops_per_token=entry.flops_per_token,
             steps_per_epoch=entry.data.steps_per_epoch,
             log_every=config.log_every,
+            total_steps=total_steps,
             index=index,
         )
 

@@ -144,8 +144,8 @@ def describe(kind: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(describe(part) for part in parts if part is not type(None))
     if origin is list:
-        return "a list such as " + ("[0,1]" if int in parts else "[q_proj,v_proj]")
-    return "a mapping such as {q_proj: 16}"
+        return "a list such as " + ("[0,1]" if int in parts else "[first,second]")
+    return "a mapping such as {name: value}"
 
 
 def as_text(value: Any) -> str:

@@ -1,5 +1,7 @@
 """What goes on around the steps of a run: the late log, and requests to stop."""
 
+import math
+import shutil
 import signal
 import threading
 import time
@@ -34,6 +36,11 @@ def check_remaining(run: Path, start: int, total_steps: int) -> None:
         print(f"all {total_steps} steps are done; only the adapter is written again")
 
 
+def clear_outcome(run: Path) -> None:
+    """Removes the adapter of a run that goes on: its checkpoints are newer from now on."""
+    shutil.rmtree(run / "adapter", ignore_errors=True)
+
+
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
     """Yields an event that the first SIGTERM or Ctrl-C sets; the second one kills."""
@@ -63,6 +70,7 @@ class StepLog:
         flops_per_token: float,
         steps_per_epoch: int,
         log_every: int,
+        total_steps: int,
         index: int = 0,
     ) -> None:
         """Takes what a line tells besides a step's metrics.
@@ -73,8 +81,10 @@ class StepLog:
             flops_per_token: of the model and its adapter.
             steps_per_epoch: of the run's data.
             log_every: steps between lines.
+            total_steps: of the run; its last step is always logged.
             index: of this run where the metrics are those of several.
         """
+        self._last, self._is_still = total_steps, False
         self._index = index
         self._report, self._schedule, self._every = report, schedule, log_every
         self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
@@ -95,7 +105,7 @@ class StepLog:
         """Logs what is pending, waiting for its step.
 
         Raises:
-            DivergedError: too many steps in a row were not finite.
+            DivergedError: too many steps in a row were not finite, or the last one was not.
         """
         if self._pending is None:
             return
@@ -105,17 +115,28 @@ class StepLog:
         }
         skipped, in_a_row = metrics.pop("skipped"), metrics.pop("in_a_row")
         self._tokens, self._steps = self._tokens + metrics["tokens"], self._steps + 1
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
         if in_a_row:
-            self._report.say(
-                f"step {step}: loss or gradient is not finite; nothing was changed"
+            reason = (
+                "no token of the batch is learnt"
+                if finite
+                else "loss or gradient is not finite"
             )
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            self._report.say(f"step {step}: {reason}; nothing was changed")
+        elif metrics["grad_norm"] == 0 and not self._is_still:
+            self._is_still = True
+            self._report.say(
+                f"step {step}: the gradient is exactly zero, so nothing is learnt; "
+                "if the loss was falling before, lower optim.learning_rate"
+            )
+        at_end = step == self._last and not finite
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW or at_end:
             raise DivergedError(
                 f"training diverged: {in_a_row} steps in a row up to step {step} were not "
                 f"finite ({skipped} in all); step {step - in_a_row} was the last good one. "
                 "Lower optim.learning_rate, or look at the data"
             )
-        if not is_due(step, self._every):
+        if not is_due(step, self._every, self._last):
             return
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now

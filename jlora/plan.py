@@ -31,6 +31,10 @@ PEAK_FLOPS = {
 }
 # Room left for the compiler's temporary buffers and fragmentation.
 USABLE_SHARE = 0.9
+SAVERS = (
+    "use fewer rows at a time (train.grad_accum_steps), a shorter data.seq_len, "
+    "compute.remat full or more devices"
+)
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,8 @@ def memory_table(params: Params, work: Workload) -> list[str]:
     return [
         "memory per device:",
         *lines,
-        f"  {'sum (estimate)':<24} {total:8.2f} GiB of {limit:.2f} GiB",
+        f"  {'sum (estimate)':<24} {total:8.2f} GiB of {limit:.2f} GiB: "
+        + ("fits" if total <= USABLE_SHARE * limit else f"does not fit; {SAVERS}"),
     ]
 
 

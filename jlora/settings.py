@@ -1,7 +1,7 @@
 """The flag groups: one frozen dataclass each, the only source of their defaults and help."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from jlora.errors import UsageError, listing, nearest
@@ -16,6 +16,9 @@ DECAY_GROUPS: tuple[str, ...] = (
     "whole",
     "norm",
 )
+
+
+DEFAULT_SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class DataConfig:
     """Most rows that on_bad_row=skip leaves out; more stop the run."""
     cache_dir: str | None = None
     """Folder that keeps token ids between runs; default: $JLORA_CACHE, or ~/.cache/jlora."""
-    seq_len: int = 512
-    """Tokens per row; longer records are cut at the end."""
+    seq_len: int = 0
+    """Tokens per row; longer records are cut at the end. 0: 512, or the model's most if less."""
     packing: bool = False
     """Put several records in one row (each sees only itself)."""
     train_on: Literal["auto", "assistant", "last_assistant", "completion", "all"] = (
@@ -51,7 +54,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
-        if self.seq_len < 2:
+        if self.seq_len < 2 and self.seq_len != 0:
             raise UsageError(f"data.seq_len={self.seq_len}; expected at least 2 tokens")
         _at_least("data", self, "max_bad_rows", 0)
         if not 0 <= self.eval_fraction < 1:
@@ -63,6 +66,10 @@ class DataConfig:
                 "data.eval and data.eval_fraction are both given; "
                 "held-out records come from one of them"
             )
+
+    def sized(self, longest: int) -> "DataConfig":
+        """Returns it with seq_len decided for a model of `longest` positions."""
+        return replace(self, seq_len=self.seq_len or min(DEFAULT_SEQ_LEN, longest))
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ def select_modules(
 def _refuse_no_target(targets: list[str] | str, known: set[str]) -> None:
     if isinstance(targets, str):
         first, hint = targets, "; a string is a regular expression for whole names"
-        hint += f", so write [{targets}]" if targets in known else ""
+        parts = {part.strip() for part in targets.split(",")}
+        hint += f", so write [{targets}]" if parts <= known else ""
     else:
         first, hint = listing(targets), nearest(targets[0], known)
     raise UsageError(f"lora.target_modules={first} selects no module{hint}")

@@ -487,7 +487,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(interrupted):
 def test_a_run_asked_to_stop_saves_and_exits_with_75(interrupted):
     status, _, err = interrupted.stopped
     assert status == 75
-    assert err.startswith("error: step ")
+    assert err.startswith("stopped: step ")
     step = int(err.split()[2])
     assert f"resuming after step {step}\n" in interrupted.resumed.out
 
@@ -533,6 +533,55 @@ def test_a_resumed_run_tells_which_settings_changed(interrupted):
     assert "note: model" not in out
 
 
+def test_a_run_that_goes_on_and_is_stopped_has_no_adapter_of_before(
+    interrupted, compiled, place
+):
+    folder = place / "longer"
+    shutil.copytree(interrupted.whole, folder)
+    words = [*training("longer"), "--train.save_every", 10, "--train.max_steps", 4000]
+    with contextlib.chdir(place):
+        done = send(in_a_process(compiled, *words), signal.SIGTERM, after=201)
+    assert done.status == 75
+    assert not (folder / "adapter").exists()
+
+
+def test_a_stop_asked_for_while_the_weights_are_read_is_heeded(
+    compiled, place, tmp_path
+):
+    words = training(tmp_path / "early", "--train.max_steps", 4000)
+    with contextlib.chdir(place):
+        process = in_a_process(compiled, *words)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("trainable params")
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert err == "stopped: step 1 is saved; run it again to go on\n"
+
+
+def test_the_last_step_is_logged_however_rare_the_lines_are(tmp_path):
+    words = training(tmp_path / "run", "--train.max_steps", 2, "--train.log_every", 10)
+    succeed("train", *words)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [2]
+    assert (tmp_path / "run" / "report.png").exists()
+
+
+def test_without_a_length_rows_are_as_long_as_the_model_allows(tmp_path):
+    words = training(tmp_path / "run")
+    at = words.index("--data.seq_len")
+    out = succeed("train", *words[:at], *words[at + 2 :], "--plan")
+    assert "x 128 tokens" in out or "rows" in out
+    succeed("evaluate", "--model", "hf", "--data", "eval.jsonl")
+    succeed("generate", "--model", "hf", "--prompt", "a")
+
+
+def test_a_plan_says_whether_it_fits(run, tmp_path):
+    fits = succeed("train", *training(tmp_path / "run", "--plan"))
+    assert "GiB: fits\n" in fits
+    words = training(tmp_path / "run", "--plan", "--train.batch_size", 8 * 10**7)
+    assert "GiB: does not fit; use fewer rows" in succeed("train", *words)
+
+
 def test_a_run_without_its_adapter_folder_is_read_from_its_checkpoint(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")
@@ -570,11 +619,12 @@ def test_a_run_goes_on_with_what_it_began_with_only(run, more, said):
     assert len(done.err) < 300
 
 
-def test_training_that_diverges_ends_with_6(tmp_path):
+@pytest.mark.parametrize("steps", [4, STEPS])
+def test_training_that_diverges_ends_with_6(steps, tmp_path):
     words = training(
         tmp_path / "run", "--optim.learning_rate", 1e38, "--optim.warmup_ratio", 0
     )
-    done = call("train", *words)
+    done = call("train", *words, "--train.max_steps", steps)
     assert done.status == 6
     assert "Lower optim.learning_rate" in done.err
     assert not (tmp_path / "run" / "adapter").exists()
@@ -617,6 +667,7 @@ TRAIN_MISTAKES = [
     ("{} --lora.lora_dropout 1.0", 2, "lora_dropout=1.0"),
     ("{} --lora.target_modules [q_porj]", 2, "did you mean 'q_proj'?"),
     ("{} --lora.target_modules q_proj", 2, "write [q_proj]"),
+    ("{} --lora.target_modules q_proj,v_proj", 2, "write [q_proj,v_proj]"),
     ("{} --lora.target_modules (", 2, "not a regular expression"),
     ("{} --lora.target_modules q_proj v_proj", 2, "[q_proj,v_proj]"),
     ("{} --lora.target_modules [lm_head]", 3, "not supported yet"),
@@ -669,7 +720,7 @@ GENERATE_MISTAKES = [
 ]
 EVALUATE_MISTAKES = [
     ("--model hf", 2, "missing: --data"),
-    ("--model hf --data eval.jsonl", 2, "seq_len=512 exceeds"),
+    ("--model hf --data eval.jsonl --seq_len 512", 2, "seq_len=512 exceeds"),
     ("--model hf --data eval.jsonl --batch_size 0", 2, "batch_size=0"),
     ("--model hf --data eval.jsonl --seq_len 0", 2, "seq_len=0"),
     ("--model hf --data broken.jsonl --seq_len 64", 4, "line 2, column 31"),

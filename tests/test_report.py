@@ -137,6 +137,7 @@ def make_log(listener: Listener, log_every: int = 1) -> StepLog:
         flops_per_token=1.0,
         steps_per_epoch=4,
         log_every=log_every,
+        total_steps=100,
     )
 
 

@@ -21,7 +21,7 @@ from jlora.data.store import Store
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example
 from jlora.errors import CorruptError, UsageError, listing
-from jlora.settings import DataConfig, check_seed
+from jlora.settings import DEFAULT_SEQ_LEN, DataConfig, check_seed
 
 
 def load_split(
@@ -102,6 +102,7 @@ class _Corpus:
         seed: int,
     ) -> None:
         check_seed(seed)
+        config = config.sized(DEFAULT_SEQ_LEN)
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
         sources = find_sources(given)
         self._store, self.accounts = open_corpus(sources, tokenizer, config)
