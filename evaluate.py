@@ -45,8 +45,8 @@ class Arguments:
     """Which tokens the loss counts, as in train.py."""
     cache_dir: str | None = None
     """Folder that keeps token ids between runs; default: $JLORA_CACHE, or ~/.cache/jlora."""
-    seq_len: int = 0
-    """Tokens per row; longer records are cut at the end. 0: 512, or the model's most if less."""
+    seq_len: int | None = None
+    """Tokens per row; longer records are cut there. null: 512, or the model's most if less."""
     packing: bool = False
     """Put several records in one row; the loss is the same."""
     batch_size: int = 8
@@ -75,7 +75,7 @@ def main(args: Arguments) -> None:
     adapter = None if args.adapter is None else open_adapter(args.adapter)
     config = model_config(adapter, source.config) if adapter else source.config
     settings = settings.sized(config.max_position_embeddings)
-    config.check_length(settings.seq_len, "seq_len")
+    config.check_length(settings.row_length, "seq_len")
     tokenizer = Tokenizer.from_files(source.files, config)
     data = load_dataset(
         args.data,

@@ -82,7 +82,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     source = open_source(args.model)
     config = source.config
     sized = args.data.sized(config.max_position_embeddings)
-    config.check_length(sized.seq_len, "data.seq_len")
+    config.check_length(sized.row_length, "data.seq_len")
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
     # The data comes first: a mistake in it shows before the weights are read.
     tokenizer = Tokenizer.from_files(source.files, config)

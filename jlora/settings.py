@@ -43,8 +43,8 @@ class DataConfig:
     """Most rows that on_bad_row=skip leaves out; more stop the run."""
     cache_dir: str | None = None
     """Folder that keeps token ids between runs; default: $JLORA_CACHE, or ~/.cache/jlora."""
-    seq_len: int = 0
-    """Tokens per row; longer records are cut at the end. 0: 512, or the model's most if less."""
+    seq_len: int | None = None
+    """Tokens per row; longer records are cut there. null: 512, or the model's most if less."""
     packing: bool = False
     """Put several records in one row (each sees only itself)."""
     train_on: Literal["auto", "assistant", "last_assistant", "completion", "all"] = (
@@ -54,7 +54,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
-        if self.seq_len < 2 and self.seq_len != 0:
+        if self.seq_len is not None and self.seq_len < 2:
             raise UsageError(f"data.seq_len={self.seq_len}; expected at least 2 tokens")
         _at_least("data", self, "max_bad_rows", 0)
         if not 0 <= self.eval_fraction < 1:
@@ -67,9 +67,16 @@ class DataConfig:
                 "held-out records come from one of them"
             )
 
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a row."""
+        return DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len
+
     def sized(self, longest: int) -> "DataConfig":
         """Returns it with seq_len decided for a model of `longest` positions."""
-        return replace(self, seq_len=self.seq_len or min(DEFAULT_SEQ_LEN, longest))
+        if self.seq_len is not None:
+            return self
+        return replace(self, seq_len=min(DEFAULT_SEQ_LEN, longest))
 
 
 @dataclass(frozen=True)

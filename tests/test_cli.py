@@ -350,7 +350,7 @@ def test_help_of_train_says_something_about_every_flag(help_lines):
         (CorruptError("a"), 4, "error: a\n"),
         (ResourceError("a"), 5, "error: a\n"),
         (DivergedError("a"), 6, "error: a\n"),
-        (StopRequested("a"), 75, "error: a\n"),
+        (StopRequested("a"), 75, "stopped: a\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (MemoryError(), 5, "error: out of memory\n"),
         (

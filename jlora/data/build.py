@@ -74,7 +74,7 @@ def open_corpus(
         lambda writer: {"accounts": _build(writer, sources, tokenizer, config)},
     )
     accounts = [
-        Account.from_note(note, source, config.seq_len)
+        Account.from_note(note, source, config.row_length)
         for note, source in zip(store.note["accounts"], sources, strict=True)
     ]
     return store, accounts
@@ -115,7 +115,7 @@ def _build(
     with _Tokenizing(tokenizer, min(cores, size // _BYTES_PER_WORKER)) as work:
         for source in sources:
             reading, chunks = open_source(source, tokenizer, config)
-            account = Account(source, reading, config.seq_len)
+            account = Account(source, reading, config.row_length)
             for part in work.on(chunks, reading):
                 _count(account, part)
                 file = first_file + source.files.index(part.path)

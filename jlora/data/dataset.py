@@ -21,7 +21,7 @@ from jlora.data.store import Store
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example
 from jlora.errors import CorruptError, UsageError, listing
-from jlora.settings import DEFAULT_SEQ_LEN, DataConfig, check_seed
+from jlora.settings import DataConfig, check_seed
 
 
 def load_split(
@@ -102,7 +102,6 @@ class _Corpus:
         seed: int,
     ) -> None:
         check_seed(seed)
-        config = config.sized(DEFAULT_SEQ_LEN)
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
         sources = find_sources(given)
         self._store, self.accounts = open_corpus(sources, tokenizer, config)
@@ -171,7 +170,7 @@ class _Corpus:
             self._store.records["start"][self._kept[chosen]],
             self._lengths[chosen],
             num_supervised=int(self._learnt[chosen].sum()),
-            seq_len=self._config.seq_len,
+            seq_len=self._config.row_length,
             packing=self._config.packing,
             batch_size=batch_size,
             pad_id=self._tokenizer.pad_id or 0,
