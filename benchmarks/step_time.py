@@ -92,7 +92,9 @@ E = Workload(SMOLLM2, QV, 4, 256, ComputeConfig(dtype="float32"))
 WORKLOADS = {
     "A": A,
     "A-dropout": replace(A, lora=replace(QV, lora_dropout=0.1)),
+    "A-dora": replace(A, lora=replace(QV, use_dora=True)),
     "B": B,
+    "B-dora": replace(B, lora=replace(ALL, use_dora=True)),
     "B-dropout": replace(B, lora=replace(ALL, lora_dropout=0.1)),
     "B-least-memory": replace(B, compute=replace(BFLOAT16, remat="full")),
     "B-packed": replace(B, document=512),

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from convert.names import Params, module_name, module_path
 from convert.peft_adapter import Adapter, Tensors, takes_start_out, without_starts
@@ -40,7 +41,7 @@ from jlora.lora import (
     weight_of,
     with_adapter,
 )
-from jlora.lora_init import add_lora, initial_pair
+from jlora.lora_init import add_lora, initial_pair, refuse_training
 from jlora.merge import without_start
 
 __all__ = [
@@ -79,6 +80,20 @@ def open_adapter(folder: str | Path) -> Adapter:
     return adapter_of(tree, config, Path(folder), settings["model"])
 
 
+def _check_trainable(adapter: Adapter) -> None:
+    """Refuses what jlora uses but does not train on.
+
+    Raises:
+        UnsupportedError: naming it, and what to do.
+    """
+    refuse_training(adapter.config)
+    if adapter.vocab_size is not None:
+        raise UnsupportedError(
+            f"{adapter.location}: brings tables for {adapter.vocab_size} tokens, which "
+            "training does not carry on; merge it with convert.to_hf and train on that"
+        )
+
+
 def attach_adapter(
     params: Params,
     config: LlamaConfig,
@@ -103,11 +118,15 @@ def attach_adapter(
     """
     if not isinstance(adapter, Adapter):
         adapter = open_adapter(adapter)
+    if train:
+        _check_trainable(adapter)
     fit = check_fit(adapter, config)
     base = {name: dict(leaves) for name, leaves in modules(params).items()}
-    read = lambda path: np.asarray(_leaf(base, path))  # noqa: E731
+    tables = {path: _leaf(base, path) for path in fit.tables}
+    if any(isinstance(table, Tracer) for table in tables.values()):
+        tables = {}  # only shapes are wanted, and those are the base's
     replaced: dict[str, dict[str, Any]] = {}
-    for path, array in changed_tables(adapter, fit, read).items():
+    for path, array in changed_tables(adapter, fit, tables).items():
         name, leaf = _name_and_leaf(path)
         base[name][leaf] = _placed_like(array, base[name][leaf])
         replaced[name] = {leaf: base[name][leaf]}
@@ -137,12 +156,13 @@ def start_adapter(
         init: PEFT adapter or run to continue from, or None.
     """
     if init is None:
-        add = partial(add_lora, config=lora, key=jax.random.key(seed))
-        is_real = isinstance(jax.tree.leaves(base)[0], jax.Array)
-        return add(base) if is_real else jax.eval_shape(add, base), lora
-    adapter = open_adapter(init)
-    lora = replace(adapter.config, lora_dropout=lora.lora_dropout)
-    return attach_adapter(base, config, adapter, train=True), lora
+        start = partial(add_lora, config=lora, key=jax.random.key(seed))
+    else:
+        adapter = open_adapter(init)
+        lora = replace(adapter.config, lora_dropout=lora.lora_dropout)
+        start = partial(attach_adapter, config=config, adapter=adapter, train=True)
+    is_real = isinstance(jax.tree.leaves(base)[0], jax.Array)
+    return start(base) if is_real else jax.eval_shape(start, base), lora
 
 
 _TABLE = module_name(EMBEDDING)

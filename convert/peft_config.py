@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from jlora.config import LoraConfig
+from jlora.config import UNSUPPORTED_LORA_FIELDS, LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
 from jlora.targets import TABLES, is_saved
 
@@ -17,19 +17,6 @@ MERGE_FIRST = (
     "merge it with PEFT (merge_and_unload) where it was trained, save the model and use "
     "that as the base instead"
 )
-# Fields that change what an adapter computes, with the values that change nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False, None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "velora_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "use_qalora": (False, None),
-}
 # Starting points that leave the base alone: what comes out of training is plain LoRA.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
 # Those that take the start out of the base, and can be computed again from it.
@@ -70,7 +57,7 @@ def read_config(document: dict[str, Any], where: str) -> LoraConfig:
         )
     refused = [
         f"{key}={document[key]!r}"
-        for key, neutral in _NEUTRAL.items()
+        for key, neutral in UNSUPPORTED_LORA_FIELDS.items()
         if key in document and document[key] not in neutral
     ]
     if refused:
@@ -87,7 +74,9 @@ def read_config(document: dict[str, Any], where: str) -> LoraConfig:
         )
     if init not in (*_PLAIN_INITS, *_RESIDUAL_INITS):
         raise CorruptError(f"{where}: init_lora_weights={init!r} is not known to PEFT")
-    known = {field.name for field in fields(LoraConfig)} | _NEUTRAL.keys()
+    known = {
+        field.name for field in fields(LoraConfig)
+    } | UNSUPPORTED_LORA_FIELDS.keys()
     known |= _IGNORED | _READ
     unknown = [
         f"{key}{nearest(key, known)}" for key in sorted(document) if key not in known

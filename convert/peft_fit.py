@@ -1,6 +1,6 @@
 """Does an adapter fit a model? What it lays beside the model's weights, if it does."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -208,22 +208,22 @@ def _check_tables(
 
 
 def changed_tables(
-    adapter: Adapter, fit: Fit, read: Callable[[str], np.ndarray]
+    adapter: Adapter, fit: Fit, tables: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """Returns the tables of a fit that are not the base's own, in the base's dtype.
 
     Args:
         adapter: what fits.
         fit: of the adapter.
-        read: params path -> table of the base.
+        tables: params path -> table of the base.
 
     Raises:
         CorruptError: a table of the old size differs, and nothing says it was trained.
     """
     changed = {}
-    for path, array in fit.tables.items():
-        base = read(path)
-        array = array.astype(base.dtype)
+    for path, table in tables.items():
+        base = np.asarray(table)
+        array = fit.tables[path].astype(base.dtype)
         if np.array_equal(array, base):
             continue
         if array.shape != base.shape:

@@ -153,7 +153,9 @@ class Merger:
         self._source, self._adapter = source, adapter
         self._dtype: Dtype = dtype
         self._fit = check_fit(adapter, source.config)
-        self._tables = changed_tables(adapter, self._fit, source.read)
+        self._tables = changed_tables(
+            adapter, self._fit, {path: source.read(path) for path in self._fit.tables}
+        )
         self.config = self._fit.config
         if self.config.tie_word_embeddings and self._tied_head() is not None:
             self.config = replace(self.config, tie_word_embeddings=False)

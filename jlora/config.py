@@ -7,7 +7,7 @@ adapter_config.json, which are the schemas. Validation lives here and nowhere el
 import math
 import re
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from jlora.architectures import NEUTRAL, refuse_other_architectures
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
@@ -18,6 +18,21 @@ from jlora.rope_config import RopeParameters, read_rope
 MAX_RANK = 65536
 # A name is made for every tensor of every layer before a file is opened.
 MAX_LAYERS = 10_000
+# Fields of PEFT's that change what an adapter computes, with the values that change nothing.
+UNSUPPORTED_LORA_FIELDS: dict[str, tuple[Any, ...]] = {
+    "lora_bias": (False, None),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "velora_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "use_qalora": (False, None),
+}
+# Settings of starts that jlora does not have.
+_START_FIELDS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 INIT_LORA_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 _PISSA_NITER = re.compile(r"pissa_niter_([1-9]\d*)")
 
@@ -123,6 +138,8 @@ def unused_keys(config: dict[str, Any]) -> list[str]:
 @dataclass(frozen=True)
 class LoraConfig:
     """The adapter; field names, defaults and meanings as in PEFT's LoraConfig."""
+
+    refused: ClassVar[tuple[str, ...]] = (*UNSUPPORTED_LORA_FIELDS, *_START_FIELDS)
 
     r: int = 8
     """Rank of the update."""

@@ -82,6 +82,15 @@ def all_settings(cls: type, prefix: str = "") -> Iterator[Setting]:
     yield from groups
 
 
+def refused_settings(cls: type, prefix: str = "") -> Iterator[str]:
+    """Yields keys that a group names as `refused`: known elsewhere, not supported here."""
+    yield from (f"{prefix}{name}" for name in getattr(cls, "refused", ()))
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(item.type):
+            kind = typing.cast(type, item.type)
+            yield from refused_settings(kind, f"{prefix}{item.name}.")
+
+
 def summary_of(cls: type) -> str:
     """Returns the first line of a class's docstring."""
     return (cls.__doc__ or "").strip().splitlines()[0]

@@ -226,7 +226,10 @@ def column_norms(leaves: Leaves) -> Float[Array, " D_out"]:
     gram = matmul(a.T, a, jnp.float32)
     update = jnp.sum(b * (2 * cross + matmul(gram, b, jnp.float32)), axis=0)
     squared = jnp.maximum(leaves["lora_norm_squared"] + update, 0)
-    return checkpoint_name(jnp.sqrt(squared), NORM_NAME)
+    # Behind a barrier, or XLA divides by it as by a reciprocal root: m / n would not be
+    # exactly 1 at the start.
+    norms = jax.lax.optimization_barrier(jnp.sqrt(squared))
+    return checkpoint_name(norms, NORM_NAME)
 
 
 def weight_of(leaves: Leaves) -> Any:

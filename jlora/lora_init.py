@@ -39,7 +39,7 @@ def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
     Raises:
         UsageError, UnsupportedError: as `select`; or adapters are there already.
     """
-    _refuse(config)
+    refuse_training(config)
     found = modules(params)
     if any(is_adapter(leaf) for leaves in found.values() for leaf in leaves):
         raise UsageError("these parameters have an adapter already; merge it first")
@@ -78,7 +78,8 @@ def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
     return with_adapter(params, leaves)
 
 
-def _refuse(config: LoraConfig) -> None:
+def refuse_training(config: LoraConfig) -> None:
+    """Raises UnsupportedError for settings that an adapter may come with, not be made by."""
     if config.bias != "none":
         raise UnsupportedError(
             f"lora.bias={config.bias!r}: jlora uses trained biases but does not train "

@@ -16,6 +16,7 @@ import jlora
 from convert import to_hf
 from convert.names import all_names
 from convert.peft import write_adapter
+from jlora.lora import map_leaves
 
 EVERY = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -32,6 +33,17 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"down_proj": 24, r"0\.self_attn\.k_proj": 3.5},
     },
     "gaussian": {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "pissa": {"init_lora_weights": "pissa", "target_modules": ["q_proj", "up_proj"]},
+    "olora": {"init_lora_weights": "olora", "use_rslora": True},
+    "dora": {"use_dora": True, "target_modules": "all-linear"},
+    "tables": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "dora_tables": {
+        "use_dora": True,
+        "target_modules": ["v_proj", "embed_tokens", "lm_head"],
+    },
+    "whole": {"modules_to_save": ["lm_head", "embed_tokens", "norm"]},
+    "tokens": {"trainable_token_indices": [4, 2, 40]},
 }
 
 
@@ -40,11 +52,14 @@ def randomise(model, *, on_a_grid=False):
     torch.manual_seed(11)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
+            if (parameter.requires_grad and "lora_" not in name) or "magnitude" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+                continue
             if "lora_" not in name:
                 continue
             if on_a_grid:
                 parameter.copy_(torch.randint(-16, 17, parameter.shape) / 16)
-            elif "lora_B" in name:
+            elif "lora_B" in name or "lora_embedding_A" in name:
                 parameter.copy_(0.2 * torch.randn(parameter.shape))
 
 
@@ -168,6 +183,11 @@ def test_exported_merged_folder_has_the_bits_of_peft(base, dtype, tmp_path):
         {"r": 4, "target_modules": EVERY, "rank_pattern": {"q_proj": 2}},
         {"r": 4, "target_modules": ["up_proj"], "layers_to_transform": [2]},
         {"r": 4, "target_modules": EVERY, "alpha_pattern": {r"1\.mlp\.\w+": 3}},
+        {"r": 4, "target_modules": EVERY, "use_dora": True},
+        {"r": 4, "target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"r": 4, "modules_to_save": ["lm_head", "norm"]},
+        {"r": 4, "trainable_token_indices": [4, 2, 40]},
+        {"r": 4, "target_modules": ["embed_tokens"], "use_dora": True},
     ],
 )
 def test_an_exported_adapter_gives_the_same_logits_in_peft(settings, tmp_path):
@@ -175,7 +195,68 @@ def test_an_exported_adapter_gives_the_same_logits_in_peft(settings, tmp_path):
     theirs = llamas.save(base)
     config = jlora.LoraConfig(init_lora_weights=False, **settings)
     model, params = convert.load(str(base))
+    params = moved(jlora.add_lora(params, config, jax.random.key(3)))
+    write_adapter(params, config, adapter, str(base))
+    tokens = llamas.random_tokens()
+    expected = llamas.torch_logits(PeftModel.from_pretrained(theirs, adapter), tokens)
+    ours = apply(model, params, tokens)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+def moved(params):
+    """Adds something to what an adapter starts with, so that nothing can be missed."""
+    rng = np.random.default_rng(0)
+
+    def move(path, leaf):
+        if path[-1].startswith(("lora_magnitude", "trained_", "token_rows")):
+            return leaf + np.float32(0.1) * rng.standard_normal(leaf.shape, np.float32)
+        return leaf
+
+    return map_leaves(move, params)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_4"])
+def test_what_started_from_the_base_is_plain_lora_to_peft(start, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    theirs = llamas.save(base)
+    config = jlora.LoraConfig(r=3, init_lora_weights=start)
+    model, params = convert.load(str(base))
     params = jlora.add_lora(params, config, jax.random.key(3))
+    rng = np.random.default_rng(1)
+    params = map_leaves(
+        lambda path, leaf: (
+            leaf + np.float32(0.1) * rng.standard_normal(leaf.shape, np.float32)
+            if path[-1] in ("lora_A", "lora_B")
+            else leaf
+        ),
+        params,
+    )
+    write_adapter(params, config, adapter, str(base))
+    tokens = llamas.random_tokens()
+    expected = llamas.torch_logits(PeftModel.from_pretrained(theirs, adapter), tokens)
+    ours = apply(model, params, tokens)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+def test_an_exported_adapter_on_a_tied_base_gives_the_same_logits_in_peft(
+    settings, tmp_path
+):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    theirs = llamas.save(base, "tied")
+    config = jlora.LoraConfig(r=4, init_lora_weights=False, **settings)
+    model, params = convert.load(str(base))
+    params = moved(jlora.add_lora(params, config, jax.random.key(3)))
     write_adapter(params, config, adapter, str(base))
     tokens = llamas.random_tokens()
     expected = llamas.torch_logits(PeftModel.from_pretrained(theirs, adapter), tokens)
