@@ -12,7 +12,7 @@ from convert import to_hf, verify
 from convert.base import write_base
 from convert.hf_config import export_config
 from convert.names import module_path
-from convert.peft import check_fit, read_adapter
+from convert.peft import attach_adapter, check_fit, read_adapter
 from convert.source import open_source
 from convert.to_hf import plan_shards, write_merged
 from convert.to_peft import Arguments as ToPeft
@@ -532,3 +532,47 @@ def test_the_adapter_command_takes_its_reader_as_a_flag(out, capsys):
     words = ["--adapter", str(golden("basic").folder), "--for", "vllm", str(out)]
     assert run_command(to_peft, ToPeft, positional=["out"], argv=words) == 0
     assert "written for vllm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "reader", "words"),
+    [
+        ("dora", "vllm", r"DoRA \(use_dora\)"),
+        ("dora", "gguf", r"DoRA \(use_dora\)"),
+        ("modules_to_save", "vllm", "whole weights"),
+        ("modules_to_save_norm", "gguf", "whole weights"),
+        ("trainable_tokens", "vllm", "rows of single tokens"),
+        ("bias_all", "gguf", "biases"),
+        ("resized_vocab", "vllm", "a resized vocabulary"),
+        ("tied_embed", "gguf", "either end of a table"),
+        ("tied_lm_head", "gguf", "either end of a table"),
+        ("tied_embed_ensured", "gguf", "either end of a table"),
+    ],
+)
+def test_what_a_reader_cannot_load_is_refused(name, reader, words, out, monkeypatch):
+    monkeypatch.chdir(GOLDEN)  # which the adapters name their bases from
+    with pytest.raises(UnsupportedError, match=words):
+        peft_for(reader, golden(name).folder, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_a_start_that_peft_took_out_of_the_base_is_exported_as_plain_lora(
+    name, out, monkeypatch
+):
+    monkeypatch.chdir(GOLDEN)
+    adapter = peft_for("peft", golden(name).folder, out)
+    assert adapter.config.init_lora_weights is True
+    assert (adapter.config.r, adapter.config.lora_alpha) == (16, 32)
+    model, base, _ = golden(name).load()
+    params = attach_adapter(base, model.config, adapter)
+    logits = model.apply({"params": params}, golden(name).tokens)
+    np.testing.assert_allclose(logits, golden(name).expected["logits"], atol=1e-4)
+
+
+def test_a_start_without_its_base_cannot_be_exported(out, tmp_path):
+    folder = changed_copy(
+        tmp_path / "adapter", "pissa", {"base_model_name_or_path": "nowhere"}
+    )
+    with pytest.raises(UsageError, match="needs its base, named as 'nowhere'"):
+        peft_for("peft", folder, out)

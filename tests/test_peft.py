@@ -1,4 +1,6 @@
 import json
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -611,3 +613,19 @@ def test_an_adapter_of_a_larger_model_is_refused():
     )
     with pytest.raises(CorruptError, match=r"\[8, 128\] instead of \[8, 64\]"):
         attach_adapter(params, config, wide)
+
+
+@pytest.mark.parametrize("revision", [None, "abc"])
+def test_an_adapter_may_be_named_by_its_hub_id(revision, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repository, **options):
+        asked.update(options, repository=repository)
+        return str(GOLDEN / "basic")
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    name = "owner/adapter" if revision is None else f"owner/adapter@{revision}"
+    assert open_adapter(name).config == read_adapter(GOLDEN / "basic").config
+    assert (asked["repository"], asked["revision"]) == ("owner/adapter", revision)
+    assert all("adapter_" in pattern for pattern in asked["allow_patterns"])
