@@ -304,6 +304,35 @@ def test_a_folder_and_the_base_made_of_it_train_the_same(run, base, tmp_path):
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(run)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--lora.use_dora", "--lora.modules_to_save", "[lm_head,norm]"),
+        (
+            "--lora.init_lora_weights",
+            "olora",
+            "--lora.trainable_token_indices",
+            "[3,5]",
+        ),
+    ],
+    ids=["dora", "olora"],
+)
+def test_every_kind_of_adapter_trains_resumes_and_merges(more, tmp_path):
+    words = training(tmp_path / "run", "--data.eval", "eval.jsonl", *more)
+    with_steps = [*words, "--train.save_every", 1]
+    succeed("train", *with_steps)
+    logged = metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")  # as a run that was killed
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    adapter = ("--adapter", tmp_path / "run")
+    succeed("convert.to_hf", "--model", "hf", *adapter, tmp_path / "early")
+    succeed("train", *with_steps)
+    assert metrics(tmp_path / "run")[-1]["eval_loss"] == logged[-1]["eval_loss"]
+    succeed("convert.to_hf", "--model", "hf", *adapter, tmp_path / "merged")
+    for model in (("--model", tmp_path / "merged"), ("--model", "hf", *adapter)):
+        assert loss_of(*model) == pytest.approx(logged[-1]["eval_loss"], abs=2e-5)
+
+
 def test_a_quantised_model_trains_resumes_and_merges(tmp_path):
     base, run, merged = (tmp_path / name for name in ("nf4", "run", "merged"))
     facts = succeed("convert.from_hf", "hf", base, "--quantize", "nf4")
