@@ -370,7 +370,7 @@ def _recorded_leaves(folder: Path, record: dict[str, Any]) -> dict[str, _Leaf]:
         raise CorruptError(f"{where}: leaves is not an object")
     found = {}
     for path, leaf in leaves.items():
-        if not isinstance(leaf, dict) or not _is_leaf(leaf):
+        if not isinstance(leaf, dict) or not _is_leaf(path, leaf):
             raise CorruptError(
                 f"{where}: {path}: expected dtype, shape, sha256, chunk and crc32"
             )
@@ -387,7 +387,7 @@ def _recorded_leaves(folder: Path, record: dict[str, Any]) -> dict[str, _Leaf]:
     return found
 
 
-def _is_leaf(leaf: dict[str, Any]) -> bool:
+def _is_leaf(path: str, leaf: dict[str, Any]) -> bool:
     if not all(are_sizes(leaf.get(key)) for key in ("shape", "chunk", "crc32")):
         return False
     shape, chunk = leaf["shape"], leaf["chunk"]
@@ -396,7 +396,8 @@ def _is_leaf(leaf: dict[str, Any]) -> bool:
     )
     return (
         fits
-        and leaf.get("dtype") in _DTYPES + _QUANTIZED_DTYPES
+        and leaf.get("dtype")
+        in (_QUANTIZED_DTYPES if path.endswith("/kernel_q") else _DTYPES)
         and isinstance(leaf.get("sha256"), str)
         and len(leaf["crc32"]) == math.prod(shape) // math.prod(chunk)
     )

@@ -41,14 +41,12 @@ def save_tree(path: Path, tree: Tree) -> dict[str, tuple[int, ...]]:
     Returns:
         {dotted path: shape of its chunks}, which divides the leaf's shape.
     """
-    # Orbax copies NumPy arrays, as it may write them later; here it writes at once.
     types = ocp.type_handlers
-    in_place = types.NumpyHandler(deepcopy_host_arrays=False)
     handler: Any = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False,
         use_compression=False,
         type_handler_registry=types.create_type_handler_registry(
-            (np.ndarray, in_place)
+            (np.ndarray, _numpy_handler())
         ),
     )
     how = jax.tree.map(
@@ -61,6 +59,14 @@ def save_tree(path: Path, tree: Tree) -> dict[str, tuple[int, ...]]:
         leaf: tuple(json.loads((path / leaf / ".zarray").read_text("utf-8"))["chunks"])
         for leaf in flatten(tree)
     }
+
+
+def _numpy_handler() -> Any:
+    """Returns Orbax's handler, without the copy it makes as it may write later."""
+    try:
+        return ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    except TypeError:  # Orbax 0.12.4 and 0.12.5 always copy: one more layer in memory
+        return ocp.type_handlers.NumpyHandler()
 
 
 def _chunk_bytes(shape: tuple[int, ...]) -> int | None:
