@@ -13,6 +13,7 @@ on warp specialization and persistent kernels.
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +67,14 @@ def choose_kernels(wanted: str, *, dtype: Any, devices: Sequence[Any]) -> str:
         return wanted
     fits = hopper and dtype == jnp.bfloat16 and len(devices) == 1
     return "hopper" if fits else "xla"
+
+
+def _transpose(ref: Any) -> Any:
+    """Returns the view of a tile with its axes exchanged."""
+    with warnings.catch_warnings():
+        # jax 0.12 prefers a method that 0.10 does not have.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return plgpu.transpose_ref(ref, (1, 0))
 
 
 # Compiled functions of their own, so that a kernel is built once for all layers.
@@ -259,7 +268,7 @@ def _launch(
             plgpu.barrier_wait(ready.at[slot])
             for i, acc in enumerate(accs):
                 b = b_ring.at[slot, i]
-                b = plgpu.transpose_ref(b, (1, 0)) if transposed else b
+                b = _transpose(b) if transposed else b
                 plgpu.wgmma(acc, a_ring.at[slot].at[pl.ds(offset, mine)], b)
             plgpu.wgmma_wait(pieces)  # all but these, so the step before is done
 
