@@ -6,15 +6,16 @@ through the library's own data set, prefetching thread and train step:
 - dense: rows of 4096 tokens without documents, plain causal attention
 - packed: short documents (below), packed into the same rows, each seeing only itself
 - padded: the same documents one per row, rows as long as the longest of them
-- peer: PEFT on Transformers (with Liger kernels if installed) on rows packed alike
+- peer: PEFT on Transformers (packing_peer.py) on rows packed alike
 
 The documents are instructions (70 %, median 100 tokens) and chats (30 %, median 350), both
 log-normal, at most 2048 tokens long. tokens_per_second counts no padding. The peer runs
 first, in a process of its own; what cannot be imported is said. The last line is a summary.
 
-    python benchmarks/packing_gpu.py [--tiny] [--no-peer]
+    python benchmarks/packing_gpu.py [--tiny] [--cases peer packed]
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -34,6 +35,7 @@ STEPS, WARM_UP = 10, 3
 SOME = 100  # tokens come from this part of the vocabulary, which a few steps can learn
 RATE = 1e-3
 PEER_LIMIT_S = 100
+CASES = ["peer", "dense", "packed", "padded"]
 TINY = "--tiny" in sys.argv
 if TINY:  # to try the script itself on a CPU
     SEQ_LEN, ROWS, LONGEST, DOCUMENTS, STEPS = 256, 2, 128, 300, 3
@@ -155,6 +157,7 @@ class Trainer:
             work.attention,
             work.remat,
             max_segments=data.max_segments if packed else 0,
+            kernels=work.kernels,
         )
         optim = OptimConfig(learning_rate=RATE, lr_schedule="constant")
         optimizer = make_optimizer(optim, make_schedule(optim, 100))
@@ -172,7 +175,8 @@ class Trainer:
                 state, metrics = step(state, frozen, batch)
                 log.add(metrics, batches.waited_s)
             log.flush()
-        return log.figures(name, data, work.attention, peak_memory_bytes(), jax)
+        how = f"{work.attention}, kernels {work.kernels}"
+        return log.figures(name, data, how, peak_memory_bytes(), jax)
 
 
 class Log:
@@ -207,7 +211,7 @@ class Log:
         self.waited.append(waited)
 
     def figures(
-        self, name: str, data: Any, attention: str, peak: int, jax: Any
+        self, name: str, data: Any, how: str, peak: int, jax: Any
     ) -> dict[str, Any]:
         """Returns what the steps after the warm-up say."""
         seconds = self.ends[-1] - self.ends[WARM_UP - 1]
@@ -230,7 +234,7 @@ class Log:
             "peak_gib": round(peak / 2**30, 2),
             "loss": [round(self.losses[0], 3), round(self.losses[-1], 3)],
             "grad_norm": round(self.norm, 5),
-            "attention": attention,
+            "attention": how,
             "jax": jax.__version__,
         }
 
@@ -259,44 +263,50 @@ def run_peer() -> dict[str, Any]:
     return {"case": "peer", "missing": reason[:300]}
 
 
-def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the ratios that matter."""
-    rate = {c["case"]: c.get("tokens_per_second") for c in cases}
-    packed = next(c for c in cases if c["case"] == "packed")
+def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Returns the ratios that matter, of the cases that ran."""
+    rate = {name: case.get("tokens_per_second") for name, case in cases.items()}
+    packed = cases.get("packed", {})
+    ratios = {
+        f"packed/{name}": round(rate["packed"] / rate[name], 3)
+        for name in ("dense", "padded", "peer")
+        if rate.get("packed") and rate.get(name)
+    }
     return {
-        "tokens_per_second": rate,
-        "packed/dense, no padding counted": round(rate["packed"] / rate["dense"], 3),
-        "packed/padded": round(rate["packed"] / rate["padded"], 2),
-        "packed/peer": round(rate["packed"] / rate["peer"], 2)
-        if rate["peer"]
-        else None,
-        "packed fill": packed["fill"],
-        "packed waiting_for_data": packed["waiting_for_data"],
+        "tokens_per_second, no padding counted": rate,
+        **ratios,
+        "packed fill": packed.get("fill"),
+        "packed waiting_for_data": packed.get("waiting_for_data"),
     }
 
 
 def main() -> None:
-    """Runs all cases."""
-    cases = []
+    """Runs the cases that are asked for, the peer first."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="on a CPU, to try this")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
+    wanted = parser.parse_args().cases
+    found: dict[str, dict[str, Any]] = {}
 
     def show(figures: dict[str, Any]) -> None:
-        cases.append(figures)
+        found[figures["case"]] = figures
         print(json.dumps(figures), flush=True)
 
-    show(
-        {"case": "peer", "missing": "left out by --no-peer"}
-        if "--no-peer" in sys.argv
-        else run_peer()
-    )
-    trainer = Trainer()
-    vocab_size = trainer.config.vocab_size
-    show(trainer.measure("dense", Dense(vocab_size), packed=False))
-    data = data_set(vocab_size, packing=True, batch_size=ROWS)
-    show(trainer.measure("packed", data, packed=True))
-    padded = ROWS * SEQ_LEN // LONGEST
-    data = data_set(vocab_size, packing=False, batch_size=padded)
-    show(trainer.measure("padded", data, packed=False))
-    print(json.dumps({"summary": summary(cases)}), flush=True)
+    if "peer" in wanted:
+        show(run_peer())
+    if set(wanted) - {"peer"}:
+        trainer = Trainer()
+        size = trainer.config.vocab_size
+        if "dense" in wanted:
+            show(trainer.measure("dense", Dense(size), packed=False))
+        if "packed" in wanted:
+            data = data_set(size, packing=True, batch_size=ROWS)
+            show(trainer.measure("packed", data, packed=True))
+        if "padded" in wanted:
+            rows = ROWS * SEQ_LEN // LONGEST
+            data = data_set(size, packing=False, batch_size=rows)
+            show(trainer.measure("padded", data, packed=False))
+    print(json.dumps({"summary": summary(found)}), flush=True)
 
 
 if __name__ == "__main__":

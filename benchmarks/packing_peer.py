@@ -1,4 +1,11 @@
-"""The PyTorch peer of packing_gpu.py, which starts it in a process of its own."""
+"""The PyTorch peer of packing_gpu.py, which starts it in a process of its own.
+
+PEFT on Transformers, with Liger's kernels if they are installed. The documents of a batch
+stand in one row without padding, as the padding-free collators of the PyTorch trainers
+put them, and attention takes where each begins: flash-attn if it is installed, else the
+same kernel as PyTorch carries it. Where neither runs, rows stay rows, and attention gets
+a block mask made from the positions.
+"""
 
 import json
 import sys
@@ -13,18 +20,93 @@ import torch
 from packing_gpu import RATE, ROWS, STEPS, WARM_UP, data_set, settings
 
 
-def adapted_model() -> tuple[Any, str]:
-    """Returns Transformers' Llama with PEFT's adapter, and what it runs with."""
-    import peft
-    import transformers
+def carried_flash(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attends within documents with PyTorch's own flash attention, as Transformers asks."""
+    # [T, heads, head_dim]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    starts, longest = cu_seq_lens_q, max_length_q
+    out = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, True, False, scale=scaling
+    )[0]
+    return out[None], None
 
-    config, _, _ = settings()
+
+def carried_flash_is_right() -> bool:
+    """Returns whether it runs here, and gives what plain attention gives."""
+    torch.manual_seed(0)
+    try:
+        inputs = [
+            torch.randn(1, heads, 96, 128, device="cuda", dtype=torch.bfloat16)
+            for heads in (8, 2, 2)
+        ]
+        for x in inputs:
+            x.requires_grad_()
+        starts = torch.tensor([0, 40, 96], device="cuda", dtype=torch.int32)
+        found = carried_flash(
+            None, *inputs, None, scaling=0.1, cu_seq_lens_q=starts, max_length_q=56
+        )[0]
+        gradients = torch.autograd.grad(found.float().square().sum(), inputs)
+    except (RuntimeError, AttributeError, TypeError, AssertionError) as error:
+        print(f"PyTorch's flash attention: {error}", file=sys.stderr)
+        return False
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x[:, :, part].float() for x in inputs),
+            is_causal=True,
+            scale=0.1,
+            enable_gqa=True,
+        )
+        for part in (slice(0, 40), slice(40, 96))
+    ]
+    expected = torch.cat(parts, 2).transpose(1, 2)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    pairs = zip((found, *gradients), (expected, *wanted), strict=True)
+    return all(bool((a.float() - b).norm() < 0.02 * b.norm()) for a, b in pairs)
+
+
+def choose_attention() -> str:
+    """Returns the best attention that knows documents and runs here."""
+    from transformers import AttentionInterface
+
     try:
         import flash_attn  # noqa: F401
 
-        attention = "flash_attention_2"
-    except ImportError:  # a block mask made from the positions
-        attention = "sdpa"
+        return "flash_attention_2"
+    except ImportError:
+        pass
+    if not carried_flash_is_right():
+        return "sdpa"
+    # A name with "flash" in it would be looked for among the packages.
+    AttentionInterface.register("torch_varlen", carried_flash)
+    return "torch_varlen"
+
+
+def adapted_model() -> tuple[Any, str, str]:
+    """Returns Transformers' Llama with PEFT's adapter, its attention, and the versions."""
+    import peft
+    import transformers
+
+    config, lora, _ = settings()
+    attention, liger = choose_attention(), "no liger"
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+        liger = "liger"
+    except ImportError:
+        pass
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = transformers.LlamaForCausalLM._from_config(
@@ -41,31 +123,28 @@ def adapted_model() -> tuple[Any, str]:
             ),
             attn_implementation=attention,
         )
-    torch.set_default_dtype(torch.float32)
-    liger = "no liger"
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model)
-        liger = "liger"
-    except ImportError:
-        pass
-    lora = peft.LoraConfig(
-        r=16, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
-    )
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    versions += f", peft {peft.__version__}"
-    return peft.get_peft_model(model, lora), f"{attention}, {liger}, {versions}"
+        torch.set_default_dtype(torch.float32)
+        adapter = peft.LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = peft.get_peft_model(model, adapter)
+    versions = f"{liger}, torch {torch.__version__}, peft {peft.__version__}"
+    versions += f", transformers {transformers.__version__}"
+    return model.train(), attention, versions
 
 
 def as_transformers_wants(
-    batch: dict[str, np.ndarray], *, flat: bool
-) -> list[np.ndarray]:
-    """Returns (ids, positions, labels) as Transformers wants packed documents.
+    batch: dict[str, np.ndarray], device: torch.device, *, flat: bool
+) -> dict[str, Any]:
+    """Returns the arguments of a forward pass over packed documents.
 
     Documents show by positions that begin again. Labels are shifted inside, so that a
-    document's first token is never one. Flash attention takes one row without padding;
-    otherwise rows stay, and their padding is a document with nothing to learn.
+    document's first token is never one. Flat: one row without padding, and where its
+    documents begin; otherwise rows stay, and their padding is a document with nothing
+    to learn.
     """
     real = batch["segment_ids"] > 0
     labels = np.full(real.shape, -100)
@@ -74,42 +153,66 @@ def as_transformers_wants(
     # Padding counts on from 0 as well, at the end of a row.
     tail = np.cumsum(~real, axis=1) - 1
     positions = np.where(real, batch["positions"], tail)
-    arrays = [x.astype(np.int64) for x in (batch["tokens"], positions, labels)]
-    return [x[real][None] for x in arrays] if flat else arrays
+    arrays = {"input_ids": batch["tokens"], "position_ids": positions, "labels": labels}
+    if not flat:
+        return {k: torch.from_numpy(np.int64(x)).to(device) for k, x in arrays.items()}
+    arrays = {name: x[real][None].astype(np.int64) for name, x in arrays.items()}
+    starts = np.flatnonzero(arrays["position_ids"][0] == 0)
+    starts = np.append(starts, real.sum()).astype(np.int32)
+    wanted: dict[str, Any] = {
+        name: torch.from_numpy(x).to(device) for name, x in arrays.items()
+    }
+    for side in ("q", "k"):
+        wanted[f"cu_seq_lens_{side}"] = torch.from_numpy(starts).to(device)
+        wanted[f"max_length_{side}"] = int(np.diff(starts).max())
+    return wanted
 
 
 def main() -> None:
     """Prints the figures of the PyTorch peer, on the same packed rows."""
-    model, how = adapted_model()
+    model, attention, versions = adapted_model()
     device = next(model.parameters()).device
-    config, _, _ = settings()
-    data = data_set(config.vocab_size, packing=True, batch_size=ROWS)
+    data = data_set(settings()[0].vocab_size, packing=True, batch_size=ROWS)
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=RATE, fused=device.type == "cuda")
-    ends, tokens, losses = [], [], []
-    for step in range(WARM_UP + STEPS):
-        ids, positions, labels = (
-            torch.from_numpy(x).to(device)
-            for x in as_transformers_wants(data.batch(step), flat="flash" in how)
-        )
+    optimizer = torch.optim.AdamW(
+        weights, lr=RATE, weight_decay=0.0, fused=device.type == "cuda"
+    )
+    steps = range(WARM_UP + STEPS)
+    # Placed beforehand, so that the peer never waits for data.
+    batches = [
+        as_transformers_wants(data.batch(i), device, flat=attention != "sdpa")
+        for i in steps
+    ]
+    tokens = [int((data.batch(i)["segment_ids"] > 0).sum()) for i in steps]
+    ends: list[float] = []
+    losses: list[float] = []
+    pending = None
+    for batch in batches:
         with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=ids, position_ids=positions, labels=labels).loss
+            loss = model(**batch).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        tokens.append(int((data.batch(step)["segment_ids"] > 0).sum()))
-        ends.append(time.perf_counter())
+        if pending is not None:  # read one step late, as jlora does
+            losses.append(float(pending))
+            ends.append(time.perf_counter())
+        pending = loss.detach()
+    losses.append(float(pending))  # type: ignore[arg-type]
+    ends.append(time.perf_counter())
     seconds = ends[-1] - ends[WARM_UP - 1]
     cuda = device.type == "cuda"
     figures = {
         "case": "peer",
-        "framework": how,
+        "framework": "peft",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
         "tokens_per_second": round(sum(tokens[WARM_UP:]) / seconds, 1),
         "step_ms": round(1e3 * seconds / STEPS, 2),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else 0,
         "loss": [round(losses[0], 3), round(losses[-1], 3)],
+        "grad_norm": round(float(norm), 5),
+        "attention": attention,
+        "versions": versions,
     }
     print(json.dumps(figures), flush=True)
 
