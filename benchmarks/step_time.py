@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jlora
+from jlora.compiled import keep_compiled
 from jlora.config import LlamaConfig, LoraConfig
 from jlora.lora import Params
 from jlora.model import Llama
@@ -179,6 +180,13 @@ def prepare(work: Workload) -> tuple[Any, TrainState, Params, dict[str, Any]]:
     return step, state, frozen, facts
 
 
+def process_seconds() -> float:
+    """Returns the age of this process, on Linux."""
+    ticks = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
+    uptime = Path("/proc/uptime").read_text().split()[0]
+    return float(uptime) - int(ticks) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(name: str, work: Workload, *, steps: int = STEPS) -> dict[str, Any]:
     """Returns the figures of one workload."""
     step, state, frozen, facts = prepare(work)
@@ -186,10 +194,13 @@ def measure(name: str, work: Workload, *, steps: int = STEPS) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
     compile_s = time.perf_counter() - start
-    losses, ends, metrics, pending = [], [], {}, None
+    losses, ends, metrics, pending, first_step_s = [], [], {}, None, 0.0
     for _ in range(WARM_UP + steps + 1):
         state, metrics = compiled(state, frozen, batch)
-        if pending is not None:  # read one step late, as a run does
+        if pending is None:
+            jax.block_until_ready(metrics)
+            first_step_s = process_seconds()
+        else:  # read one step late, as a run does
             losses.append(float(pending["loss"]))
             ends.append(time.perf_counter())
         pending = metrics
@@ -205,6 +216,7 @@ def measure(name: str, work: Workload, *, steps: int = STEPS) -> dict[str, Any]:
         "mfu": round(flops * rate / peak, 4) if peak else None,
         "peak_gib": round(peak_memory_bytes() / 2**30, 2),
         "compile_s": round(compile_s, 1),
+        "first_step_s": round(first_step_s, 1),
         "loss": [round(losses[0], 4), round(losses[-1], 4)],
         "grad_norm": round(float(metrics["grad_norm"]), 5),
         **facts,
@@ -218,6 +230,9 @@ def main() -> None:
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="lines go here, too")
     parser.add_argument("--kernels", choices=("auto", "xla", "hopper"), default="auto")
+    parser.add_argument(
+        "--cache", action="store_true", help="keep compiled programs, as commands do"
+    )
     parser.add_argument("--layers", type=int, help="instead of all of them")
     args = parser.parse_args()
     if len(args.workloads) > 1:  # the peak of memory is that of a process
@@ -225,6 +240,8 @@ def main() -> None:
         for name in args.workloads:
             subprocess.run([sys.executable, __file__, *options, name], check=True)
         return
+    if args.cache:
+        keep_compiled()
     (name,) = args.workloads
     work = WORKLOADS[name]
     compute = replace(work.compute, kernels=args.kernels)

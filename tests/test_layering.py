@@ -9,7 +9,7 @@ COMMANDS = ("train", "generate", "evaluate")
 # A module may import rows above its own; `data` is a package whose files import each other.
 ROWS = (
     {"errors"},
-    {"strict_json", "strict_yaml", "flags", "fields"},
+    {"strict_json", "strict_yaml", "flags", "fields", "compiled"},
     {"architectures", "rope_config"},
     {"config"},
     {"settings"},
