@@ -166,7 +166,8 @@ def train(args: Arguments, stop: threading.Event) -> None:
 
     def export(index: int, tuned: Params) -> None:
         folder, lora = entries[index].folder, list(adapters.values())[index][1]
-        write_adapter(tuned, lora, folder / "adapter", args.model, overwrite=True)
+        name = lora.base_model_name_or_path or args.model
+        write_adapter(tuned, lora, folder / "adapter", name, overwrite=True)
         plot(folder)
         print(f"adapter written to {folder / 'adapter'}")
 

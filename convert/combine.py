@@ -16,7 +16,7 @@ Source: PEFT 0.21 `tuners/lora/model.py`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -105,21 +105,20 @@ def combine(
         if not all(np.isfinite(x).all() for x in pair.values()):
             raise CorruptError(f"{module_name(path)}: the combination is not finite")
         tensors[path] = pair
+    first = adapters[0]
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        lora_dropout=adapters[0].config.lora_dropout,
+        lora_dropout=first.config.lora_dropout,
         target_modules=[module_name(path) for path in tensors],
+        base_model_name_or_path=first.config.base_model_name_or_path,
+        revision=first.config.revision,
     )
-    first = adapters[0]
-    made = Adapter.make(
+    return Adapter.make(
         config,
         {path: _padded(pair, rank) for path, pair in tensors.items()},
         first.location,
-        first.base_model_name_or_path,
-        first.revision,
     )
-    return replace(made, location=first.location)
 
 
 def _rank(config: LoraConfig) -> int:

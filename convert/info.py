@@ -147,7 +147,8 @@ def _span(ranks: set[int]) -> str:
 
 
 def _base(adapter: Adapter) -> str:
-    name, revision = adapter.base_model_name_or_path, adapter.revision
+    config = adapter.config
+    name, revision = config.base_model_name_or_path, config.revision
     return f"{name or 'not named'}{f' at {revision}' if revision else ''}"
 
 

@@ -77,7 +77,8 @@ def open_adapter(folder: str | Path) -> Adapter:
             open_source(settings["model"]), dtype=settings["compute"]["base_dtype"]
         )
         tree = join(tree, add_lora(base, config, jax.random.key(settings["seed"])))
-    return adapter_of(tree, config, Path(folder), settings["model"])
+    name = config.base_model_name_or_path or settings["model"]
+    return adapter_of(tree, config, Path(folder), name)
 
 
 def _check_trainable(adapter: Adapter) -> None:
@@ -151,7 +152,7 @@ def start_adapter(
     Args:
         base: arrays, or their shapes only.
         config: of the base.
-        lora: of a new adapter; of a continued one, its dropout.
+        lora: of a new adapter; of a continued one, its dropout and the base's name.
         seed: of a new adapter's start.
         init: PEFT adapter or run to continue from, or None.
     """
@@ -159,7 +160,12 @@ def start_adapter(
         start = partial(add_lora, config=lora, key=jax.random.key(seed))
     else:
         adapter = open_adapter(init)
-        lora = replace(adapter.config, lora_dropout=lora.lora_dropout)
+        lora = replace(
+            adapter.config,
+            lora_dropout=lora.lora_dropout,
+            base_model_name_or_path=lora.base_model_name_or_path,
+            revision=lora.revision,
+        )
         start = partial(attach_adapter, config=config, adapter=adapter, train=True)
     is_real = isinstance(jax.tree.leaves(base)[0], jax.Array)
     return start(base) if is_real else jax.eval_shape(start, base), lora
@@ -226,7 +232,7 @@ def plain(adapter: Adapter) -> Adapter:
     """
     if not adapter.takes_start_out:
         return adapter
-    where = adapter.base_model_name_or_path
+    where = adapter.config.base_model_name_or_path
     try:
         source = open_source(where or "")
     except JloraError as error:
@@ -250,8 +256,7 @@ def adapter_of(
     params: Params,
     config: LoraConfig,
     location: Path,
-    base_model_name_or_path: str | None,
-    revision: str | None = None,
+    base_model_name_or_path: str | None = None,
 ) -> Adapter:
     """Returns a tree's adapter, plain LoRA whatever it started from.
 
@@ -260,8 +265,7 @@ def adapter_of(
             that a trained copy takes its dtype from.
         config: what it was trained with.
         location: for messages.
-        base_model_name_or_path: of the base.
-        revision: of the base on the hub.
+        base_model_name_or_path: where readers find the base; None: as the settings say.
     """
     found = modules(params)
     tensors: Tensors = {}
@@ -273,7 +277,9 @@ def adapter_of(
                 tensors.setdefault(path, {})[leaf] = np.ascontiguousarray(array)
             elif leaf in ("lora_A0", "lora_B0"):
                 starts.setdefault(path, {})[leaf] = np.asarray(array)
-    adapter = Adapter.make(config, tensors, location, base_model_name_or_path, revision)
+    if base_model_name_or_path is not None:
+        config = replace(config, base_model_name_or_path=base_model_name_or_path)
+    adapter = Adapter.make(config, tensors, location)
     return without_starts(adapter, starts) if takes_start_out(config) else adapter
 
 
@@ -281,8 +287,7 @@ def write_adapter(
     params: Params,
     lora_config: LoraConfig,
     folder: str | Path,
-    base_model_name_or_path: str | None,
-    revision: str | None = None,
+    base_model_name_or_path: str | None = None,
     *,
     overwrite: bool = False,
 ) -> None:
@@ -292,8 +297,7 @@ def write_adapter(
         params: a tree with an adapter; see `adapter_of`.
         lora_config: what it was trained with.
         folder: appears whole or not at all.
-        base_model_name_or_path: where PEFT finds the base.
-        revision: of the base on the hub.
+        base_model_name_or_path: where readers find the base; None: as the settings say.
         overwrite: replace an adapter that is there.
 
     Raises:
@@ -302,7 +306,7 @@ def write_adapter(
     where = Path(folder)
     if not any(is_trainable(leaf) for x in modules(params).values() for leaf in x):
         raise UsageError(f"{where}: nothing to write, the parameters have no adapter")
-    adapter = adapter_of(params, lora_config, where, base_model_name_or_path, revision)
+    adapter = adapter_of(params, lora_config, where, base_model_name_or_path)
     save_adapter(
         adapter,
         where,
@@ -359,8 +363,6 @@ def save_adapter(
         {name: adapter.scalings[path] for name, path in names.items()},
         linears,
     )
-    settings["base_model_name_or_path"] = adapter.base_model_name_or_path
-    settings["revision"] = adapter.revision
     text = json.dumps(settings, indent=2, sort_keys=True)
     arrays = _to_write(adapter, dtypes or {})
     specs = {key: Spec(array.shape, array.dtype) for key, array in arrays.items()}

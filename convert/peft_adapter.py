@@ -26,8 +26,6 @@ class Adapter:
     """
     scalings: dict[str, float]
     """Params path of a module with a pair -> alpha / R, or alpha / sqrt(R)."""
-    base_model_name_or_path: str | None
-    revision: str | None
     location: Path
     """What it was read from, for messages; never written."""
     vocab_size: int | None = None
@@ -39,8 +37,6 @@ class Adapter:
         config: LoraConfig,
         tensors: Tensors,
         location: Path,
-        base_model_name_or_path: str | None,
-        revision: str | None = None,
         vocab_size: int | None = None,
     ) -> "Adapter":
         """Returns the adapter of these tensors, with scalings as the settings say.
@@ -76,15 +72,7 @@ class Adapter:
                 f"{listing(wrong)}"
             )
         scalings = {module_path(name): s for name, (_, s) in selected.items()}
-        return cls(
-            config,
-            tensors,
-            scalings,
-            base_model_name_or_path,
-            revision,
-            location,
-            vocab_size,
-        )
+        return cls(config, tensors, scalings, location, vocab_size)
 
     @property
     def pairs(self) -> Tensors:
@@ -131,11 +119,4 @@ def without_starts(adapter: Adapter, starts: Tensors) -> Adapter:
         alpha_pattern={key: alpha * x for key, x in config.alpha_pattern.items()},
         init_lora_weights=True,
     )
-    return Adapter.make(
-        doubled,
-        tensors,
-        adapter.location,
-        adapter.base_model_name_or_path,
-        adapter.revision,
-        adapter.vocab_size,
-    )
+    return Adapter.make(doubled, tensors, adapter.location, adapter.vocab_size)

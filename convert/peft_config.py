@@ -5,160 +5,71 @@ Source: PEFT 0.21 `tuners/lora/config.py`.
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from jlora.config import UNSUPPORTED_LORA_FIELDS, LoraConfig
+from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.peft_fields import (
+    INERT,
+    LOST_STARTS,
+    PLAIN_STARTS,
+    REFUSED,
+    RESIDUAL_STARTS,
+    unsupported,
+)
 from jlora.targets import TABLES, is_saved
 
 MERGE_FIRST = (
     "merge it with PEFT (merge_and_unload) where it was trained, save the model and use "
     "that as the base instead"
 )
-# Starting points that leave the base alone: what comes out of training is plain LoRA.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")
-# Those that take the start out of the base, and can be computed again from it.
-_RESIDUAL_INITS = ("pissa", "olora")
-_LOST_INITS = ("corda", "loftq", "lora_ga")
-# Bookkeeping, settings of other starting points and of other layer types.
-_IGNORED = {
-    "auto_mapping",
-    "corda_config",
-    "eva_config",
-    "fan_in_fan_out",
-    "inference_mode",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_config",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-}
-_READ = {
-    "base_model_name_or_path",
-    "init_lora_weights",
-    "peft_type",
-    "revision",
-    "task_type",
-}
 
 
 def read_config(document: dict[str, Any], where: str) -> LoraConfig:
     """Returns the settings of an adapter_config.json; absent keys take PEFT's defaults."""
-    kind, task = document.get("peft_type"), document.get("task_type")
-    if kind is None:
+    if document.get("peft_type") is None:
         raise CorruptError(f"{where}: no peft_type, so not a PEFT adapter's settings")
-    if kind != "LORA" or task not in (None, "CAUSAL_LM"):
-        raise UnsupportedError(
-            f"{where}: peft_type={kind!r}, task_type={task!r}; jlora supports LORA for "
-            f"CAUSAL_LM only; {MERGE_FIRST}"
-        )
-    refused = [
-        f"{key}={document[key]!r}"
-        for key, neutral in UNSUPPORTED_LORA_FIELDS.items()
-        if key in document and document[key] not in neutral
-    ]
+    refused = unsupported(document)
     if refused:
         raise UnsupportedError(
             f"{where}: jlora does not support {listing(refused)}; {MERGE_FIRST}"
         )
-    init = document.get("init_lora_weights", True)
-    init = init.lower() if isinstance(init, str) else init
-    if init in _LOST_INITS or str(init).startswith("pissa_niter"):
-        raise UnsupportedError(
-            f"{where}: init_lora_weights={init!r} is not supported, as the adapter does "
-            "not tell its changed base; save it as plain LoRA with PEFT: "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
-        )
-    if init not in (*_PLAIN_INITS, *_RESIDUAL_INITS):
-        raise CorruptError(f"{where}: init_lora_weights={init!r} is not known to PEFT")
-    known = {
-        field.name for field in fields(LoraConfig)
-    } | UNSUPPORTED_LORA_FIELDS.keys()
-    known |= _IGNORED | _READ
+    kept = {item.name for item in fields(LoraConfig)}
+    known = {*kept, *REFUSED, *INERT}
     unknown = [
         f"{key}{nearest(key, known)}" for key in sorted(document) if key not in known
     ]
     if unknown:
         warn(f"{where}: unknown keys are ignored: {listing(unknown)}")
-    honoured = {key: document[key] for key in _FORMS if document.get(key) is not None}
-    _check_forms(document, honoured, where)
-    # A plain start says nothing once training is over.
-    if init in _RESIDUAL_INITS:
-        honoured["init_lora_weights"] = init
+    start = _start(document.get("init_lora_weights"), where)
+    given = {key: document[key] for key in kept if document.get(key) is not None}
     try:
-        return LoraConfig(**honoured)
+        return LoraConfig(**{**given, "init_lora_weights": start})
     except UsageError as error:
         raise CorruptError(f"{where}: {error}") from error
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, list) and all(isinstance(item, str) for item in value)
-    )
+def _start(start: Any, where: str) -> bool | str:
+    """Returns the start that a trained adapter still depends on, true for none.
 
-
-def _is_list_of_names(value: Any) -> bool:
-    return isinstance(value, list) and _is_names(value)
-
-
-def _is_tokens(value: Any) -> bool:
-    lists = value.values() if isinstance(value, dict) else [value]
-    return all(isinstance(x, list) and all(map(_is_int, x)) for x in lists)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_indices(value: Any) -> bool:
-    return all(_is_int(i) for i in (value if isinstance(value, list) else [value]))
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or isinstance(value, float)
-
-
-# The honoured fields with the forms they may have; LoraConfig checks the ranges.
-_FORMS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_int, "an integer"),
-    "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (_is_number, "a number"),
-    "target_modules": (_is_names, "a string or a list of strings"),
-    "exclude_modules": (_is_names, "a string or a list of strings"),
-    "layers_to_transform": (_is_indices, "an integer or a list of integers"),
-    "layers_pattern": (_is_names, "a string or a list of strings"),
-    "rank_pattern": (lambda value: isinstance(value, dict), "an object"),
-    "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
-    "ensure_weight_tying": (lambda value: isinstance(value, bool), "true or false"),
-    "modules_to_save": (_is_list_of_names, "a list of strings"),
-    "trainable_token_indices": (
-        _is_tokens,
-        "a list of token ids, or an object of such",
-    ),
-    "bias": (lambda value: isinstance(value, str), "a string"),
-}
-
-
-def _check_forms(
-    document: Mapping[str, Any], honoured: Mapping[str, Any], where: str
-) -> None:
-    wrong = [
-        f"{key}={value!r} is not {_FORMS[key][1]}"
-        for key, value in honoured.items()
-        if not _FORMS[key][0](value)
-    ]
-    wrong += [
-        f"{key}={document[key]!r} is not a string"
-        for key in ("base_model_name_or_path", "revision")
-        if not isinstance(document.get(key), str | None)
-    ]
-    if wrong:
-        raise CorruptError(f"{where}: {listing(wrong)}")
+    Raises:
+        UnsupportedError: one that changed the base in a way the adapter does not tell.
+        CorruptError: none of PEFT's.
+    """
+    start = start.lower() if isinstance(start, str) else start
+    if start is None or start in PLAIN_STARTS:
+        return True
+    if start in LOST_STARTS or str(start).startswith("pissa_niter"):
+        raise UnsupportedError(
+            f"{where}: init_lora_weights={start!r} is not supported, as the adapter does "
+            "not tell its changed base; save it as plain LoRA with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
+        )
+    if start not in RESIDUAL_STARTS:
+        raise CorruptError(f"{where}: init_lora_weights={start!r} is not known to PEFT")
+    return start
 
 
 def warn(text: str) -> None:
@@ -188,6 +99,7 @@ def config_to_write(
             if alpha != config.lora_alpha
         },
         "auto_mapping": None,
+        "base_model_name_or_path": config.base_model_name_or_path,
         "bias": config.bias,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -203,6 +115,7 @@ def config_to_write(
             re.escape(name): rank for name, rank in ranks.items() if rank != config.r
         },
         "target_modules": _targets(config, sorted(ranks), linears),
+        "revision": config.revision,
         "task_type": "CAUSAL_LM",
         **{key: value for key, value in _newer(config).items() if value},
     }

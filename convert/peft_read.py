@@ -103,14 +103,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         tensors
     ):
         warn(f"{where}: every lora_B is zero, so it changes nothing")
-    return Adapter.make(
-        config,
-        tensors,
-        folder,
-        document.get("base_model_name_or_path"),
-        document.get("revision"),
-        _resized_vocabulary(entries, config),
-    )
+    return Adapter.make(config, tensors, folder, _resized_vocabulary(entries, config))
 
 
 Found = dict[str, dict[str, tuple[str, Entry]]]

@@ -65,7 +65,7 @@ def adapt(
         adapter = bake(adapter)
     rank = adapter.config.r
     if reader == "gguf":
-        base = adapter.base_model_name_or_path
+        base = adapter.config.base_model_name_or_path
         hint = "" if base else "; the adapter names no base, so add --base FOLDER"
         return adapter, [f"next: convert_lora_to_gguf.py{hint}"]
     if rank > VLLM_RANKS[-1]:
@@ -107,7 +107,7 @@ def _is_tied(adapter: Adapter) -> bool:
     """Returns whether the base ties its head to the embedding, as it says itself."""
     if adapter.config.ensure_weight_tying:
         return True
-    base = adapter.base_model_name_or_path
+    base = adapter.config.base_model_name_or_path
     try:
         return open_source(base or "").config.tie_word_embeddings
     except JloraError as error:

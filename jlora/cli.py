@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 import typing
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -23,7 +23,6 @@ from jlora.compiled import keep_compiled
 from jlora.errors import (
     JloraError,
     ResourceError,
-    UnsupportedError,
     UsageError,
     listing,
 )
@@ -35,7 +34,6 @@ from jlora.flags import (
     help_text,
     join_lists,
     nearest_setting,
-    refused_settings,
     summary_of,
 )
 from jlora.strict_yaml import read_yaml
@@ -151,12 +149,11 @@ def parse(cls: type[T], words: Sequence[str], *, positional: Sequence[str] = ())
     parser = _make_parser(cls, positional, settings)
     if not positional:  # which could stand after a list
         words = join_lists(words, flags.values())
-    refused = set(refused_settings(cls))
-    words, file = _take_config_file(_check_flags(words, flags, refused))
+    words, file = _take_config_file(_check_flags(words, flags))
     taken = {word.split("=", 1)[0] for word in words if word.startswith("--")}
     from_file = {}
     if file is not None:
-        from_file = _as_words(read_yaml(file), flags, f"{file}", refused)
+        from_file = _as_words(read_yaml(file), flags, f"{file}")
     from_file = {k: word for k, word in from_file.items() if f"--{k}" not in taken}
     where = {key: f"{file}: {key}" for key in from_file}
     words = [*from_file.values(), *words]
@@ -176,7 +173,7 @@ def with_changes(args: T, changes: dict[str, Any], where: str) -> T:
     """
     cls = type(args)
     settings = {s.key: s for s in all_settings(cls)}
-    changed = _as_words(changes, settings, where, set(refused_settings(cls)))
+    changed = _as_words(changes, settings, where)
     values = {key: functools.reduce(getattr, key.split("."), args) for key in settings}
     kept = [f"--{k}={as_text(v)}" for k, v in values.items() if k not in changed]
     parser = _make_parser(cls, (), settings)
@@ -261,16 +258,13 @@ def _explain(
     return message
 
 
-def _check_flags(
-    words: Sequence[str], flags: dict[str, Setting], refused: Container[str]
-) -> list[str]:
+def _check_flags(words: Sequence[str], flags: dict[str, Setting]) -> list[str]:
     """Refuses unknown flags, and spells out bare switches as `--flag=true`."""
     known = {s.flag: s for s in flags.values()}
     checked = []
     for i, word in enumerate(words):
         name = word.split("=", 1)[0]
         if word.startswith("--") and name not in (*known, "--config", "--help"):
-            _refuse(name, name[2:], refused)
             hint = nearest_setting(name[2:], flags)
             raise UsageError(
                 f"unknown flag {name}"
@@ -282,11 +276,6 @@ def _check_flags(
                 word += "=true"
         checked.append(word)
     return checked
-
-
-def _refuse(where: str, key: str, refused: Container[str]) -> None:
-    if key in refused:
-        raise UnsupportedError(f"{where} is not supported by jlora; leave it out")
 
 
 def _take_config_file(words: list[str]) -> tuple[list[str], Path | None]:
@@ -310,13 +299,11 @@ def _as_words(
     document: dict[str, Any],
     flags: dict[str, Setting],
     where: str,
-    refused: Container[str],
 ) -> dict[str, str]:
     """Returns {key: flag with value} of a mapping that a file gives."""
     words = {}
     for key, value in _flatten(document, flags, where).items():
         if key not in flags:
-            _refuse(f"{where}: {key}", key, refused)
             close = nearest_setting(key, flags)
             hint = f"; did you mean {close!r}?" if close else ""
             raise UsageError(f"{where}: unknown key {key!r}{hint}")

@@ -5,36 +5,19 @@ adapter_config.json, which are the schemas. Validation lives here and nowhere el
 """
 
 import math
-import re
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import InitVar, dataclass, field, fields
+from typing import Any, no_type_check
 
 from jlora.architectures import NEUTRAL, refuse_other_architectures
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.fields import Fields, is_int, is_number, joined
+from jlora.peft_fields import malformed, normalised, unsupported, unsupported_start
 from jlora.rope_config import RopeParameters, read_rope
 
 # Beyond the width of any Llama: a larger rank is a slip, not a wish.
 MAX_RANK = 65536
 # A name is made for every tensor of every layer before a file is opened.
 MAX_LAYERS = 10_000
-# Fields of PEFT's that change what an adapter computes, with the values that change nothing.
-UNSUPPORTED_LORA_FIELDS: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False, None),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "velora_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "use_qalora": (False, None),
-}
-# Settings of starts that jlora does not have.
-_START_FIELDS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
-INIT_LORA_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
-_PISSA_NITER = re.compile(r"pissa_niter_([1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -135,11 +118,10 @@ def unused_keys(config: dict[str, Any]) -> list[str]:
     return sorted(set(config) - used)
 
 
+@no_type_check  # by the tests' import hook: __post_init__ tells users what is wrong
 @dataclass(frozen=True)
 class LoraConfig:
     """The adapter; field names, defaults and meanings as in PEFT's LoraConfig."""
-
-    refused: ClassVar[tuple[str, ...]] = (*UNSUPPORTED_LORA_FIELDS, *_START_FIELDS)
 
     r: int = 8
     """Rank of the update."""
@@ -173,14 +155,68 @@ class LoraConfig:
     """On a tied base: what is trained on the embedding serves the head, too."""
     bias: str = "none"
     """Which biases an adapter brings (all, lora_only); training leaves them alone."""
+    base_model_name_or_path: str | None = None
+    """Where readers of the adapter find its base; null: --model."""
+    revision: str | None = None
+    """Of the base on the hub."""
 
-    def __post_init__(self) -> None:
-        """Checks every value.
+    # The rest of PEFT's fields: judged by `jlora.peft_fields`, and not kept.
+    peft_type: InitVar[Any] = None
+    task_type: InitVar[Any] = None
+    auto_mapping: InitVar[Any] = None
+    peft_version: InitVar[Any] = None
+    inference_mode: InitVar[bool] = False
+    fan_in_fan_out: InitVar[bool] = False
+    megatron_config: InitVar[Any] = None
+    megatron_core: InitVar[Any] = "megatron.core"
+    runtime_config: InitVar[Any] = None
+    loftq_config: InitVar[Any] = None
+    eva_config: InitVar[Any] = None
+    corda_config: InitVar[Any] = None
+    lora_ga_config: InitVar[Any] = None
+    lora_bias: InitVar[bool] = False
+    layer_replication: InitVar[Any] = None
+    target_parameters: InitVar[Any] = None
+    alora_invocation_tokens: InitVar[Any] = None
+    arrow_config: InitVar[Any] = None
+    velora_config: InitVar[Any] = None
+    kasa_config: InitVar[Any] = None
+    monteclora_config: InitVar[Any] = None
+    use_bdlora: InitVar[Any] = None
+    use_qalora: InitVar[bool] = False
+    qalora_group_size: InitVar[int] = 16
+
+    def __post_init__(self, *others: Any) -> None:
+        """Checks every value; tuples and sets become lists.
 
         Raises:
-            UsageError: a value out of range, or fields that exclude each other.
+            UsageError: a value of a wrong type or out of range, or fields that exclude
+                each other.
             UnsupportedError: a PEFT feature that jlora does not have.
         """
+        names = (
+            name
+            for name, item in type(self).__dataclass_fields__.items()
+            if isinstance(item.type, InitVar)
+        )
+        refused = unsupported(dict(zip(names, others, strict=True)))
+        if refused:
+            raise UnsupportedError(
+                f"lora: jlora does not support {listing(refused)}; leave it out, or "
+                "train with PEFT"
+            )
+        values = normalised(
+            {item.name: getattr(self, item.name) for item in fields(self)}
+        )
+        wrong = malformed(values)
+        if wrong:
+            raise UsageError(f"lora: {joined(wrong)}")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        self._check_ranges()
+        self._check_start()
+
+    def _check_ranges(self) -> None:
         for name, rank in [("r", self.r), *self.rank_pattern.items()]:
             if not is_int(rank) or not 1 <= rank <= MAX_RANK:
                 raise UsageError(
@@ -208,22 +244,24 @@ class LoraConfig:
                 "lora.layers_to_transform needs target_modules as a list, "
                 "not as a regular expression"
             )
+        layers = self.layers_to_transform or []
+        layers = [layers] if isinstance(layers, int) else layers
+        negative = [index for index in layers if index < 0]
+        if negative:
+            raise UsageError(
+                f"lora.layers_to_transform: {listing(negative)}; layers count from 0"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise UsageError("lora.layers_pattern needs lora.layers_to_transform")
         if self.bias not in ("none", "all", "lora_only"):
             raise UsageError(
                 f"lora.bias={self.bias!r}; expected none, all or lora_only"
             )
-        self._check_start()
 
     def _check_start(self) -> None:
         start = self.init_lora_weights
-        by_iterations = isinstance(start, str) and _PISSA_NITER.fullmatch(start)
-        if start not in INIT_LORA_WEIGHTS and not by_iterations:
-            raise UnsupportedError(
-                f"lora.init_lora_weights={start!r}; jlora supports true, false, "
-                f"{listing(INIT_LORA_WEIGHTS[2:])} and pissa_niter_N"
-            )
+        if problem := unsupported_start(start):
+            raise UnsupportedError(f"lora: jlora does not support {problem}")
         odd = [r for r in (self.r, *self.rank_pattern.values()) if r % 2]
         if start == "orthogonal" and odd:
             raise UsageError(

@@ -24,6 +24,8 @@ class Setting:
     default: Any
     group: str
     """First line of the docstring of the dataclass that it is a field of."""
+    is_hidden: bool = False
+    """Whether --help leaves it out: the dataclass judges the value and does not keep it."""
 
     @property
     def flag(self) -> str:
@@ -68,27 +70,20 @@ def all_settings(cls: type, prefix: str = "") -> Iterator[Setting]:
     documents = docstring_parser.parse_from_object(cls).params
     helps = {document.arg_name: document.description for document in documents}
     groups = []
-    for item in dataclasses.fields(cls):
+    for item in cls.__dataclass_fields__.values():  # init-only ones, too
         # A field that would be a Python keyword ends in "_"; its flag does not.
         key = prefix + item.name.rstrip("_")
         if dataclasses.is_dataclass(item.type):
             groups += all_settings(typing.cast(type, item.type), f"{key}.")
             continue
+        is_hidden = isinstance(item.type, dataclasses.InitVar)
+        kind = item.type.type if is_hidden else item.type
         default = item.default
         if item.default_factory is not dataclasses.MISSING:
             default = item.default_factory()
         help = " ".join((helps.get(item.name) or "").split())
-        yield Setting(key, item.type, help, default, summary_of(cls))
+        yield Setting(key, kind, help, default, summary_of(cls), is_hidden)
     yield from groups
-
-
-def refused_settings(cls: type, prefix: str = "") -> Iterator[str]:
-    """Yields keys that a group names as `refused`: known elsewhere, not supported here."""
-    yield from (f"{prefix}{name}" for name in getattr(cls, "refused", ()))
-    for item in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(item.type):
-            kind = typing.cast(type, item.type)
-            yield from refused_settings(kind, f"{prefix}{item.name}.")
 
 
 def summary_of(cls: type) -> str:
@@ -108,6 +103,8 @@ def help_text(
     usage = [program, *map(str.upper, positional), *required, "[flags]"]
     rows = {f"usage: {' '.join(usage)}\n\n{summary}": []}
     for s in settings.values():
+        if s.is_hidden:
+            continue
         default = "required" if s.is_required else f"default {as_text(s.default)}"
         first = s.key in positional or s.is_required or s.group == summary
         rows.setdefault("" if first else s.group.rstrip("."), []).append(
@@ -144,6 +141,7 @@ def describe(kind: Any) -> str:
         float: "a number",
         str: "text",
         type(None): "null",
+        Any: "anything",
     }
     if kind in names:
         return names[kind]

@@ -267,13 +267,16 @@ def _is_target(
         return _matches(targets, name, used)
     if name in targets:  # an exact name is not filtered by layer, as in PEFT
         return _matches(targets, name, used)
-    layers = config.layers_to_transform
-    if layers is not None and layers != []:
-        index = _layer_index(name, config.layers_pattern)
-        wanted = [layers] if isinstance(layers, int) else layers
-        if index not in wanted:
-            return False
+    wanted = _wanted_layers(config)
+    if wanted and _layer_index(name, config.layers_pattern) not in wanted:
+        return False
     return _matches(targets, name, used)
+
+
+def _wanted_layers(config: LoraConfig) -> list[int]:
+    """Returns the indices of layers_to_transform; none means all."""
+    layers = config.layers_to_transform
+    return [layers] if isinstance(layers, int) else layers or []
 
 
 def _layer_index(name: str, patterns: list[str] | str | None) -> int | None:
@@ -325,6 +328,12 @@ def _report_unused(
         for group, items in entries.items()
         for entry in items
         if entry not in used
+    ]
+    layers = {_layer_index(name, config.layers_pattern) for name in names}
+    idle += [
+        f"lora.layers_to_transform: {index} matches no layer"
+        for index in _wanted_layers(config)
+        if index not in layers
     ]
     if idle and strict:
         raise UsageError(listing(idle))

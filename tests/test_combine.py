@@ -17,7 +17,11 @@ def adapter(
 ):
     rng = np.random.default_rng(seed)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(names), **settings
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(names),
+        base_model_name_or_path="base",
+        **settings,
     )
     tensors = {}
     for name in names:
@@ -26,7 +30,7 @@ def adapter(
             "lora_A": rng.normal(size=(sizes[name][0], own)).astype(np.float32),
             "lora_B": rng.normal(size=(own, sizes[name][1])).astype(np.float32),
         }
-    return Adapter.make(config, tensors, Path(f"adapter{seed}"), "base")
+    return Adapter.make(config, tensors, Path(f"adapter{seed}"))
 
 
 def deltas(made):

@@ -1,9 +1,11 @@
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from jlora.config import LlamaConfig, LoraConfig, unused_keys
 from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.peft_fields import FORMS, INERT, REFUSED
 
 HF: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -289,6 +291,7 @@ def test_lora_defaults_are_those_of_peft():
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
         ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"layers_to_transform": [0, -1]}, "-1; layers count from 0"),
     ],
 )
 def test_lora_values_out_of_range_are_refused(changes, words):
@@ -308,6 +311,93 @@ def test_lora_values_out_of_range_are_refused(changes, words):
 def test_lora_features_that_are_not_there_are_refused_by_name(changes):
     with pytest.raises(UnsupportedError, match=next(iter(changes))):
         LoraConfig(**changes)
+
+
+# Every field of PEFT 0.21's LoraConfig that is not kept, in a form that changes nothing.
+AT_REST = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "auto_mapping": None,
+    "peft_version": "0.21.2",
+    "inference_mode": True,
+    "fan_in_fan_out": False,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "runtime_config": {"ephemeral_gpu_offload": False},
+    "loftq_config": {"loftq_bits": 4},
+    "eva_config": {"rho": 2.0},
+    "corda_config": None,
+    "lora_ga_config": None,
+    "lora_bias": False,
+    "layer_replication": None,
+    "target_parameters": [],
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "velora_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+}
+
+
+def test_a_lora_config_of_peft_at_rest_is_taken_and_judged_in_one_place():
+    assert LoraConfig(r=4, **AT_REST) == LoraConfig(r=4)
+    assert AT_REST.keys() == {*REFUSED, *INERT}
+    assert FORMS.keys() == {field.name for field in fields(LoraConfig)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_jlora_does_not_do_is_refused_with_field_value_and_reason(name):
+    wanted: dict[str, Any] = {name: "wanted"}
+    with pytest.raises(UnsupportedError) as caught:
+        LoraConfig(**wanted)
+    assert f"{name}='wanted' ({REFUSED[name][1]})" in str(caught.value)
+    assert "leave it out" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"r": "8"}, "r='8' is not an integer"),
+        ({"r": None}, "r=None is not an integer"),
+        ({"lora_alpha": True}, "lora_alpha=True is not a number"),
+        ({"use_rslora": "yes"}, "use_rslora='yes' is not true or false"),
+        ({"use_dora": 1}, "use_dora=1 is not true or false"),
+        ({"target_modules": [1]}, r"target_modules=\[1\] is not"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head' is not a list"),
+        ({"layers_to_transform": "0"}, "layers_to_transform='0' is not"),
+        ({"layers_to_transform": [0.5]}, r"layers_to_transform=\[0.5\] is not"),
+        ({"rank_pattern": ["q_proj"]}, "rank_pattern="),
+        ({"alpha_pattern": {1: 2}}, "alpha_pattern="),
+        ({"alpha_pattern": {"q_proj": "2"}}, "q_proj='2'"),
+        ({"trainable_token_indices": ["a"]}, "trainable_token_indices="),
+        ({"init_lora_weights": None}, "init_lora_weights=None"),
+        ({"bias": None}, "bias=None is not a string"),
+        ({"revision": 1}, "revision=1 is not a string"),
+    ],
+)
+def test_lora_values_of_a_wrong_type_are_refused(changes, words):
+    with pytest.raises(UsageError, match=words):
+        LoraConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"rank_pattern": None, "alpha_pattern": None}, {}),
+        (
+            {"target_modules": {"v_proj", "k_proj"}},
+            {"target_modules": ["k_proj", "v_proj"]},
+        ),
+        ({"target_modules": ("q_proj",)}, {"target_modules": ["q_proj"]}),
+        ({"layers_to_transform": range(2)}, {"layers_to_transform": [0, 1]}),
+        ({"init_lora_weights": "Gaussian"}, {"init_lora_weights": "gaussian"}),
+    ],
+)
+def test_what_peft_takes_for_a_list_or_nothing_is_taken(given, kept):
+    assert LoraConfig(**given) == LoraConfig(**kept)
 
 
 @pytest.mark.parametrize(("rslora", "expected"), [(False, 2.0), (True, 8.0)])

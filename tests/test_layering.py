@@ -10,7 +10,7 @@ COMMANDS = ("train", "generate", "evaluate")
 ROWS = (
     {"errors"},
     {"strict_json", "strict_yaml", "flags", "fields", "compiled"},
-    {"architectures", "rope_config"},
+    {"architectures", "rope_config", "peft_fields"},
     {"config"},
     {"settings"},
     {"rope", "sharding", "targets", "quantize", "hopper"},

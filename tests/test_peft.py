@@ -1,6 +1,7 @@
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -217,9 +218,11 @@ def test_base_and_revision_are_kept(folder):
     case = golden("basic")
     _, _, params = case.load()
     config = read_adapter(case.folder).config
-    write_adapter(params, config, folder, "owner/name", "abc")
+    config = replace(config, base_model_name_or_path="owner/name", revision="abc")
+    write_adapter(params, config, folder)
     adapter = read_adapter(folder)
-    assert (adapter.base_model_name_or_path, adapter.revision) == ("owner/name", "abc")
+    assert adapter.config.base_model_name_or_path == "owner/name"
+    assert adapter.config.revision == "abc"
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
@@ -275,7 +278,7 @@ def test_a_run_folder_gives_its_adapter_or_newest_checkpoint(tmp_path, finished)
     adapter = open_adapter(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, adapter.tensors, expected.tensors)
     assert adapter.scalings == expected.scalings
-    assert adapter.base_model_name_or_path == "base"
+    assert adapter.config.base_model_name_or_path == "base"
     assert adapter.location == (tmp_path / "adapter" if finished else tmp_path)
 
 
@@ -313,7 +316,7 @@ def test_an_unsupported_setting_is_refused_by_name(settings, folder):
 
 def test_all_unsupported_settings_are_named_at_once(folder):
     changed_copy(folder, "basic", {"lora_bias": True, "use_qalora": True})
-    with pytest.raises(UnsupportedError, match="lora_bias=True, use_qalora=True"):
+    with pytest.raises(UnsupportedError, match=r"lora_bias=True .*, use_qalora=True"):
         read_adapter(folder)
 
 
@@ -609,7 +612,6 @@ def test_an_adapter_of_a_larger_model_is_refused():
             for path, pair in adapter.tensors.items()
         },
         Path("wide"),
-        None,
     )
     with pytest.raises(CorruptError, match=r"\[8, 128\] instead of \[8, 64\]"):
         attach_adapter(params, config, wide)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from convert import to_hf
 from convert.names import all_names
 from convert.peft import write_adapter
 from jlora.lora import map_leaves
+from jlora.peft_fields import FORMS, INERT, REFUSED
 
 EVERY = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -103,6 +105,14 @@ def differing_bits(model, params, theirs):
             numpy_bits(state[name.key]),
         )
     ]
+
+
+def test_a_lora_config_takes_every_field_of_peft_with_its_default():
+    theirs = {
+        field.name: getattr(LoraConfig(), field.name) for field in fields(LoraConfig)
+    }
+    assert jlora.LoraConfig(**theirs | {"peft_type": "LORA"}) == jlora.LoraConfig()
+    assert theirs.keys() == {*FORMS, *INERT, *REFUSED}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
