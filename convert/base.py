@@ -7,7 +7,6 @@ needs are read, and verified, straight into their place.
 """
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -51,7 +50,7 @@ from convert.source import (
     set_leaf,
     stored_dtype,
 )
-from jlora.checkpoint import leaf_digest, save_tree
+from jlora.checkpoint import chunk_files, leaf_digest, save_tree
 from jlora.errors import CorruptError, UnsupportedError, listing
 from jlora.quantize import Format
 
@@ -120,43 +119,20 @@ def _write_part(
         set_leaf(tree, path, array)
     with ThreadPoolExecutor(1) as pool:  # hashes while Orbax writes
         digests = pool.map(leaf_digest, arrays.values())
-        chunks = save_tree(folder, tree)
+        written = save_tree(folder, tree)
+        chunks = [written[path.replace("/", ".")] for path in arrays]
         return {
             path: {
                 "dtype": array.dtype.name,
                 "shape": list(array.shape),
                 "sha256": digest,
-                "chunk": list(chunks[path.replace("/", ".")]),
-                "crc32": _checksums(array, chunks[path.replace("/", ".")]),
+                "chunk": list(chunk.shape),
+                "crc32": chunk.crc32,
             }
-            for (path, array), digest in zip(arrays.items(), digests, strict=True)
+            for (path, array), chunk, digest in zip(
+                arrays.items(), chunks, digests, strict=True
+            )
         }
-
-
-def _checksums(array: np.ndarray, chunk: tuple[int, ...]) -> list[int]:
-    boxes = list(_grid(array.shape, chunk).values())
-    found = [0] * len(boxes)
-
-    def checksum(number: int) -> None:
-        part = array[boxes[number]]
-        bytes_ = buffer(part.nbytes)
-        bytes_.view(part.dtype).reshape(part.shape)[...] = part
-        found[number] = zlib.crc32(bytes_.data)
-
-    for_each(checksum, range(len(boxes)))
-    return found
-
-
-def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Index]:
-    """Returns {file name: box} of the chunks of a leaf, in order."""
-    counts = [range(size // part) for size, part in zip(shape, chunk, strict=True)]
-    return {
-        ".".join(map(str, numbers)) or "0": tuple(
-            slice(i * part, (i + 1) * part)
-            for i, part in zip(numbers, chunk, strict=True)
-        )
-        for numbers in itertools.product(*counts)
-    }
 
 
 def _kernel_dtype(source: Source, dtype: Dtype) -> np.dtype[Any]:
@@ -337,7 +313,7 @@ def _buffer_for(leaf: _Leaf) -> np.ndarray:
 
 def _touched(leaf: _Leaf, box: Index) -> Iterator[tuple[str, Index, int]]:
     """Yields (file name, box, checksum) of the chunks that share something with `box`."""
-    grid = _grid(leaf.shape, leaf.chunk)
+    grid = chunk_files(leaf.shape, leaf.chunk)
     for (name, chunk), checksum in zip(grid.items(), leaf.crc32, strict=True):
         if all(
             part.start < outer.stop and outer.start < part.stop

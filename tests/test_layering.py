@@ -28,6 +28,7 @@ OWNERS = {
     "flax": ("jlora.lora", "jlora.model", "jlora.sharding"),
     "optax": ("jlora.optimizer", "jlora.training"),
     "orbax": ("jlora.checkpoint",),
+    "tensorstore": ("jlora.checkpoint",),
     "tokenizers": ("jlora.data", "convert.gguf_tokenizer"),
     "jinja2": ("jlora.data",),
     "pyarrow": ("jlora.data.columnar",),
