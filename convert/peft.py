@@ -81,17 +81,19 @@ def open_adapter(folder: str | Path) -> Adapter:
     return adapter_of(tree, config, Path(folder), name)
 
 
-def _check_trainable(adapter: Adapter) -> None:
+def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
     """Refuses what jlora uses but does not train on.
 
     Raises:
         UnsupportedError: naming it, and what to do.
     """
     refuse_training(adapter.config)
-    if adapter.vocab_size is not None:
+    rows = model_config(adapter, config).vocab_size
+    if rows != config.vocab_size:
         raise UnsupportedError(
-            f"{adapter.location}: brings tables for {adapter.vocab_size} tokens, which "
-            "training does not carry on; merge it with convert.to_hf and train on that"
+            f"{adapter.location}: brings tables for {rows} tokens, the base has "
+            f"{config.vocab_size}; training writes an adapter for the base as it is, so "
+            "merge this one first (convert.to_hf) and train on the merged model"
         )
 
 
@@ -120,7 +122,7 @@ def attach_adapter(
     if not isinstance(adapter, Adapter):
         adapter = open_adapter(adapter)
     if train:
-        _check_trainable(adapter)
+        _check_trainable(adapter, config)
     fit = check_fit(adapter, config)
     base = {name: dict(leaves) for name, leaves in modules(params).items()}
     tables = {path: _leaf(base, path) for path in fit.tables}
@@ -386,10 +388,10 @@ def _to_write(adapter: Adapter, dtypes: dict[str, Any]) -> dict[str, np.ndarray]
     arrays = {}
     for path, leaves in tensors.items():
         for leaf, array in leaves.items():
-            if leaf in BASE_WEIGHTS and adapter.vocab_size is None:
+            if leaf in BASE_WEIGHTS and not adapter.resized:
                 continue
             if leaf.startswith("trained_") and path in dtypes:
                 array = array.astype(dtypes[path])
-            key = adapter_key(path, leaf, adapted="lora_A" in leaves)
+            key = adapter_key(path, leaf, leaves)
             arrays[key] = to_leaf(leaf, array)
     return arrays

@@ -28,8 +28,8 @@ class Adapter:
     """Params path of a module with a pair -> alpha / R, or alpha / sqrt(R)."""
     location: Path
     """What it was read from, for messages; never written."""
-    vocab_size: int | None = None
-    """Rows of the tables, where they come with the adapter as the vocabulary was resized."""
+    resized: bool = False
+    """Whether its tables are its own, as the vocabulary was resized, not the base's."""
 
     @classmethod
     def make(
@@ -37,7 +37,7 @@ class Adapter:
         config: LoraConfig,
         tensors: Tensors,
         location: Path,
-        vocab_size: int | None = None,
+        resized: bool = False,
     ) -> "Adapter":
         """Returns the adapter of these tensors, with scalings as the settings say.
 
@@ -72,12 +72,25 @@ class Adapter:
                 f"{listing(wrong)}"
             )
         scalings = {module_path(name): s for name, (_, s) in selected.items()}
-        return cls(config, tensors, scalings, location, vocab_size)
+        return cls(config, tensors, scalings, location, resized)
 
     @property
     def pairs(self) -> Tensors:
         """The modules that have lora_A and lora_B."""
         return {path: x for path, x in self.tensors.items() if "lora_A" in x}
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the tables that it brings or trains, if any."""
+        table = self.tensors.get("embed_tokens", {})
+        kernel = self.tensors.get("lm_head", {})
+        rows = [
+            table[x].shape[0] for x in ("embedding", "trained_embedding") if x in table
+        ]
+        rows += [
+            kernel[x].shape[1] for x in ("kernel", "trained_kernel") if x in kernel
+        ]
+        return max(rows, default=None)
 
     @property
     def takes_start_out(self) -> bool:
@@ -119,4 +132,4 @@ def without_starts(adapter: Adapter, starts: Tensors) -> Adapter:
         alpha_pattern={key: alpha * x for key, x in config.alpha_pattern.items()},
         init_lora_weights=True,
     )
-    return Adapter.make(doubled, tensors, adapter.location, adapter.vocab_size)
+    return Adapter.make(doubled, tensors, adapter.location, adapter.resized)

@@ -67,7 +67,16 @@ def check_fit(adapter: Adapter, config: LlamaConfig) -> Fit:
         )
     tables = _tables(adapter, tied=tied)
     if config.vocab_size != base_vocab:
+        # Where nothing but a trained copy is used, it stands in for what it shadows.
+        if not tied or selection.shared:
+            tables = _trained_tables(adapter) | tables
         _check_tables(adapter, tables, base_vocab, tied=tied)
+    elif adapter.resized and adapter.config.modules_to_save:
+        raise CorruptError(
+            f"{adapter.location}: weights of the base beside modules_to_save="
+            f"{adapter.config.modules_to_save}, though the vocabulary is the base's; "
+            "train or save the adapter again"
+        )
     return Fit(config, _laid_over(adapter, selection), tables)
 
 
@@ -141,8 +150,7 @@ def _compare(
             )
         else:
             problems += [
-                f"{adapter_key(path, leaf, adapted='lora_A' in found)} is missing"
-                for leaf in missing
+                f"{adapter_key(path, leaf, found)} is missing" for leaf in missing
             ]
     for path, found in sorted(adapter.tensors.items()):
         name = module_name(path)
@@ -161,7 +169,7 @@ def _misfits(
 ) -> list[str]:
     problems = []
     for leaf, array in found.items():
-        key = adapter_key(path, leaf, adapted="lora_A" in found)
+        key = adapter_key(path, leaf, found)
         if leaf not in known:
             problems.append(f"{key} is not among what the settings select")
             continue
@@ -191,19 +199,27 @@ def _tables(adapter: Adapter, *, tied: bool) -> dict[str, np.ndarray]:
     return {path: array for path, array in found.items() if array is not None}
 
 
+def _trained_tables(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Returns {params path: trained copy} of the tables that modules_to_save names."""
+    return {
+        path: adapter.tensors[module][f"trained_{leaf}"]
+        for path in (_TABLE, _KERNEL)
+        for module, leaf in [path.split("/")]
+        if f"trained_{leaf}" in adapter.tensors.get(module, {})
+    }
+
+
 def _check_tables(
     adapter: Adapter, tables: dict[str, np.ndarray], base_vocab: int, *, tied: bool
 ) -> None:
     """Refuses a resized vocabulary that does not come with every table of the model."""
     missing = {_TABLE, *([] if tied else [_KERNEL])} - tables.keys()
     if missing:
-        keys = [
-            adapter_key(*path.rsplit("/", 1), adapted=False) for path in sorted(missing)
-        ]
+        keys = [adapter_key(*path.rsplit("/", 1)) for path in sorted(missing)]
         raise CorruptError(
             f"{adapter.location}: its vocabulary has {adapter.vocab_size} tokens, the "
             f"base's {base_vocab}, and {listing(keys)} is missing; save the adapter with "
-            "save_embedding_layers=True"
+            "save_embedding_layers=True, or merge it with PEFT where it was trained"
         )
 
 
@@ -230,9 +246,9 @@ def changed_tables(
             warn(
                 f"{adapter.location}: brings {path} {list(array.shape)} for its tokens"
             )
-        elif adapter.vocab_size is not None:
+        elif adapter.resized:
             raise CorruptError(
-                f"{adapter.location}: {adapter_key(*path.rsplit('/', 1), adapted=False)} "
+                f"{adapter.location}: {adapter_key(*path.rsplit('/', 1))} "
                 "differs from the base, and modules_to_save does not say that it was "
                 "trained; save the adapter again"
             )

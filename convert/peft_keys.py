@@ -7,6 +7,7 @@ Source: PEFT `utils/save_and_load.py`, `get_peft_model_state_dict`.
 """
 
 import re
+from collections.abc import Collection
 
 import numpy as np
 
@@ -22,7 +23,9 @@ _ENDINGS = {
     "embedding_B": r"lora_embedding_B(?:\.default)?(?:\.weight)?",
     "lora_magnitude": r"lora_magnitude_vector(?:\.default)?(?:\.weight)?",
     "token_rows": r"token_adapter\.trainable_tokens_delta(?:\.default)?",
-    "base_weight": r"base_layer\.weight",
+    # PEFT writes all that an adapted or saved table has if the vocabulary was resized.
+    "base_weight": r"(?:base_layer|original_module)\.weight",
+    "copy": r"modules_to_save(?:\.default)?\.weight",
     "base_bias": r"base_layer\.bias",
     "weight": r"weight",
     "bias": r"bias",
@@ -48,12 +51,16 @@ def parse_key(key: str) -> tuple[str, str] | None:
     return module, leaf
 
 
-def adapter_key(path: str, leaf: str, *, adapted: bool = True) -> str:
-    """Returns the PEFT key of a leaf; `adapted`: its module has an adapter, too."""
+def adapter_key(path: str, leaf: str, beside: Collection[str] = ()) -> str:
+    """Returns the PEFT key of a leaf; `beside`: the adapter's leaves of its module."""
+    adapted = "lora_A" in beside
     if leaf in ("lora_A", "lora_B"):
         form = f"lora_embedding_{leaf[-1]}" if path == EMBEDDING else f"{leaf}.weight"
     elif leaf == "trained_bias":
         form = "base_layer.bias" if adapted else "bias"
+    elif leaf in ("embedding", "kernel"):
+        saved = f"trained_{leaf}" in beside
+        form = "base_layer." * adapted + "original_module." * saved + "weight"
     else:
         form = {
             "lora_magnitude": "lora_magnitude_vector",

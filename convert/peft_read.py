@@ -5,6 +5,7 @@ The file is long because every fault of a key has its own sentence.
 Source: PEFT 0.21 `utils/save_and_load.py`.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         tensors
     ):
         warn(f"{where}: every lora_B is zero, so it changes nothing")
-    return Adapter.make(config, tensors, folder, _resized_vocabulary(entries, config))
+    return Adapter.make(config, tensors, folder, _has_loose_tables(entries, config))
 
 
 Found = dict[str, dict[str, tuple[str, Entry]]]
@@ -159,16 +160,14 @@ def _problems(module: str, leaves: dict[str, tuple[str, Entry]]) -> list[str]:
     return bad
 
 
-def _resized_vocabulary(found: Found, config: LoraConfig) -> int | None:
-    """Returns the rows of tables that come with an adapter though it trains none."""
-    if config.modules_to_save:
-        return None
-    rows = [
-        leaves["weight"][1].shape[0]
+def _has_loose_tables(found: Found, config: LoraConfig) -> bool:
+    """Returns whether tables come that the adapter neither adapts nor trains."""
+    return any(
+        module_path(module) in _TABLES
+        and "weight" in leaves
+        and not _is_saved(config, module)
         for module, leaves in found.items()
-        if module_path(module) in _TABLES and "weight" in leaves
-    ]
-    return max(rows, default=None)
+    )
 
 
 def _refuse_unexplained(found: Found, config: LoraConfig, where: Path) -> None:
@@ -176,7 +175,7 @@ def _refuse_unexplained(found: Found, config: LoraConfig, where: Path) -> None:
         key
         for module, leaves in found.items()
         for leaf, (key, _) in leaves.items()
-        if _leaf_name(module, leaf, config, adapted="lora_A" in leaves) is None
+        if _leaf_name(module, leaf, config, leaves) is None
     ]
     if strange:
         raise CorruptError(
@@ -192,7 +191,9 @@ def _leaves(
     """Returns the leaves of one module, in jlora's layout."""
     leaves = {}
     for leaf, (key, entry) in found.items():
-        name = _leaf_name(module, leaf, config, adapted="lora_A" in found)
+        if leaf == "copy":
+            continue
+        name = _leaf_name(module, leaf, config, found)
         assert name is not None  # or it was refused
         array = _read(entry, f"{where}: {key}")
         if name not in _TABLES.values():
@@ -202,21 +203,26 @@ def _leaves(
 
 
 def _leaf_name(
-    module: str, leaf: str, config: LoraConfig, *, adapted: bool
+    module: str, leaf: str, config: LoraConfig, beside: Collection[str]
 ) -> str | None:
     """Returns the name in the tree of what a key holds; None for no known purpose."""
     path = module_path(module)
-    if leaf not in ("weight", "bias", "base_weight", "base_bias"):
-        return leaf
-    # PEFT writes the head that is tied to a saved embedding under both names.
-    twin = path == HEAD and config.ensure_weight_tying
-    saved = is_saved(config, module) or (twin and is_saved(config, "embed_tokens"))
+    saved = _is_saved(config, module)
     if leaf.endswith("bias"):
         return "trained_bias" if saved or config.bias != "none" else None
-    if leaf == "weight" and saved:
-        return f"trained_{_weight_name(path)}"
-    copied = adapted if leaf == "base_weight" else not config.modules_to_save
-    return _TABLES.get(path) if copied else None
+    if leaf == "copy":  # of the weight beside it, in a resized vocabulary
+        return leaf if saved and "weight" in beside else None
+    if leaf == "weight":
+        return f"trained_{_weight_name(path)}" if saved else _TABLES.get(path)
+    if leaf == "base_weight":
+        return _TABLES.get(path) if saved or "lora_A" in beside else None
+    return leaf
+
+
+def _is_saved(config: LoraConfig, module: str) -> bool:
+    # PEFT writes the head that is tied to a saved embedding under both names.
+    twin = module_path(module) == HEAD and config.ensure_weight_tying
+    return is_saved(config, module) or (twin and is_saved(config, EMBEDDING))
 
 
 def _weight_name(path: str) -> str:

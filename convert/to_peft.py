@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from convert.peft import Adapter, open_adapter, plain, save_adapter
+from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD
 from convert.safetensors import check_target
 from convert.source import open_source
@@ -38,13 +39,36 @@ def main(arguments: Arguments) -> None:
     check_target(out, arguments.overwrite)
     adapter, notes = open_adapter(arguments.adapter), []
     source = adapter.location
-    adapter = plain(adapter)
+    adapter = mark_resized(plain(adapter))
     if arguments.for_ != "peft":
         adapter, notes = adapt(adapter, arguments.for_)
     save_adapter(adapter, out, overwrite=arguments.overwrite, source=source)
     print(f"{out}: {len(adapter.tensors)} modules, written for {arguments.for_}")
     for note in notes:
         print(note)
+
+
+def mark_resized(adapter: Adapter) -> Adapter:
+    """Returns the adapter, marked if its tables have another vocabulary than its base.
+
+    PEFT writes the tables of adapted modules in any case; copies of the base's own are
+    left out.
+    """
+    brings = any(
+        {"embedding", "kernel"} & leaves.keys() for leaves in adapter.tensors.values()
+    )
+    if adapter.resized or not brings:
+        return adapter
+    base = adapter.config.base_model_name_or_path
+    try:
+        rows = open_source(base or "").config.vocab_size
+    except JloraError:
+        warn(
+            f"{adapter.location}: leaves out its copy of the base's tables; should the "
+            f"vocabulary have been resized, make its base, named as {base!r}, reachable"
+        )
+        return adapter
+    return replace(adapter, resized=rows != adapter.vocab_size)
 
 
 def adapt(
@@ -87,7 +111,7 @@ def _refuse(adapter: Adapter, reader: Literal["vllm", "gguf"]) -> None:
         "whole weights (modules_to_save)": any(
             leaf.startswith("trained_") and leaf != "trained_bias" for leaf in leaves
         ),
-        "a resized vocabulary": adapter.vocab_size is not None,
+        "a resized vocabulary": adapter.resized,
     }
     found = [part for part, there in parts.items() if there]
     if (

@@ -700,7 +700,11 @@ TRAIN_MISTAKES = [
     ("{} --lora.target_modules (", 2, "not a regular expression"),
     ("{} --lora.lora_bias true", 3, "lora_bias=True (jlora has no bias on lora_B)"),
     ("{} --lora.layer_replication [[0,2]]", 3, "layer_replication=[[0, 2]]"),
-    ("{} --lora.layers_to_transform [1,99]", 2, "layers_to_transform: 99"),
+    (
+        "{} --lora.target_modules [q_proj] --lora.layers_to_transform [1,99]",
+        2,
+        "layers_to_transform: 99",
+    ),
     ("{} --lora.bias all", 3, "lora.bias='all'"),
     ("{} --lora.init_lora_weights eva", 3, "init_lora_weights='eva'"),
     ("{} --lora.modules_to_save [lm_haed]", 2, "did you mean 'lm_head'?"),

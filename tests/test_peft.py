@@ -1,8 +1,10 @@
 import json
+import re
 import sys
 import types
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -16,6 +18,7 @@ from adapters import (
     tensors,
 )
 
+import convert
 import jlora
 from convert.peft import (
     Adapter,
@@ -26,6 +29,8 @@ from convert.peft import (
     write_adapter,
 )
 from convert.source import open_source
+from convert.to_peft import Arguments as ToPeft
+from convert.to_peft import main as to_peft
 from jlora.checkpoint import RunCheckpoints
 from jlora.errors import CorruptError, JloraError, UnsupportedError, UsageError
 from jlora.lora import module_at, split, trainable_mask
@@ -487,6 +492,71 @@ def test_a_copy_of_the_bases_table_changes_nothing(folder):
     changed_copy(folder, "basic", arrays=lambda a: a | {HEAD: copy})
     found = attach_adapter(base, model.config, folder)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+TABLE = re.compile(r"(embed_tokens|lm_head)\.weight")
+EMBED = "base_model.model.model.embed_tokens"
+RESIZED: dict[str, tuple[dict[str, Any], Any]] = {
+    # How PEFT writes the two tables of a resized vocabulary, beside `resized_vocab`.
+    "adapted": (
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        lambda a: {
+            **{TABLE.sub(r"\1.base_layer.weight", key): v for key, v in a.items()},
+            f"{EMBED}.lora_embedding_A": np.zeros((4, 84), np.float32),
+            f"{EMBED}.lora_embedding_B": np.ones((64, 4), np.float32),
+            "base_model.model.lm_head.lora_A.weight": np.ones((4, 64), np.float32),
+            "base_model.model.lm_head.lora_B.weight": np.zeros((84, 4), np.float32),
+        },
+    ),
+    "saved": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        lambda a: {
+            **a,
+            **{TABLE.sub(r"\1.modules_to_save.weight", key): v for key, v in a.items()},
+            **{
+                TABLE.sub(r"\1.original_module.weight", key): -v
+                for key, v in a.items()
+                if TABLE.search(key)
+            },
+        },
+    ),
+    "one saved": (
+        {"modules_to_save": ["lm_head"]},
+        lambda a: {**a, HEAD.replace("head.", "head.original_module."): -a[HEAD]},
+    ),
+    "saved, without the originals": (
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", RESIZED)
+def test_a_resized_vocabulary_is_read_in_every_form_of_peft(kind, folder):
+    case = golden("resized_vocab")
+    changed_copy(folder, "resized_vocab", *RESIZED[kind])
+    model, params = convert.load(str(case.base), adapter=str(folder))
+    logits = np.asarray(model.apply({"params": params}, case.tokens))
+    np.testing.assert_allclose(logits, case.expected["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adapted", "saved"])
+def test_tables_of_a_resized_vocabulary_are_written_where_the_base_tells(
+    kind, folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(GOLDEN)
+    changed_copy(folder, "resized_vocab", *RESIZED[kind])
+    to_peft(ToPeft(out=str(tmp_path / "out"), adapter=str(folder)))
+    kept = {k for k in tensors(folder) if ".modules_to_save." not in k}
+    assert tensors(tmp_path / "out").keys() == kept
+
+
+def test_a_resized_vocabulary_is_not_trained_on():
+    case = golden("resized_vocab")
+    _, base, _ = case.load()
+    config = config_of("untied_fp32")
+    with pytest.raises(UnsupportedError, match=r"84 tokens, the base has 80.*to_hf"):
+        attach_adapter(base, config, case.folder, train=True)
 
 
 def test_a_different_table_of_an_adapted_embedding_replaces_the_bases(folder, capsys):

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import convert
 import jlora
-from convert import to_hf
+from convert import to_hf, to_peft
 from convert.names import all_names
 from convert.peft import write_adapter
 from jlora.lora import map_leaves
@@ -65,12 +65,24 @@ def randomise(model, *, on_a_grid=False):
                 parameter.copy_(0.2 * torch.randn(parameter.shape))
 
 
-def make(tmp_path, *, base="gqa", dtype=torch.float32, on_a_grid=False, **settings):
+def make(
+    tmp_path,
+    *,
+    base="gqa",
+    dtype=torch.float32,
+    on_a_grid=False,
+    more_tokens=0,
+    **settings,
+):
     """Writes base and adapter; returns the PEFT model and the two folders."""
     folders = tmp_path / "base", tmp_path / "adapter"
     llamas.save(folders[0], base, dtype)
     config = LoraConfig(**({"task_type": "CAUSAL_LM"} | settings))
-    theirs = get_peft_model(llamas.load(folders[0], dtype), config).eval()
+    model = llamas.load(folders[0], dtype)
+    if more_tokens:
+        rows = model.config.vocab_size + more_tokens
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    theirs = get_peft_model(model, config).eval()
     randomise(theirs, on_a_grid=on_a_grid)
     theirs.save_pretrained(folders[1])
     return theirs, *map(str, folders)
@@ -124,6 +136,36 @@ def test_logits_with_a_peft_adapter_equal_peft(name, tmp_path):
     assert np.abs(ours - apply(model, plain, tokens)).max() > 0.1
     expected = llamas.torch_logits(theirs, tokens)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("base", "settings"),
+    [
+        ("gqa", {"target_modules": ["q_proj"]}),
+        ("gqa", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        ("gqa", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        ("tied", {"modules_to_save": ["embed_tokens"]}),
+        ("tied", {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    ],
+    ids=str,
+)
+def test_a_resized_vocabulary_gives_the_logits_of_peft_both_ways(
+    base, settings, tmp_path
+):
+    theirs, folder, adapter = make(tmp_path, base=base, more_tokens=4, **settings)
+    tokens = llamas.random_tokens()
+    tokens[0, 0] = theirs.config.vocab_size - 1
+    expected = llamas.torch_logits(theirs, tokens)
+    model, params = convert.load(folder, adapter=adapter)
+    np.testing.assert_allclose(
+        apply(model, params, tokens), expected, rtol=0, atol=1e-4
+    )
+    out = str(tmp_path / "out")
+    to_peft.main(to_peft.Arguments(out=out, adapter=adapter))
+    resized = llamas.load(Path(folder))
+    resized.resize_token_embeddings(theirs.config.vocab_size, mean_resizing=False)
+    again = llamas.torch_logits(PeftModel.from_pretrained(resized, out).eval(), tokens)
+    np.testing.assert_allclose(again, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("base", ["biases", "head_dim", "llama3", "tied"])
