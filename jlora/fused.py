@@ -24,6 +24,8 @@ _ADAPTED = {"kernel", "lora_A", "lora_B", "lora_scaling"}
 # What a recomputing backward pass keeps: x A, a few numbers per token, which would
 # otherwise be one more read of x.
 DOWN_NAME = "lora_down"
+# And the outputs that later gradients read, those of gate and up first of all.
+PRODUCT_NAME = "product"
 
 
 def can_fuse(x: Array, layers: Sequence[Leaves]) -> bool:
@@ -115,7 +117,7 @@ def _swiglu_forward(
     s = _down(x, pairs[:2])
     xs, (gates, ups) = _terms(x, s, kernels[:2], pairs[:2])
     gate, up, act = hopper.swiglu(xs, gates, ups)
-    gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+    gate, up = (checkpoint_name(y, PRODUCT_NAME) for y in (gate, up))
     s_act = _down(act, pairs[2:])
     terms = _terms(act, s_act, kernels[2:], pairs[2:])
     (out,) = hopper.sum_of_products(*terms, residual)

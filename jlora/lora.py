@@ -42,6 +42,7 @@ from jlora.quantize import (
 Params = dict[str, Any]
 Leaves = Mapping[str, Any]
 _TRAINABLE = ("lora_A", "lora_B", "lora_magnitude", "token_rows")
+_DORA = ("lora_magnitude", "lora_norm_squared")
 # Where a layer's weight lies; an adapter is an update of it.
 WEIGHTS = ("kernel", "embedding")
 # The one value of DoRA's that a recomputing backward pass does better to keep.
@@ -70,6 +71,7 @@ def linear(
     dtype: Any,
     *,
     dropped: Float[Array, "... D_in"] | None = None,
+    keep: bool = False,
 ) -> Float[Array, "... D_out"]:
     """Returns x W (+ bias) and what the adapter among the leaves makes of it.
 
@@ -81,11 +83,17 @@ def linear(
         leaves: of one module, see above.
         dtype: of the products and the result.
         dropped: x after dropout, for A (and DoRA's change of the base) in training.
+        keep: whether the gradient of what follows reads the product.
     """
     bias = leaves.get("trained_bias", leaves.get("bias"))
     y = _base(x, leaves, dtype)
-    if "lora_A" in leaves:
-        y = _adapted(x, y, leaves, dtype, dropped)
+    if dropped is not None and "lora_magnitude" in leaves:
+        y = _dropped_dora(x, y, leaves, dtype, dropped)
+    else:
+        if "lora_A" in leaves:
+            inner = x if dropped is None else dropped
+            y = y + (_update(inner, leaves, dtype) - _start(x, leaves, dtype))
+        y = _finished(y, leaves, keep=keep)
     return y if bias is None else y + bias.astype(dtype)
 
 
@@ -96,21 +104,38 @@ def _base(x: Array, leaves: Leaves, dtype: Any) -> Array:
     return matmul(x, leaves.get("trained_kernel", leaves.get("kernel")), dtype)
 
 
-def _adapted(
-    x: Array, y: Array, leaves: Leaves, dtype: Any, dropped: Array | None
+def _update(x: Array, leaves: Leaves, dtype: Any) -> Array:
+    return _product(x, leaves["lora_A"], leaves["lora_B"], leaves, dtype)
+
+
+def _finished(y: Array, leaves: Leaves, *, keep: bool) -> Array:
+    """Returns the product, its columns brought to their magnitudes if this is DoRA.
+
+    A gain's gradient reads the product, so a recomputing backward pass keeps it.
+    """
+    dora = "lora_magnitude" in leaves
+    if keep or dora:
+        y = checkpoint_name(y, fused.PRODUCT_NAME)
+    return (_gain(leaves) * y).astype(y.dtype) if dora else y
+
+
+def _gain(leaves: Leaves) -> Array:
+    return leaves["lora_magnitude"] / column_norms(leaves)
+
+
+def _dropped_dora(
+    x: Array, y: Array, leaves: Leaves, dtype: Any, dropped: Array
 ) -> Array:
-    """Returns the adapted layer's output without its bias, given y = x W."""
-    inner = x if dropped is None else dropped
-    update = _product(inner, leaves["lora_A"], leaves["lora_B"], leaves, dtype)
-    if "lora_magnitude" not in leaves:
-        return y + (update - _start(x, leaves, dtype))
-    gain = leaves["lora_magnitude"] / column_norms(leaves)
-    if dropped is None:
-        return (gain * (y + (update - _start(x, leaves, dtype)))).astype(dtype)
-    # PEFT leaves y itself undropped, which costs this second product with the kernel.
+    """Returns DoRA's output under dropout, given y = x W.
+
+    PEFT leaves y itself undropped, which costs this second product with the kernel.
+    """
     base = _base(dropped, leaves, dtype) - _start(dropped, leaves, dtype)
     y = y - _start(x, leaves, dtype)
-    return (y + (gain - 1) * base + gain * update).astype(dtype)
+    gain = _gain(leaves)
+    return (y + (gain - 1) * base + gain * _update(dropped, leaves, dtype)).astype(
+        dtype
+    )
 
 
 def _product(x: Array, a: Array, b: Array, leaves: Leaves, dtype: Any) -> Array:
@@ -139,8 +164,7 @@ def lookup(
         b = leaves["lora_B"] * leaves["lora_scaling"]
         y = y + matmul(a, b, dtype)
     if "lora_magnitude" in leaves:
-        gain = leaves["lora_magnitude"] / column_norms(leaves)
-        y = (gain * y).astype(dtype)
+        y = (_gain(leaves) * y).astype(dtype)
     if "token_rows" in leaves:
         hit = tokens[..., None] == leaves["token_ids"]
         rows = leaves["token_rows"][jnp.argmax(hit, axis=-1)].astype(dtype)
@@ -267,6 +291,7 @@ class LoRADense(nn.Module):
 
     Dropout acts on the adapter's input only, when a "dropout" rng is given.
     `kernels` is xla or hopper; the latter matters to `project` and the model's MLP.
+    `keep`: whether the gradient of what follows reads the product, see `linear`.
     """
 
     features: int
@@ -274,6 +299,7 @@ class LoRADense(nn.Module):
     dropout: float | Array = 0.0
     dtype: Any = jnp.float32
     kernels: str = "xla"
+    keep: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D_in"]) -> Float[Array, "... D_out"]:
@@ -287,7 +313,7 @@ class LoRADense(nn.Module):
         dropped = None
         if "lora_A" in leaves and self.has_rng("dropout"):
             dropped = drop(x, self.make_rng("dropout"), self.dropout)
-        return linear(x, leaves, self.dtype, dropped=dropped)
+        return linear(x, leaves, self.dtype, dropped=dropped, keep=self.keep)
 
 
 def leaves_to_fuse(x: Array, layers: Sequence[LoRADense]) -> list[Params] | None:
@@ -302,7 +328,13 @@ def leaves_to_fuse(x: Array, layers: Sequence[LoRADense]) -> list[Params] | None
     leaves = [dict(layer.variables["params"]) for layer in layers]
     if any(is_quantized(own) for own in leaves):
         return None
-    return leaves if fused.can_fuse(x.astype(layers[0].dtype), leaves) else None
+    fits = fused.can_fuse(x.astype(layers[0].dtype), _without_dora(leaves))
+    return leaves if fits else None
+
+
+def _without_dora(layers: Sequence[Leaves]) -> list[Leaves]:
+    """Returns the layers as plain LoRA, whose products DoRA scales."""
+    return [{k: y for k, y in own.items() if k not in _DORA} for own in layers]
 
 
 def project(
@@ -312,7 +344,11 @@ def project(
     leaves = leaves_to_fuse(x, layers)
     if leaves is None:
         return [layer(x) for layer in layers]
-    return fused.project(x.astype(layers[0].dtype), leaves)
+    products = fused.project(x.astype(layers[0].dtype), _without_dora(leaves))
+    return [
+        _finished(y, own, keep=layer.keep)
+        for y, own, layer in zip(products, leaves, layers, strict=True)
+    ]
 
 
 def add_projection(
@@ -320,8 +356,8 @@ def add_projection(
 ) -> Float[Array, "B T D_out"]:
     """Returns residual + layer(x)."""
     leaves = leaves_to_fuse(x, [layer])
-    if leaves is None:
-        return residual + layer(x)
+    if leaves is None or "lora_magnitude" in leaves[0]:
+        return residual + project(x, [layer])[0]
     return fused.project(x.astype(layer.dtype), leaves, residual)[0]
 
 

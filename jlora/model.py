@@ -37,7 +37,7 @@ from jlora.rope import apply_rope, rope_angles
 # What a layer's halves keep for their backward pass under remat "minimal", besides their
 # inputs and outputs: every matmul's output, so that only norms, RoPE and SwiGLU are
 # computed again.
-SAVED_NAMES = ("residual", "gate", "up", fused.DOWN_NAME, NORM_NAME)
+SAVED_NAMES = ("residual", fused.PRODUCT_NAME, fused.DOWN_NAME, NORM_NAME)
 
 
 def compute_dtype(wanted: str) -> Any:
@@ -129,9 +129,7 @@ class _Options:
     max_segments: int
     kernels: str
 
-    def dense(
-        self, features: int, *, use_bias: bool, name: str | None = None
-    ) -> LoRADense:
+    def dense(self, features: int, *, use_bias: bool, keep: bool = False) -> LoRADense:
         """Returns a projection to `features`."""
         return LoRADense(
             features,
@@ -139,7 +137,7 @@ class _Options:
             dropout=self.lora_dropout,
             dtype=self.dtype,
             kernels=self.kernels,
-            name=name,
+            keep=keep,
         )
 
 
@@ -190,8 +188,9 @@ class MLP(nn.Module):
     def setup(self) -> None:
         """Declares the projections."""
         config, bias, dense = self.config, self.config.mlp_bias, self.options.dense
-        self.gate_proj = dense(config.intermediate_size, use_bias=bias)
-        self.up_proj = dense(config.intermediate_size, use_bias=bias)
+        width = config.intermediate_size
+        self.gate_proj = dense(width, use_bias=bias, keep=True)
+        self.up_proj = dense(width, use_bias=bias, keep=True)
         self.down_proj = dense(config.hidden_size, use_bias=bias)
 
     def __call__(
@@ -199,15 +198,13 @@ class MLP(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Returns the block's output, added to the residual stream."""
         leaves = leaves_to_fuse(x, (self.gate_proj, self.up_proj, self.down_proj))
-        if leaves is not None:
+        if leaves is not None and not any("lora_magnitude" in own for own in leaves):
             return fused.swiglu(x, leaves, residual)
-
-        def named(y: Array, name: str) -> Array:
-            axes = ("batch", "length", "act_mlp")
-            return checkpoint_name(nn.with_logical_constraint(y, axes), name)
-
-        gate, up = named(self.gate_proj(x), "gate"), named(self.up_proj(x), "up")
-        return residual + self.down_proj(jax.nn.silu(gate) * up)
+        gate, up = (
+            nn.with_logical_constraint(y, ("batch", "length", "act_mlp"))
+            for y in project(x, (self.gate_proj, self.up_proj))
+        )
+        return add_projection(residual, jax.nn.silu(gate) * up, self.down_proj)
 
 
 def _recomputed_attend(q: Array, k: Array, v: Array, **settings: Any) -> Array:

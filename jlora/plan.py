@@ -115,7 +115,7 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
         "frozen weights": weights // work.weight_shards,
         "adapter": adapter,
         "optimizer and gradients": 3 * trained,
-        "activations": _activation_bytes(work),
+        "activations": _activation_bytes(work) + _dora_bytes(params, work),
         "logits": 3 * 4 * LOSS_CHUNK_TOKENS * work.config.vocab_size,
     }
 
@@ -138,6 +138,19 @@ def _activation_bytes(work: Workload) -> int:
         per_layer = 2 * 4 * c.num_attention_heads * work.length
         scores = per_layer * (c.num_hidden_layers if work.remat == "none" else 1)
     return work.rows * work.length * (c.num_hidden_layers * kept + scores)
+
+
+def _dora_bytes(params: Params, work: Workload) -> int:
+    """Returns the bytes of the products that DoRA alone keeps: not those of gate and up."""
+    sizes = [
+        leaves["lora_magnitude"].size
+        for name, leaves in modules(params).items()
+        if ".layers." in name
+        and not name.endswith(("gate_proj", "up_proj"))
+        and "lora_magnitude" in leaves
+    ]
+    tokens = 0 if work.remat == "full" else work.rows * work.length
+    return tokens * sum(sizes) * jnp.dtype(work.dtype).itemsize
 
 
 def device_memory_bytes() -> int:
