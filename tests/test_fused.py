@@ -12,9 +12,9 @@ import pytest
 from jlora import fused, hopper
 from jlora.errors import UsageError
 from jlora.fused import Leaves
-from jlora.lora import is_trainable, join, map_leaves, split, trainable_mask
+from jlora.lora import is_trainable, join, split, trainable_mask
 from jlora.model import Llama
-from tests.training_cases import ALL_LINEAR, adapted_params, llama_config
+from tests.training_cases import ALL_LINEAR, adapted_params, llama_config, moved
 
 D, F, K = 24, 40, 12
 
@@ -116,18 +116,6 @@ def test_gradients_of_fused_adapters_are_float32() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
-def trained(params: Any) -> Any:
-    """Returns the adapter away from its start, where B is zero."""
-
-    def move(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
-        if not is_trainable(path[-1]):
-            return leaf
-        key = jax.random.key(sum(map(ord, "".join(path))))
-        return leaf + 0.05 * jax.random.normal(key, leaf.shape)
-
-    return map_leaves(move, params)
-
-
 def losses(model: Llama, params: Any, tokens: jax.Array) -> Any:
     def loss(params: Any) -> jax.Array:
         logits: Any = model.apply({"params": params}, tokens)
@@ -143,7 +131,7 @@ def test_model_with_fused_projections_equals_the_plain_model(
     remat: str, use_dora: bool
 ) -> None:
     config = llama_config()
-    params = trained(adapted_params(config, replace(ALL_LINEAR, use_dora=use_dora)))
+    params = moved(adapted_params(config, replace(ALL_LINEAR, use_dora=use_dora)))
     tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, config.vocab_size)
     plain_model = Llama(config)
     fast = Llama(config, remat=remat, kernels="hopper")

@@ -3,6 +3,7 @@
 JAX_PLATFORMS=cuda,cpu pytest tests/test_gpu.py tests/test_golden.py
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,17 +13,36 @@ import pytest
 
 import jlora
 from jlora.attention import attend
-from jlora.config import LlamaConfig
+from jlora.config import LlamaConfig, LoraConfig
+from jlora.lora import join, split, trainable_mask
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.rope_config import RopeParameters
 from jlora.settings import MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
+from tests.training_cases import adapted_params, llama_config, moved
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
 ]
+
+
+def value_and_gradients(function: Any, up: jax.Array, *arrays: jax.Array) -> Any:
+    """Returns the function's result and its gradients along `up`, in up's dtype."""
+
+    @jax.jit  # one compilation: op by op, a GPU compiles a hundred
+    def run(*arrays: jax.Array) -> list[jax.Array]:
+        out, pull = jax.vjp(function, *arrays)
+        return [out, *pull(up)]
+
+    return run(*(x.astype(up.dtype) for x in arrays))
+
+
+def relative_error(found: jax.Array, wanted: jax.Array) -> float:
+    wide = wanted.astype(jnp.float32)
+    difference = found.astype(jnp.float32) - wide
+    return float(jnp.linalg.norm(difference) / jnp.linalg.norm(wide))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 2)])
@@ -38,18 +58,13 @@ def test_cudnn_attention_and_gradients_equal_float32_reference(
     )
 
     def run(implementation, dtype):
-        arrays = [x.astype(dtype) for x in (q, k, v)]
-        out, pull = jax.vjp(
-            lambda *a: attend(*a, implementation=implementation), *arrays
-        )
-        return [out, *pull(up.astype(dtype))]
+        function = functools.partial(attend, implementation=implementation)
+        return value_and_gradients(function, up.astype(dtype), q, k, v)
 
     for found, wanted in zip(
         run("cudnn", jnp.bfloat16), run("xla", jnp.float32), strict=True
     ):
-        difference = found.astype(jnp.float32) - wanted
-        error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(wanted))
-        assert error < 1e-2  # bfloat16 operands; measured 3e-3
+        assert relative_error(found, wanted) < 1e-2  # bfloat16; measured 3e-3
 
 
 PACKED = np.zeros((2, 1024), np.int32)  # a full row, and one with a padded tail
@@ -71,24 +86,18 @@ def test_cudnn_packed_attention_and_gradients_equal_float32_reference(
     segments = jnp.asarray(PACKED)
 
     def run(implementation, dtype):
-        arrays = [x.astype(dtype) for x in (q, k, v)]
-        out, pull = jax.vjp(
-            lambda *a: attend(
-                *a,
-                segment_ids=segments,
-                implementation=implementation,
-                max_segments=max_segments,
-            ),
-            *arrays,
+        function = functools.partial(
+            attend,
+            segment_ids=segments,
+            implementation=implementation,
+            max_segments=max_segments,
         )
-        return [out, *pull(up.astype(dtype))]
+        return value_and_gradients(function, up.astype(dtype), q, k, v)
 
     for found, wanted in zip(
         run("cudnn", jnp.bfloat16), run("xla", jnp.float32), strict=True
     ):
-        difference = found.astype(jnp.float32) - wanted
-        error = float(jnp.linalg.norm(difference) / jnp.linalg.norm(wanted))
-        assert error < 1e-2  # bfloat16 operands; NaN fails
+        assert relative_error(found, wanted) < 1e-2  # bfloat16; NaN fails
 
 
 def test_flash_attention_runs_once_forward_in_a_train_step() -> None:
@@ -116,6 +125,40 @@ def test_flash_attention_runs_once_forward_in_a_train_step() -> None:
 
     text = str(jax.make_jaxpr(jax.grad(total))(params))
     assert text.count("dot_product_attention_fwd_wrapper[") == config.num_hidden_layers
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("remat", ["minimal", "full"])
+def test_fused_kernels_err_no_more_than_plain_bfloat16(
+    remat: str, use_dora: bool
+) -> None:
+    config = llama_config(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    lora = LoraConfig(r=16, target_modules="all-linear", use_dora=use_dora)
+    params = moved(adapted_params(config, lora, dtype=jnp.bfloat16))
+    trainable, frozen = split(params, trainable_mask(params))
+    tokens = jax.random.randint(jax.random.key(0), (2, 256), 0, config.vocab_size)
+
+    def gradient(dtype: Any, kernels: str) -> Any:
+        model = jlora.Llama(config, dtype, "xla", remat, kernels=kernels)
+
+        def loss(trainable: Any, frozen: Any) -> Any:
+            logits: Any = model.apply({"params": join(trainable, frozen)}, tokens)
+            return jnp.mean(jax.nn.log_softmax(logits[:, :-1])[..., 3])
+
+        return jax.jit(jax.grad(loss))(trainable, frozen)
+
+    wanted = jax.tree.leaves(gradient(jnp.float32, "xla"))
+    plain = jax.tree.leaves(gradient(jnp.bfloat16, "xla"))
+    fused = jax.tree.leaves(gradient(jnp.bfloat16, "hopper"))
+    for exact, near, found in zip(wanted, plain, fused, strict=True):
+        allowed = 2 * relative_error(near, exact) + 2e-3
+        assert relative_error(found, exact) < allowed
 
 
 @pytest.mark.parametrize("remat", ["none", "minimal", "full"])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.config import LlamaConfig, LoraConfig
-from jlora.lora import Params
+from jlora.lora import Params, is_trainable, map_leaves
 from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
@@ -66,6 +66,18 @@ def adapted_params(
     config: LlamaConfig, lora: LoraConfig = ALL_LINEAR, *, dtype: Any = jnp.float32
 ) -> Params:
     return add_lora(random_params(config, dtype=dtype), lora, jax.random.key(1))
+
+
+def moved(params: Params) -> Params:
+    """Returns the adapter away from its start, where B is zero."""
+
+    def move(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+        if not is_trainable(path[-1]):
+            return leaf
+        key = jax.random.key(sum(map(ord, "".join(path))))
+        return leaf + 0.05 * jax.random.normal(key, leaf.shape)
+
+    return map_leaves(move, params)
 
 
 def logits_of(
