@@ -178,8 +178,8 @@ def _misfits(
         if array.shape != want:
             turn = -1 if is_transposed(leaf) else 1
             problems.append(
-                f"{key} {list(array.shape[::turn])} instead of {list(want[::turn])} "
-                f"({path}/{leaf} {list(array.shape)} instead of {list(want)})"
+                f"{key} {list(array.shape[::turn])} instead of {list(want[::turn])}, "
+                f"for {path}/{leaf}"
             )
     return problems
 

@@ -528,7 +528,8 @@ def load(
 
     Args:
         path: HF folder, hub id, .gguf file or converted base.
-        adapter: PEFT folder or run folder, or None.
+        adapter: PEFT folder or run folder, or None. Its dropout acts where a "dropout"
+            rng is given, as in PEFT's training mode.
         dtype: of the params and of the computation.
     """
     from jlora.model import Llama
@@ -537,11 +538,13 @@ def load(
         raise UsageError(f"dtype={dtype!r}; expected one of {listing(get_args(Dtype))}")
     source = open_source(str(path))
     config, params = source.config, load_params(source, dtype=dtype)
+    dropout = 0.0
     if adapter is not None:
         from convert.peft import attach_adapter, model_config, open_adapter
 
         opened = open_adapter(adapter)
         params = attach_adapter(params, config, opened)
         config = model_config(opened, config)
+        dropout = float(opened.config.lora_dropout)
     compute = jnp.float32 if dtype == "keep" else jnp.dtype(dtype)
-    return Llama(config, dtype=compute), params
+    return Llama(config, dtype=compute, lora_dropout=dropout), params

@@ -25,6 +25,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import unfreeze
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -369,8 +370,14 @@ def module_at(params: Params, name: str) -> Params:
     return node
 
 
-def modules(params: Params) -> dict[str, Params]:
+def plain_tree(params: Mapping[str, Any]) -> Params:
+    """Returns the same leaves in plain dicts; Flax's FrozenDict is no dict."""
+    return unfreeze(params)
+
+
+def modules(params: Mapping[str, Any]) -> dict[str, Params]:
     """Returns {HF module name: leaves} of all that holds leaves, in model order."""
+    params = plain_tree(params)
     found: dict[str, Params] = {}
 
     def visit(tree: Params, path: tuple[str, ...]) -> None:
@@ -395,13 +402,15 @@ def linear_modules(params: Params) -> dict[str, tuple[int, int]]:
     }
 
 
-def with_adapter(params: Params, leaves: Mapping[str, Mapping[str, Any]]) -> Params:
+def with_adapter(
+    params: Mapping[str, Any], leaves: Mapping[str, Mapping[str, Any]]
+) -> Params:
     """Returns the tree with the leaves of each HF module name added; nothing is copied.
 
     Raises:
         CorruptError: a module that the tree does not have.
     """
-    result = _copy_structure(params)
+    result = _copy_structure(plain_tree(params))
     for name, arrays in leaves.items():
         if name == "lm_head":  # which a tied base has not
             result.setdefault("lm_head", {})
@@ -419,10 +428,10 @@ def _copy_structure(tree: Params) -> Params:
     }
 
 
-def trainable_mask(params: Params) -> Params:
+def trainable_mask(params: Mapping[str, Any]) -> Params:
     """Returns a tree of bool: True at the leaves that training moves, False elsewhere."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: is_trainable(path[-1].key), params
+        lambda path, _: is_trainable(path[-1].key), plain_tree(params)
     )
 
 
@@ -450,7 +459,7 @@ def join(trainable: Params, frozen: Params) -> Params:
     return result
 
 
-def count_parameters(params: Params) -> tuple[int, int]:
+def count_parameters(params: Mapping[str, Any]) -> tuple[int, int]:
     """Returns (trainable, all) parameters as PEFT counts them.
 
     An adapter's settings (scalings, norms, starts, ids) and the scales of quantised

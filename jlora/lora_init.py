@@ -6,6 +6,7 @@ Source: PEFT `tuners/lora/layer.py` (`reset_lora_parameters`, `orthogonal_init`,
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -30,11 +31,15 @@ from jlora.targets import TABLES, select
 EMBEDDING, HEAD = TABLES
 
 
-def add_lora(params: Params, config: LoraConfig, key: Array) -> Params:
+def add_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> Params:
     """Returns the tree with new adapter leaves beside what `config` selects.
 
     All new leaves are float32; the base's are shared, not copied. Each module draws from
     its own key, so targets do not influence each other.
+
+    The tree holds no dropout rate: where `config.lora_dropout` is to act in a training
+    loop of one's own, it is the model's, `model.clone(lora_dropout=rate)`, together with
+    `rngs={"dropout": key}`. train.py does so itself.
 
     Raises:
         UsageError, UnsupportedError: as `select`; or adapters are there already.

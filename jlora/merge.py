@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from jlora.errors import CorruptError
-from jlora.lora import WEIGHTS, Params, is_adapter
+from jlora.lora import WEIGHTS, Params, is_adapter, plain_tree
 from jlora.quantize import QUANTIZED_LEAVES, is_quantized, kernel_of
 
 Arrays = Mapping[str, np.ndarray]
 
 
-def merge(params: Params) -> Params:
+def merge(params: Mapping[str, Any]) -> Params:
     """Returns the tree without adapters, each adapted weight replaced by its merged one.
 
     A quantised kernel with an adapter becomes a plain one, of the embedding's dtype.
@@ -30,6 +30,7 @@ def merge(params: Params) -> Params:
     Raises:
         CorruptError: a merged weight is not finite.
     """
+    params = plain_tree(params)
     result = _merge_tree(params, "", _table_dtype(params))
     head = params.get("lm_head", {})
     if "kernel" not in head:

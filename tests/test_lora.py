@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 from training_cases import (
     ALL_LINEAR,
     adapted_params,
@@ -411,3 +412,16 @@ def test_a_second_adapter_is_refused():
     params = adapted_params(llama_config())
     with pytest.raises(UsageError, match="have an adapter already"):
         add_lora(params, LoraConfig(), jax.random.key(0))
+
+
+def test_a_frozen_dict_is_as_good_as_a_dict():
+    config = llama_config()
+    params = random_params(config)
+    key = jax.random.key(0)
+    plain = add_lora(params, LoraConfig(), key)
+    frozen = add_lora(FrozenDict(params), LoraConfig(), key)
+    jax.tree.map(np.testing.assert_array_equal, frozen, plain)
+    tuned = FrozenDict(plain)
+    assert count_parameters(tuned) == count_parameters(plain)
+    assert trainable_mask(tuned) == trainable_mask(plain)
+    jax.tree.map(np.testing.assert_array_equal, merge(tuned), merge(plain))

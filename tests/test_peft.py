@@ -701,3 +701,14 @@ def test_an_adapter_may_be_named_by_its_hub_id(revision, monkeypatch):
     assert open_adapter(name).config == read_adapter(GOLDEN / "basic").config
     assert (asked["repository"], asked["revision"]) == ("owner/adapter", revision)
     assert all("adapter_" in pattern for pattern in asked["allow_patterns"])
+
+
+def test_a_loaded_adapter_drops_out_where_a_key_is_given(folder):
+    case = golden("basic")
+    changed_copy(folder, "basic", {"lora_dropout": 0.5})
+    model, params = convert.load(str(case.base), adapter=str(folder))
+    quiet = np.asarray(model.apply({"params": params}, case.tokens))
+    np.testing.assert_allclose(quiet, case.expected["logits"], rtol=0, atol=1e-4)
+    key = {"dropout": jax.random.key(0)}
+    noisy = np.asarray(model.apply({"params": params}, case.tokens, rngs=key))
+    assert np.abs(noisy - quiet).max() > 0.1
