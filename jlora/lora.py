@@ -25,7 +25,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import unfreeze
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
@@ -371,8 +370,11 @@ def module_at(params: Params, name: str) -> Params:
 
 
 def plain_tree(params: Mapping[str, Any]) -> Params:
-    """Returns the same leaves in plain dicts; Flax's FrozenDict is no dict."""
-    return unfreeze(params)
+    """Returns the same leaves in new, plain dicts; Flax's FrozenDict is no dict."""
+    return {
+        key: plain_tree(value) if isinstance(value, Mapping) else value
+        for key, value in params.items()
+    }
 
 
 def modules(params: Mapping[str, Any]) -> dict[str, Params]:
@@ -410,7 +412,7 @@ def with_adapter(
     Raises:
         CorruptError: a module that the tree does not have.
     """
-    result = _copy_structure(plain_tree(params))
+    result = plain_tree(params)
     for name, arrays in leaves.items():
         if name == "lm_head":  # which a tied base has not
             result.setdefault("lm_head", {})
@@ -419,13 +421,6 @@ def with_adapter(
         except KeyError as error:
             raise CorruptError(f"the model has no module {name}") from error
     return result
-
-
-def _copy_structure(tree: Params) -> Params:
-    return {
-        key: _copy_structure(value) if isinstance(value, dict) else value
-        for key, value in tree.items()
-    }
 
 
 def trainable_mask(params: Mapping[str, Any]) -> Params:
