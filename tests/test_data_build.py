@@ -2,6 +2,8 @@
 
 import copy
 import os
+import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -156,6 +158,16 @@ def test_an_error_in_a_worker_is_the_users_message(path, two_workers):
     tokenizer = make_tokenizer(chat_template=UNSTABLE)
     with pytest.raises(UnsupportedError, match="changes earlier text"):
         load(write_rows(path, [chat("a", "b", "c", "d")] * 40), tokenizer)
+
+
+@pytest.mark.slow
+def test_workers_do_not_run_the_script_again(path, tmp_path, monkeypatch, two_workers):
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    (tmp_path / "script.py").write_text("raise SystemExit('no guard')")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    assert load(path).num_records == 40
+    assert sys.modules["__main__"] is script
 
 
 def die(chunk, reading):

@@ -41,7 +41,9 @@ def test_ids_of_every_beginning_are_those_of_encoding_it(name):
             dict.fromkeys(texts, whole), {whole: encoded}, tokenizer
         )
         wanted = tokenizer.encode_rendered(texts)
-        assert [found[text].ids for text in texts] == [e.ids for e in wanted]
+        for text, alone in zip(texts, wanted, strict=True):
+            rest = found[text]
+            assert encoded.ids[: rest.shared] + rest.ids == alone.ids
 
 
 def test_only_what_follows_the_last_control_token_is_encoded(monkeypatch):

@@ -8,14 +8,17 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -152,11 +155,15 @@ class _Tokenizing:
         self._tokenizer, self._ahead = tokenizer, 2 * workers
         self._pool = None
         if workers > 1:
+            context = multiprocessing.get_context("spawn")
+            # Not as an argument: starting a process waits until it has read those, and
+            # a tokenizer is more than a pipe holds.
+            queue = context.Queue()
+            queue.cancel_join_thread()  # a process that dies early leaves its own there
+            for _ in range(workers):
+                queue.put(tokenizer)
             self._pool = ProcessPoolExecutor(
-                workers,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start_worker,
-                initargs=(tokenizer,),
+                workers, context, initializer=_start_worker, initargs=(queue,)
             )
 
     def __enter__(self) -> "_Tokenizing":
@@ -175,24 +182,38 @@ class _Tokenizing:
         pending: deque[Future[_Part]] = deque()
         try:
             for chunk in chunks:
-                pending.append(self._pool.submit(_work, chunk, reading))
+                with _without_script():
+                    pending.append(self._pool.submit(_work, chunk, reading))
                 if len(pending) > self._ahead:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool as error:
             raise ResourceError(
-                "a process that tokenises died: out of memory, or a script of your own "
-                "that has no `if __name__ == '__main__':` around what it does"
+                "a process that tokenises died, probably out of memory"
             ) from error
+
+
+@contextmanager
+def _without_script() -> Iterator[None]:
+    """Keeps processes that start meanwhile from importing the script that is run.
+
+    It has nothing they need, takes a second, and one without a guard would run again.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 _worker_tokenizer: list[Tokenizer] = []
 
 
-def _start_worker(tokenizer: Tokenizer) -> None:
+def _start_worker(tokenizers: Any) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores are taken
-    _worker_tokenizer.append(tokenizer)
+    _worker_tokenizer.append(tokenizers.get())
 
 
 def _work(chunk: Chunk, reading: Reading) -> _Part:

@@ -44,6 +44,8 @@ class Encoded:
 
     ids: list[int]
     offsets: list[Span]
+    shared: int = 0
+    """Ids before these, left out because they are the first ones of the whole text."""
 
 
 def check_text(text: str) -> None:
@@ -77,7 +79,7 @@ def mark(value: Any, pattern: re.Pattern[str]) -> Any:
 
 def unmark(marked: str, controls: Set[str]) -> Rendered:
     """Returns the text without marks, and what the marks said."""
-    if not _MARKS.search(marked):
+    if marked.isascii() or not _MARKS.search(marked):
         return Rendered(marked)
     pieces = _MARKS.split(marked)
     text: list[str] = []

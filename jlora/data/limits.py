@@ -74,7 +74,7 @@ class Budget:
 
     def finalize(self, value: Any) -> Any:
         """Returns a value that is about to be printed, after its size is paid for."""
-        if isinstance(value, list | tuple | dict):
+        if type(value) is not str and isinstance(value, list | tuple | dict):
             self.spend(self.measure(value))
         return value
 

@@ -8,12 +8,11 @@ lies between is the answer; templates that rewrite earlier turns are refused.
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jlora.data.control import Encoded, Rendered, Span
 from jlora.data.jsonl import RowError
 from jlora.data.records import ChatRecord
-from jlora.data.template import ChatTemplate
+from jlora.data.template import Conversation
 from jlora.data.tokenizer import Tokenizer
 from jlora.errors import UnsupportedError
 
@@ -55,7 +54,8 @@ def plan_conversation(
     template = tokenizer.template(record.tools)
     messages = record.messages
     template.check_roles(messages)
-    whole = template.render(messages, tools=record.tools)
+    conversation = template.conversation(messages, record.tools)
+    whole = conversation.render()
     if train_on == "all":
         return Plan(record.number, whole, everything=True)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -67,9 +67,9 @@ def plan_conversation(
     if not answers:
         return Plan(record.number, whole)
     if template.has_generation:
-        marked = _marked_spans(template, record, whole, answers[0], where)
+        marked = _marked_spans(conversation, whole, answers[0], where)
         return Plan(record.number, whole, marked=marked)
-    turns = tuple(_turn(template, record, whole, i, where) for i in answers)
+    turns = tuple(_turn(conversation, whole, i, where) for i in answers)
     return Plan(record.number, whole, turns)
 
 
@@ -94,35 +94,32 @@ def find_spans(
         return ids, spans, all_end
     spans, all_end = [], True
     for turn in plan.turns:
-        head, upto = encoded(turn.head).ids, encoded(turn.upto).ids
+        pair = encoded(turn.head), encoded(turn.upto)
+        first = min(end.shared for end in pair)
+        head, upto = (ids[first : end.shared] + end.ids for end in pair)
         if upto[: len(head)] != head:
             raise RowError(
                 f"message {turn.index}: the answer's first characters share a token "
                 "with the turn's header (does it begin with white space?)"
             )
         end, has_end = _turn_end(upto, len(head), tokenizer)
-        if ids[:end] != upto[:end]:
+        if ids[first : first + end] != upto[:end]:
             raise RowError(
                 f"message {turn.index}: the answer's last characters share a token "
                 "with the next turn"
             )
-        spans.append((len(head), end))
+        spans.append((first + len(head), first + end))
         all_end = all_end and has_end
     return ids, spans, all_end
 
 
-def _turn(
-    template: ChatTemplate, record: ChatRecord, whole: Rendered, index: int, where: str
-) -> Turn:
+def _turn(conversation: Conversation, whole: Rendered, index: int, where: str) -> Turn:
     """Renders up to both ends of an answer and checks that both stay as they are."""
-    messages: list[dict[str, Any]] = record.messages
     upto = whole
-    if index + 1 < len(messages):
-        upto = template.render(messages[: index + 1], tools=record.tools)
+    if index + 1 < len(conversation.messages):
+        upto = conversation.render(index + 1)
     try:
-        head = template.render(
-            messages[:index], tools=record.tools, add_generation_prompt=True
-        )
+        head = conversation.render(index, add_generation_prompt=True)
         is_stable = upto.text.startswith(head.text)
     except RowError:
         if index:
@@ -139,13 +136,13 @@ def _turn(
 
 
 def _marked_spans(
-    template: ChatTemplate, record: ChatRecord, whole: Rendered, first: int, where: str
+    conversation: Conversation, whole: Rendered, first: int, where: str
 ) -> tuple[Span, ...]:
     """The generation blocks of message `first` and later ones."""
-    earlier = record.messages[:first]
+    earlier = conversation.messages[:first]
     if not any(message["role"] == "assistant" for message in earlier):
         return whole.generated
-    before = template.render(earlier, tools=record.tools).generated
+    before = conversation.render(first).generated
     if whole.generated[: len(before)] != before:
         raise _unstable(where, first)
     return whole.generated[len(before) :]

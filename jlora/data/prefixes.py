@@ -6,7 +6,8 @@ this, a conversation of k answers would be encoded about k times over.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from jlora.data.control import Encoded, Rendered
 from jlora.data.tokenizer import Tokenizer
@@ -17,45 +18,54 @@ def encode_beginnings(
     wholes: Mapping[Rendered, Encoded],
     tokenizer: Tokenizer,
 ) -> dict[Rendered, Encoded]:
-    """Returns the ids (no offsets) of each beginning; its value is the whole it is of.
+    """Returns the ids of each beginning after those `shared` with the whole it is of.
 
     Wholes that are not in `wholes` give no help: their beginnings are encoded in full.
+    No offsets.
     """
-    controls = {whole: _controls(whole, wholes, tokenizer) for whole in wholes}
-    shared: dict[Rendered, list[int]] = {}
-    rest: dict[Rendered, Rendered] = {}
+    places = {
+        whole: _places(whole, encoded, tokenizer) for whole, encoded in wholes.items()
+    }
+    split: dict[Rendered, tuple[int, Rendered]] = {}
     for text, whole in beginnings.items():
-        shared[text], start = _shared(text, whole, controls.get(whole, []), wholes)
-        rest[text] = Rendered(text.text[start:])
-    unique = list(dict.fromkeys(rest.values()))
+        index = start = 0
+        if whole in places and whole.text.startswith(text.text):
+            index, start = places[whole].last_before(len(text.text))
+        split[text] = index, Rendered(text.text[start:])
+    unique = list(dict.fromkeys(rest for _, rest in split.values()))
     tails = dict(zip(unique, tokenizer.encode_rendered(unique), strict=True))
-    return {text: Encoded(shared[text] + tails[rest[text]].ids, []) for text in rest}
+    return {
+        text: Encoded(tails[rest].ids, [], shared=index)
+        for text, (index, rest) in split.items()
+    }
 
 
-def _controls(
-    whole: Rendered, wholes: Mapping[Rendered, Encoded], tokenizer: Tokenizer
-) -> Sequence[tuple[int, int, int]]:
-    """Returns (first character, character after, index of the id) of control tokens.
+@dataclass(frozen=True)
+class _Places:
+    """Where the control tokens of a text are."""
 
-    Nothing where text and ids do not tell of the same ones.
-    """
-    ids, control_ids = wholes[whole].ids, tokenizer.control_ids
-    found = list(tokenizer.control_pattern.finditer(whole.text))
-    places = [i for i, index in enumerate(ids) if index in control_ids]
-    if [tokenizer.token(ids[place]) for place in places] != [m[0] for m in found]:
-        return []
-    return [(m.start(), m.end(), i) for m, i in zip(found, places, strict=True)]
+    starts: list[int]
+    ends: list[int]
+    """Characters: the first, and the one after the last."""
+    indices: list[int]
+    """Of the ids."""
+
+    def last_before(self, length: int) -> tuple[int, int]:
+        """Returns index and start of the last one in the first `length` characters.
+
+        Both 0 where there is none.
+        """
+        count = bisect_right(self.ends, length)
+        return (self.indices[count - 1], self.starts[count - 1]) if count else (0, 0)
 
 
-def _shared(
-    text: Rendered,
-    whole: Rendered,
-    controls: Sequence[tuple[int, int, int]],
-    wholes: Mapping[Rendered, Encoded],
-) -> tuple[list[int], int]:
-    """Returns the ids before the last control token in `text`, and where it starts."""
-    count = bisect_right(controls, len(text.text), key=lambda control: control[1])
-    if not count or not whole.text.startswith(text.text):
-        return [], 0
-    start, _, index = controls[count - 1]
-    return wholes[whole].ids[:index], start
+def _places(whole: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> _Places:
+    """Returns nothing where text and ids do not tell of the same control tokens."""
+    matches = list(tokenizer.control_pattern.finditer(whole.text))
+    inside = list(filter(tokenizer.control_ids.__contains__, encoded.ids))
+    if [tokenizer.token(index) for index in inside] != [m[0] for m in matches]:
+        return _Places([], [], [])
+    indices: list[int] = []
+    for index in inside:
+        indices.append(encoded.ids.index(index, indices[-1] + 1 if indices else 0))
+    return _Places([m.start() for m in matches], [m.end() for m in matches], indices)

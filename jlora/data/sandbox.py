@@ -30,6 +30,8 @@ from jlora.errors import UnsupportedError
 # that neither the data nor a resumed run depends on the clock.
 PINNED_DATE = datetime(2024, 7, 26)
 _MIN_JINJA2 = (3, 1, 6)
+# Answers about attributes that are kept; a template may ask for any name.
+_MAX_KNOWN = 1000
 # By chance, or for web pages, and without a bound on what they make.
 _LEFT_OUT = ("random", "pprint", "urlize", "wordwrap", "xmlattr")
 
@@ -75,6 +77,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def __init__(self, **options: Any) -> None:
         """Makes the filters and globals that templates of models expect."""
         self.budget = Budget()
+        self._is_safe: dict[tuple[type, str], bool] = {}
         super().__init__(**options, finalize=self.budget.finalize)
         self.filters["tojson"] = _tojson
         self.filters = {
@@ -95,9 +98,20 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe"
         )
 
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        key = type(obj), attr  # which is all that jinja2's answer depends on
+        if key not in self._is_safe:
+            if len(self._is_safe) >= _MAX_KNOWN:
+                self._is_safe.clear()
+            self._is_safe[key] = super().is_safe_attribute(obj, attr, value)
+        return self._is_safe[key]
+
     def call_binop(
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
     ) -> Any:
+        if operator == "+" and type(left) is type(right) is str:  # nearly all of them
+            self.budget.spend(len(left) + len(right))
+            return left + right
         self.budget.binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -70,6 +71,29 @@ class ChatTemplate:
                     f"{nearest(role, KNOWN_ROLES)}"
                 )
 
+    def conversation(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    ) -> "Conversation":
+        """Returns what `Conversation.render` makes text of.
+
+        Raises:
+            RowError: text that cannot be written as UTF-8.
+        """
+        marked = [
+            {
+                key: mark(value, self._pattern)
+                for key, value in message.items()
+                if value is not None
+            }
+            for message in messages
+        ]
+        variables = {
+            **self._special_tokens,
+            "tools": None if tools is None else mark(list(tools), self._pattern),
+            "documents": None,
+        }
+        return Conversation(self, marked, variables)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -77,26 +101,13 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> Rendered:
-        """Returns the conversation as text.
+        """Returns messages as text; raises as `conversation` and its `render`."""
+        return self.conversation(messages, tools).render(
+            add_generation_prompt=add_generation_prompt
+        )
 
-        Raises:
-            RowError: the template refuses this conversation.
-            CorruptError: the template does what no template needs to do.
-        """
-        variables = {
-            **self._special_tokens,
-            "messages": [
-                {
-                    key: mark(value, self._pattern)
-                    for key, value in message.items()
-                    if value is not None
-                }
-                for message in messages
-            ],
-            "tools": None if tools is None else mark(list(tools), self._pattern),
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-        }
+    def fill(self, variables: dict[str, Any]) -> Rendered:
+        """Returns the text that the template makes of its variables; see `render`."""
         return unmark(self._stream(variables), self.controls)
 
     def _stream(self, variables: dict[str, Any]) -> str:
@@ -118,6 +129,35 @@ class ChatTemplate:
                 f"the chat template refuses it, {type(error).__name__}: {error}"
             ) from error
         return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with their control strings marked, once for all that is rendered of them.
+
+    The sandbox keeps a template from changing them.
+    """
+
+    template: ChatTemplate
+    messages: list[dict[str, Any]]
+    variables: Mapping[str, Any]
+
+    def render(
+        self, count: int | None = None, *, add_generation_prompt: bool = False
+    ) -> Rendered:
+        """Returns the first `count` messages as text, or all of them.
+
+        Raises:
+            RowError: the template refuses this conversation.
+            CorruptError: the template does what no template needs to do.
+        """
+        return self.template.fill(
+            {
+                **self.variables,
+                "messages": self.messages[:count],
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
 
 
 def _literals(tree: jinja2.nodes.Template) -> str:
