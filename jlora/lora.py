@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora import fused
+from jlora.dropout import drop
 from jlora.errors import CorruptError
 from jlora.quantize import (
     SCALES,
@@ -224,12 +225,6 @@ def head_logits(
         rows = matmul(hidden, head["token_rows"].T, dtype)
         logits = logits.at[..., head["token_ids"]].set(rows)
     return logits
-
-
-def drop(x: Array, key: Array, rate: float | Array) -> Array:
-    """Returns x with a share `rate` of its elements zero and the others scaled up."""
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
 
 
 def column_norms(leaves: Leaves) -> Float[Array, " D_out"]:

@@ -21,11 +21,11 @@ from jaxtyping import Array, Float, Int
 from jlora import fused
 from jlora.attention import attend
 from jlora.config import LlamaConfig
+from jlora.dropout import drop
 from jlora.lora import (
     NORM_NAME,
     LoRADense,
     add_projection,
-    drop,
     head_logits,
     head_parameters,
     leaves_to_fuse,

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.data import Dataset, Prefetch
-from jlora.lora import Params, drop, head_parameters, join, split, trainable_mask
+from jlora.dropout import drop
+from jlora.lora import Params, head_parameters, join, split, trainable_mask
 from jlora.loss import cross_entropy
 from jlora.model import Llama
 from jlora.sharding import batch_sharding, tree_shardings, use_mesh

@@ -13,7 +13,7 @@ ROWS = (
     {"architectures", "rope_config", "peft_fields"},
     {"config"},
     {"settings"},
-    {"rope", "sharding", "targets", "quantize", "hopper"},
+    {"rope", "sharding", "targets", "quantize", "hopper", "dropout"},
     {"splash"},
     {"attention", "fused"},
     {"lora"},

@@ -1,0 +1,60 @@
+"""Dropout whose masks are a function of place: cheap to make again, the same everywhere.
+
+Whether an element is kept depends on two random words, of its row and of its column, and
+a few integer operations. So a mask is never stored, a kernel makes its own part of it,
+and it is the same however an array is sharded or tiled.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+
+def drop(x: Float[Array, "... D"], key: Array, rate: float | Array) -> Array:
+    """Returns x with a share `rate` of its elements zero and the others scaled up."""
+    return drop_by(x, seeds(key), rate)
+
+
+def drop_by(
+    x: Float[Array, "... D"], seeds: UInt32[Array, "2"], rate: float | Array
+) -> Float[Array, "... D"]:
+    """As `drop`, given the key's `seeds`; scaled in float32, where 1 - rate is exact."""
+    size = x.shape[-1]
+    rows = jnp.arange(x.size // size).reshape(*x.shape[:-1], 1)
+    columns = jnp.arange(size)
+    keep = is_kept(codes(rows, seeds[0]), codes(columns, seeds[1]), threshold(rate))
+    return jnp.where(keep, x.astype(jnp.float32) / (1 - rate), 0).astype(x.dtype)
+
+
+def seeds(key: Array) -> UInt32[Array, "2"]:
+    """Returns what `codes` needs of a key, for rows and for columns."""
+    return jax.random.bits(key, (2,), jnp.uint32)
+
+
+def threshold(rate: float | Array) -> UInt32[Array, ""]:
+    """Returns the words below which an element is dropped, of 2^32."""
+    return (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
+
+
+def codes(index: Int[Array, "..."], seed: Array) -> UInt32[Array, "..."]:
+    """Returns a random word for every row or column.
+
+    Source: Wellons, "Prospecting for Hash Functions" (2018), the constants of `lowbias32`
+    as improved by "TheIronBorn".
+    """
+    x = index.astype(jnp.uint32) ^ seed
+    x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
+    return x ^ (x >> 15)
+
+
+def is_kept(
+    rows: UInt32[Array, "..."], columns: UInt32[Array, "..."], limit: Array
+) -> Bool[Array, "..."]:
+    """Returns whether elements stay, by the codes of their rows and columns.
+
+    The same mixing as in `codes`, without the steps that its high bits do not need.
+    """
+    x = (rows ^ columns) * jnp.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
+    return x >= limit

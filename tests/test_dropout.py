@@ -1,0 +1,56 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jlora.dropout import drop
+from jlora.settings import MeshConfig
+from jlora.sharding import make_mesh
+
+RATE, SIZE = 0.1, 1024
+
+
+def marks(seed: int) -> np.ndarray:
+    """1 / (1 - p) or 0 as numbers of mean 0 and variance 1, [rows, columns]."""
+    kept = drop(jnp.ones((SIZE, SIZE)), jax.random.key(seed), RATE) > 0
+    return (np.asarray(kept) - (1 - RATE)) / np.sqrt(RATE * (1 - RATE))
+
+
+def test_the_share_dropped_is_the_rate() -> None:
+    assert abs(marks(0).mean()) < 4 / SIZE  # 4 standard deviations
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_rows_and_columns_vary_as_independent_elements_would(axis: int) -> None:
+    means = np.sqrt(SIZE) * marks(1).mean(axis)
+    assert 0.85 < means.var() < 1.15  # its own deviation is sqrt(2 / 1024) = 0.04
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_two_rows_or_columns_are_correlated(transposed: bool) -> None:
+    z = marks(2).T if transposed else marks(2)
+    products = z @ z.T / np.sqrt(SIZE)
+    np.fill_diagonal(products, 0)
+    assert 0.97 < products.var() < 1.03
+    assert np.abs(products).max() < 7  # of 1M normal numbers it is about 5
+
+
+def test_masks_of_two_keys_are_independent() -> None:
+    assert abs((marks(3) * marks(4)).mean()) < 4 / SIZE
+
+
+def test_a_mask_has_no_large_singular_value() -> None:
+    # Random matrices of mean 0 and variance 1 / n have 2; any structure has more.
+    largest = np.linalg.norm(marks(5) / np.sqrt(SIZE), 2)
+    assert largest < 2.1
+
+
+def test_a_mask_does_not_depend_on_the_sharding() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
+    x = jax.random.normal(jax.random.key(0), (8, 4, 16))
+    sharded = jax.device_put(
+        x, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    )
+    function = jax.jit(lambda x: drop(x, jax.random.key(7), 0.5))
+    np.testing.assert_array_equal(function(sharded), function(x))
