@@ -10,7 +10,7 @@ from convert.peft import Adapter, open_adapter, plain, save_adapter
 from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD
 from convert.safetensors import check_target
-from convert.source import open_source
+from convert.source import is_hub_id, open_source
 from jlora.cli import run_command
 from jlora.errors import JloraError, UnsupportedError, UsageError, listing
 
@@ -90,8 +90,7 @@ def adapt(
     rank = adapter.config.r
     if reader == "gguf":
         base = adapter.config.base_model_name_or_path
-        hint = "" if base else "; the adapter names no base, so add --base FOLDER"
-        return adapter, [f"next: convert_lora_to_gguf.py{hint}"]
+        return adapter, [f"next: convert_lora_to_gguf.py OUT{_base_flag(base)}"]
     if rank > VLLM_RANKS[-1]:
         raise UnsupportedError(
             f"{adapter.location}: rank {rank}; vLLM serves ranks up to {VLLM_RANKS[-1]}; "
@@ -99,6 +98,15 @@ def adapt(
         )
     needed = next(size for size in VLLM_RANKS if size >= rank)
     return adapter, [f"serve with --enable-lora --max-lora-rank {needed}"]
+
+
+def _base_flag(base: str | None) -> str:
+    """Returns what tells llama.cpp's script the base; a hub id it finds by itself."""
+    if base and (Path(base) / "config.json").is_file():
+        return f" --base {base}"
+    if base and is_hub_id(base) and not Path(base).exists():
+        return ""
+    return " --base FOLDER (any with the base's config.json)"
 
 
 def _refuse(adapter: Adapter, reader: Literal["vllm", "gguf"]) -> None:
