@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-from jax.sharding import Mesh
 
 from convert.peft import start_adapter, write_adapter
-from convert.source import Source, abstract_params, load_params, open_source
+from convert.source import abstract_params, load_params, open_source
 from jlora.checkpoint import check_run, fingerprint, locked
 from jlora.cli import run_command
 from jlora.config import LoraConfig
@@ -23,6 +22,7 @@ from jlora.loop import stop_requests
 from jlora.lora import Params, count_parameters, format_parameter_count
 from jlora.model import Llama
 from jlora.plan import flops_per_token, memory_table, plan_workload
+from jlora.processes import joined_processes
 from jlora.report import plot, show_samples
 from jlora.settings import (
     ComputeConfig,
@@ -69,7 +69,7 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
-    with stop_requests() as stop:
+    with joined_processes(), stop_requests() as stop:
         train(args, stop)
 
 
@@ -132,7 +132,11 @@ def train(args: Arguments, stop: threading.Event) -> None:
     segments = max(d.max_segments for d in (data, held_out) if d)
     options = (work.dtype, work.attention, work.remat)
     model = Llama(config, *options, max_segments=segments, kernels=work.kernels)
-    base = load_base(args, source, mesh)
+    base = load_params(
+        source,
+        dtype=args.compute.base_dtype,  # type: ignore[arg-type]
+        sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
+    )
     adapters = {name: start(own, base) for name, own in every.items()}
     shared = {  # what a resumed run has to share with the one it continues
         "base": fingerprint(base),
@@ -185,15 +189,6 @@ def train(args: Arguments, stop: threading.Event) -> None:
             stop=stop,
             export=export,
         )
-
-
-def load_base(args: Arguments, source: Source, mesh: Mesh) -> Params:
-    """Returns the base on the mesh."""
-    return load_params(
-        source,
-        dtype=args.compute.base_dtype,  # type: ignore[arg-type]
-        sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
-    )
 
 
 if __name__ == "__main__":

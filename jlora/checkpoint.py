@@ -27,6 +27,7 @@ import tensorstore
 
 from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+from jlora.processes import is_first, to_host
 
 SCHEMA_VERSION = 1
 # Parts of a run's identity whose values say nothing to a reader.
@@ -241,7 +242,7 @@ class RunCheckpoints:
         for damaged in saved_steps(self._folder):
             if damaged >= step:
                 self._manager.delete(damaged)
-        leaves = {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
+        leaves = {path: to_host(leaf) for path, leaf in flatten(state).items()}
         digests = {path: leaf_digest(leaf) for path, leaf in leaves.items()}
         note = {"schema": SCHEMA_VERSION, "sha256": digests, **meta}
         arguments = ocp.args.Composite(
@@ -282,11 +283,14 @@ def check_run(run: Path, mode: str) -> None:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Holds the run folder for this process, creating it.
+    """Holds the run folder for this process, or for the first of several, creating it.
 
     Raises:
         UsageError: another process holds it, or it cannot be made.
     """
+    if not is_first():
+        yield
+        return
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = (run / ".lock").open("w")

@@ -17,9 +17,10 @@ from jlora.checkpoint import RunCheckpoints, locked, resume_all
 from jlora.data import Dataset, Prefetch
 from jlora.errors import DivergedError, StopRequested, listing
 from jlora.loop import StepLog, check_remaining, clear_outcome, is_due
-from jlora.lora import Params
+from jlora.lora import Params, is_adapter, is_trainable, map_leaves
 from jlora.model import Llama
 from jlora.optimizer import make_schedule
+from jlora.processes import StopVote, check_agreement, is_first, to_host
 from jlora.report import Report
 from jlora.settings import TrainConfig
 from jlora.sweep import Alone, Member, Sweep, make_trainer
@@ -81,9 +82,10 @@ def fit(
             mode=mode,
         )
         start = int(states[0].step)
+        check_agreement([start, [entry.meta for entry in entries]])
         check_remaining(entries[0].folder, start, total_steps)
         for entry in entries:
-            if start < total_steps:
+            if start < total_steps and is_first():
                 clear_outcome(entry.folder)
             write_settings(entry.folder, entry.meta["settings"])
         datasets = list({id(entry.data): entry.data for entry in entries}.values())
@@ -104,14 +106,27 @@ def fit(
         state = steps.run(datasets, start, stop)
         for index, run in enumerate(runs):
             if not run.error:
-                export(index, trainer.tuned(state, index))
+                tuned = _adapter_on_host(trainer.tuned(state, index))
+                if is_first():
+                    export(index, tuned)
     _raise_diverged(runs)
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Writes config.yaml, which --config takes back."""
-    text = yaml.safe_dump(settings, sort_keys=False)
-    (folder / "config.yaml").write_text(text)
+    if is_first():
+        text = yaml.safe_dump(settings, sort_keys=False)
+        (folder / "config.yaml").write_text(text)
+
+
+def _adapter_on_host(params: Params) -> Params:
+    """Returns the tree with whole adapters, of which a process may hold parts only."""
+    return map_leaves(
+        lambda path, leaf: (
+            to_host(leaf) if is_adapter(path[-1]) or is_trainable(path[-1]) else leaf
+        ),
+        params,
+    )
 
 
 class _Run:
@@ -200,6 +215,7 @@ class _Steps:
     ) -> TrainState:
         """Returns the state after the last step."""
         state, last = self._trainer.state, self._total_steps
+        is_asked = StopVote(stop)
         with ExitStack() as stack:
             streams = [
                 stack.enter_context(Prefetch(data, self._mesh, start=start, stop=last))
@@ -212,7 +228,7 @@ class _Steps:
                 waited_s = sum(stream.waited_s for stream in streams)
                 for run in self._runs:
                     run.add(done, metrics, waited_s)
-                stopping = stop.is_set() and done < last
+                stopping = is_asked() and done < last
                 if not stopping and is_due(done, self._config.eval_every, last):
                     self._evaluate(done, state)
                 # Saved after the evaluation, which a resumed run does not repeat.

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.text import Text
 
+from jlora.processes import is_first
+
 
 class Report:
     """The log of one run; a context manager that owns the progress bar."""
@@ -37,8 +39,10 @@ class Report:
             beside: the first of them, whose progress display they all share.
         """
         self.path = run / "metrics.jsonl"
-        _keep_lines_until(self.path, start_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        if is_first():
+            _keep_lines_until(self.path, start_step)
+        target = self.path if is_first() else Path(os.devnull)
+        self._file = target.open("a", encoding="utf-8")
         self._total, self._label = total_steps, f"{name}: " if name else ""
         self._owns_display = beside is None
         self._progress = beside._progress if beside else _make_progress()

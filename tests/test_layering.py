@@ -9,7 +9,7 @@ COMMANDS = ("train", "generate", "evaluate")
 # A module may import rows above its own; `data` is a package whose files import each other.
 ROWS = (
     {"errors"},
-    {"strict_json", "strict_yaml", "flags", "fields", "compiled"},
+    {"strict_json", "strict_yaml", "flags", "fields", "compiled", "processes"},
     {"architectures", "rope_config", "peft_fields"},
     {"config"},
     {"settings"},

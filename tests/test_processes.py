@@ -1,80 +1,163 @@
-"""Two processes of one device each train as one process does: same batches, same steps."""
+"""Two processes of `train.py`, of two devices each, do what one process of four does."""
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from test_commands import metrics, place, training  # noqa: F401 (a fixture)
+
+from jlora import processes
+from jlora.errors import ResourceError, UsageError
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = """
-import json, sys
-sys.path[:0] = ["tests", "."]
-import jax
-port, count, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-if count > 1:
-    jax.distributed.initialize(f"localhost:{port}", count, index)
-import numpy as np
-from data_cases import dataset_of
-from jlora.data import Prefetch
-from jlora.model import Llama
-from jlora.optimizer import make_optimizer, make_schedule
-from jlora.settings import MeshConfig
-from jlora.sharding import make_mesh
-from jlora.training import TrainState, make_train_step
-from test_packed_training import documents
-from training_cases import ADAM, adapted_params, llama_config
-
-config = llama_config(num_hidden_layers=1)
-mesh = make_mesh(MeshConfig(data=count))
-optimizer = make_optimizer(ADAM, make_schedule(ADAM, 2))
-state, frozen = TrainState.create(adapted_params(config), optimizer, mesh)
-step = make_train_step(Llama(config), optimizer, mesh, state=state, frozen=frozen)
-found = {"made": [], "loss": []}
-with Prefetch(dataset_of(documents(60)), mesh, start=0, stop=2) as batches:
-    for batch in batches:
-        found["made"].append(len(batch["tokens"].addressable_shards[0].data))
-        state, metrics = step(state, frozen, batch)
-        found["loss"].append(float(metrics["loss"]))
-        found["tokens"] = int(metrics["tokens"])
-found["adapter"] = [
-    float(np.abs(np.asarray(x.addressable_data(0))).sum())
-    for x in jax.tree.leaves(state.trainable)
+STEPS = 60
+WORDS = [
+    # Weights and adapters in parts over all four devices, and so over both processes.
+    *("--mesh.fsdp", 4, "--train.max_steps", STEPS, "--train.save_every", STEPS),
+    # Low, so that what differs in rounding does not grow.
+    *("--optim.learning_rate", 1e-3),
 ]
-print(json.dumps(found), flush=True)
-"""
 
 
-def train(count: int) -> list[dict]:
+def start(
+    folder: Path, run: str, *, count: int, index: int, port: int
+) -> subprocess.Popen[str]:
+    several = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, training(run, *WORDS))],
+        cwd=folder,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
+            **(several if count > 1 else {}),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_all(folder: Path, run: str, *, count: int) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    one_device = "--xla_force_host_platform_device_count=1"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, port, str(count), str(index)],
-            cwd=ROOT,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": one_device},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        port = free.getsockname()[1]
+    return [
+        start(folder, run, count=count, index=index, port=port)
         for index in range(count)
     ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    return [json.loads(text.splitlines()[-1]) for text in outputs]
+
+
+def finish(running: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    outputs = [process.communicate(timeout=240)[0] for process in running]
+    codes = [process.returncode for process in running]
+    return list(zip(codes, outputs, strict=True))
+
+
+def log(folder: Path) -> np.ndarray:
+    names = ("step", "loss", "grad_norm", "tokens", "learning_rate")
+    return np.array([[line[name] for name in names] for line in metrics(folder)])
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does():
-    [alone] = train(1)
-    first, second = train(2)
-    assert first["made"] == second["made"] == [2, 2]  # of the four rows of a batch
-    assert alone["made"] == [4, 4]
-    assert first["loss"] == second["loss"]
-    assert first["tokens"] == alone["tokens"]
+def test_two_processes_stop_together_go_on_and_end_as_one_does(place):  # noqa: F811
+    running = start_all(place, "two", count=2)
+    stdout: Any = running[0].stdout
+    while not stdout.readline().startswith("step 1/"):
+        assert running[0].poll() is None
+    running[1].send_signal(signal.SIGTERM)  # which process 0 does not get
+    (first, _), (second, quiet) = finish(running)
+    assert (first, second) == (75, 75)
+    # JAX itself says whom it met; jlora one line, of how many there are.
+    told = [line for line in quiet.splitlines() if "peer ranks" not in line]
+    assert told == ["process 1 of 2: 2 of 4 devices"]
+    assert [code for code, _ in finish(start_all(place, "two", count=2))] == [0, 0]
+    [(code, _)] = finish(start_all(place, "one", count=1))
+    assert code == 0
     # Float32 sums in another order.
-    assert first["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-    assert first["adapter"] == pytest.approx(alone["adapter"], rel=1e-5)
+    np.testing.assert_allclose(log(place / "two"), log(place / "one"), rtol=1e-4)
+    alone, together = (
+        json.loads((place / run / "adapter" / "adapter_config.json").read_text())
+        for run in ("one", "two")
+    )
+    assert alone == together
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict[str, Any]]:
+    """What JAX was asked to join."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **to: found.append(to))
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, []),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, []),  # a shell in a job
+        ({"SLURM_STEP_NUM_TASKS": "1"}, []),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, [{}]),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, [{}]),
+        ({"SLURM_STEP_NUM_TASKS": "8", "JAX_COORDINATOR_ADDRESS": "a:1"}, [{}]),
+        (
+            dict(zip(processes.VARIABLES, ("a:1", "4", "3"), strict=True)),
+            [{"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}],
+        ),
+    ],
+)
+def test_processes_are_joined_where_the_environment_tells_of_several(
+    asked, monkeypatch, environment, expected
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with processes.joined_processes():
+        pass
+    assert asked == expected
+
+
+@pytest.mark.parametrize(
+    "values", [("a:1", "", ""), ("", "2", "0"), ("a:1", "two", "0")]
+)
+def test_variables_that_are_half_set_are_refused(asked, monkeypatch, values):
+    for name, value in zip(processes.VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UsageError, match="set all of JAX_COORDINATOR_ADDRESS"),
+        processes.joined_processes(),
+    ):
+        pass
+    assert asked == []
+
+
+def test_processes_that_would_not_do_the_same_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    parts = np.zeros((3, 32), np.uint8)
+    gather = lambda digest: parts + digest  # noqa: E731
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    processes.check_agreement({"seed": 0})
+    parts[2] = 1
+    with pytest.raises(UsageError, match="processes 2 have other settings"):
+        processes.check_agreement({"seed": 0})
+
+
+def test_a_process_that_is_lost_is_told(asked, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with (
+        pytest.raises(ResourceError, match="another process of this run has ended"),
+        processes.joined_processes(),
+    ):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo context initialization failed")
