@@ -93,8 +93,12 @@ def run_command(
         return _fail(str(error), error.exit_status, error.label)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
-    except MemoryError:
-        return _fail("out of memory", ResourceError.exit_status)
+    except MemoryError as error:
+        why = str(error) or "no more was to be had"
+        return _fail(
+            f"out of memory: {why}; end other programs or take a larger machine",
+            ResourceError.exit_status,
+        )
     except OSError as error:
         where = f" at {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

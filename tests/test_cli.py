@@ -352,7 +352,12 @@ def test_help_of_train_says_something_about_every_flag(help_lines):
         (DivergedError("a"), 6, "error: a\n"),
         (StopRequested("a"), 75, "stopped: a\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
-        (MemoryError(), 5, "error: out of memory\n"),
+        (
+            MemoryError("Unable to allocate 1 GiB"),
+            5,
+            "error: out of memory: Unable to allocate 1 GiB; "
+            "end other programs or take a larger machine\n",
+        ),
         (
             OSError(errno.ENOSPC, "No space left", "f"),
             5,
