@@ -133,7 +133,7 @@ def copy_transposed(target: np.ndarray, block: np.ndarray) -> None:
 
 
 @functools.cache
-def _host_device() -> jax.Device | None:
+def _host_device() -> Any:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # the user chose other platforms only
