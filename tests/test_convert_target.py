@@ -167,6 +167,40 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_leaves_nothing(
     assert list(out.parent.iterdir()) == []
 
 
+# A file system of its own, as users without rights may make one, of 2 MB; the check of
+# the free space, which comes first, is answered wrongly, as if others filled the disk.
+ON_A_SMALL_DISK = """
+import shutil, sys
+from convert import from_hf
+from jlora.cli import run_command
+usage = shutil.disk_usage
+shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)
+sys.exit(run_command(from_hf.main, from_hf.Arguments, positional=("src", "out"),
+                     argv=sys.argv[1:]))
+"""
+MOUNT = 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"'
+SMALL_DISK = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", MOUNT]
+
+
+@pytest.mark.slow
+def test_a_disk_that_really_fills_up_ends_in_one_message(hf, out):
+    config = CONFIG | {"vocab_size": 40_000}
+    write_hf(hf, config, tensors(config))
+    disk = [*SMALL_DISK, str(out.parent)]
+    if not shutil.which("unshare") or subprocess.run([*disk, "true"]).returncode:
+        pytest.skip("no file system can be mounted here")
+    done = subprocess.run(
+        [*disk, sys.executable, "-c", ON_A_SMALL_DISK, str(hf), str(out)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 5, done.stderr
+    assert done.stderr.startswith(f"error: {out}: the disk is full")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("what", ["convert", "export"])
 def test_a_target_that_cannot_be_made_is_a_usage_error(what, hf, tmp_path, capsys):
     (tmp_path / "file").touch()
