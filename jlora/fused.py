@@ -4,8 +4,14 @@ The same sums as `LoRADense` makes one by one, grouped so that each large array 
 and written once: x W + (x A) s B is one product whose inner length is longer by the
 rank, and the gradients that q, k and v (or gate and up) send to their common input are
 one sum. The frozen kernels get no gradient here.
+
+With dropout each adapter has a mask of its own for the common input, so that s becomes
+drop(x) A and its gradient reaches x through that mask; `jlora.narrow` does both.
+
+Above 300 lines, because both groups share the parts of their gradients.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +20,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jlora import hopper
+from jlora import hopper, narrow
+from jlora.dropout import drop_by
+from jlora.narrow import Adapter, Adapters, Dropout, placed
 
 Leaves = Mapping[str, Any]
-# (A [in, R], s B [R, out]) of a projection, float32, or None where it has no adapter.
-Pair = tuple[Array, Array] | None
 _PLAIN = {"kernel"}
 _ADAPTED = {"kernel", "lora_A", "lora_B", "lora_scaling"}
 # What a recomputing backward pass keeps: x A, a few numbers per token, which would
@@ -28,14 +34,16 @@ DOWN_NAME = "lora_down"
 PRODUCT_NAME = "product"
 
 
-def can_fuse(x: Array, layers: Sequence[Leaves]) -> bool:
+def can_fuse(x: Array, layers: Sequence[Leaves], *, drops: bool) -> bool:
     """Returns whether these projections of x are of the form and size fused here."""
     sizes = [size for leaves in layers for size in leaves["kernel"].shape]
+    ranks = [leaves["lora_A"].shape[1] for leaves in layers if "lora_A" in leaves]
     return (
         all(set(leaves) in (_PLAIN, _ADAPTED) for leaves in layers)
         and all(leaves["kernel"].dtype == x.dtype for leaves in layers)
         and x.size // x.shape[-1] % hopper.ROWS == 0
         and all(size % hopper.COLUMNS == 0 for size in sizes)
+        and (not drops or narrow.fits(ranks))
     )
 
 
@@ -43,13 +51,17 @@ def project(
     x: Float[Array, "B T D"],
     layers: Sequence[Leaves],
     residual: Float[Array, "B T N"] | None = None,
+    dropout: Dropout | None = None,
 ) -> list[Float[Array, "B T _"]]:
     """Returns x W + (x A) s B for every projection, in the dtype of x.
 
-    A residual is added to the output, where there is one projection.
+    A residual is added to the output, where there is one projection. Dropout has seeds
+    for every layer, also for one without an adapter.
     """
     kernels = [leaves["kernel"] for leaves in layers]
-    outs = _project(_flat(x), kernels, _pairs(layers), _flat(residual))
+    outs: Any = _project(
+        _rate(dropout), _flat(x), kernels, _pairs(layers, dropout), _flat(residual)
+    )
     return [out.reshape(*x.shape[:-1], -1) for out in outs]
 
 
@@ -57,10 +69,13 @@ def swiglu(
     x: Float[Array, "B T D"],
     layers: Sequence[Leaves],
     residual: Float[Array, "B T D"],
+    dropout: Dropout | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns residual + down(silu(gate(x)) * up(x)); layers: gate, up and down."""
     kernels = [leaves["kernel"] for leaves in layers]
-    out = _swiglu(_flat(x), kernels, _pairs(layers), _flat(residual))
+    out: Any = _swiglu(
+        _rate(dropout), _flat(x), kernels, _pairs(layers, dropout), _flat(residual)
+    )
     return out.reshape(x.shape)
 
 
@@ -68,71 +83,92 @@ def _flat(x: Any) -> Any:
     return None if x is None else x.reshape(-1, x.shape[-1])
 
 
-def _pairs(layers: Sequence[Leaves]) -> list[Pair]:
+def _rate(dropout: Dropout | None) -> float:
+    return dropout.rate if dropout else 0.0
+
+
+def _pairs(layers: Sequence[Leaves], dropout: Dropout | None) -> Adapters:
     # The scale is applied to B, the smallest operand, before it is rounded.
+    seeds = dropout.seeds if dropout else [None] * len(layers)
     return [
-        (leaves["lora_A"], leaves["lora_B"] * leaves["lora_scaling"])
+        Adapter(leaves["lora_A"], leaves["lora_B"] * leaves["lora_scaling"], seed)
         if "lora_A" in leaves
         else None
-        for leaves in layers
+        for leaves, seed in zip(layers, seeds, strict=True)
     ]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _project(
-    x: Array, kernels: list[Array], pairs: list[Pair], residual: Array | None
+    rate: float,
+    x: Array,
+    kernels: list[Array],
+    pairs: Adapters,
+    residual: Array | None,
 ) -> list[Array]:
-    return _project_forward(x, kernels, pairs, residual)[0]
+    return _project_forward(rate, x, kernels, pairs, residual)[0]
 
 
 def _project_forward(
-    x: Array, kernels: list[Array], pairs: list[Pair], residual: Array | None
+    rate: float,
+    x: Array,
+    kernels: list[Array],
+    pairs: Adapters,
+    residual: Array | None,
 ) -> tuple[list[Array], Any]:
-    s = _down(x, pairs)
+    s = _down(x, pairs, rate)
     outs = hopper.sum_of_products(*_terms(x, s, kernels, pairs), residual)
     return outs, (x, s, kernels, pairs, residual is not None)
 
 
-def _project_backward(residuals: Any, dys: list[Array]) -> tuple[Any, ...]:
+def _project_backward(rate: float, residuals: Any, dys: list[Array]) -> tuple[Any, ...]:
     x, s, kernels, pairs, has_residual = residuals
     ds = _d_down(dys, pairs)
-    dx = _dx(dys, ds, kernels, pairs)
-    d_pairs = _d_pairs(x, s, dys, ds, pairs)
+    dx, d_a = _d_input(x, dys, ds, kernels, pairs, rate)
+    d_pairs = _joined_gradients(pairs, d_a, _d_b(s, dys, pairs))
     return dx, None, d_pairs, dys[0] if has_residual else None
 
 
 _project.defvjp(_project_forward, _project_backward)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu(
-    x: Array, kernels: list[Array], pairs: list[Pair], residual: Array
+    rate: float, x: Array, kernels: list[Array], pairs: Adapters, residual: Array
 ) -> Array:
-    return _swiglu_forward(x, kernels, pairs, residual)[0]
+    return _swiglu_forward(rate, x, kernels, pairs, residual)[0]
 
 
 def _swiglu_forward(
-    x: Array, kernels: list[Array], pairs: list[Pair], residual: Array
+    rate: float, x: Array, kernels: list[Array], pairs: Adapters, residual: Array
 ) -> tuple[Array, Any]:
-    s = _down(x, pairs[:2])
+    s = _down(x, pairs[:2], rate)
     xs, (gates, ups) = _terms(x, s, kernels[:2], pairs[:2])
     gate, up, act = hopper.swiglu(xs, gates, ups)
     gate, up = (checkpoint_name(y, PRODUCT_NAME) for y in (gate, up))
-    s_act = _down(act, pairs[2:])
+    s_act = _down(act, pairs[2:], rate)
     terms = _terms(act, s_act, kernels[2:], pairs[2:])
     (out,) = hopper.sum_of_products(*terms, residual)
     return out, (x, s, gate, up, s_act, kernels, pairs)
 
 
-def _swiglu_backward(residuals: Any, dy: Array) -> tuple[Any, ...]:
+def _swiglu_backward(rate: float, residuals: Any, dy: Array) -> tuple[Any, ...]:
     x, s, gate, up, s_act, kernels, pairs = residuals
-    ds_act = _d_down([dy], pairs[2:])
-    d_act = _dx([dy], ds_act, kernels[2:], pairs[2:])
+    first, last = pairs[:2], pairs[2:]
+    ds_act = _d_down([dy], last)
+    d_act = _dx([dy], None if rate else ds_act, kernels[2:], last)
+    if rate and ds_act is not None:
+        sent = _dot(ds_act, narrow.joined_a(last, dy.dtype), transposed=True)
+        d_act += drop_by(sent, last[0].seeds, rate)
     act, d_gate, d_up = _swiglu_gradients(gate, up, d_act)
-    d_last = _d_pairs(act, s_act, [dy], ds_act, pairs[2:])
-    ds = _d_down([d_gate, d_up], pairs[:2])
-    dx = _dx([d_gate, d_up], ds, kernels[:2], pairs[:2])
-    d_first = _d_pairs(x, s, [d_gate, d_up], ds, pairs[:2])
+    if rate and ds_act is not None:
+        act = drop_by(act, last[0].seeds, rate)
+    d_a = [None if ds_act is None else _outer(act, ds_act)]
+    d_last = _joined_gradients(last, d_a, _d_b(s_act, [dy], last))
+    dys = [d_gate, d_up]
+    ds = _d_down(dys, first)
+    dx, d_a = _d_input(x, dys, ds, kernels[:2], first, rate)
+    d_first = _joined_gradients(first, d_a, _d_b(s, dys, first))
     return dx, None, [*d_first, *d_last], dy
 
 
@@ -148,81 +184,99 @@ def _swiglu_gradients(gate: Array, up: Array, d_act: Array) -> tuple[Array, ...]
     return tuple(x.astype(gate.dtype) for x in results)
 
 
-def _ranks(pairs: list[Pair]) -> list[int]:
-    return [0 if pair is None else pair[0].shape[1] for pair in pairs]
+def _dropout(pairs: Adapters, rate: float) -> Dropout | None:
+    """Returns the dropout of the adapters among the pairs, if there is any."""
+    seeds = [pair.seeds for pair in pairs if pair is not None]
+    return Dropout(rate, seeds) if rate and seeds else None  # type: ignore[arg-type]
 
 
-def _joined_a(pairs: list[Pair], dtype: Any) -> Array:
-    """Returns the A of all pairs side by side, zeros after them: [in, multiple of 64]."""
-    a = jnp.concatenate([pair[0].astype(dtype) for pair in pairs if pair], axis=1)
-    return jnp.pad(a, ((0, 0), (0, -a.shape[1] % hopper.DEPTH)))
-
-
-def _placed_b(pairs: list[Pair], sizes: list[int], dtype: Any) -> list[Array]:
-    """Returns each pair's B in the rows that its A has as columns of `_joined_a`."""
-    ranks = _ranks(pairs)
-    total = sum(ranks) + -sum(ranks) % hopper.DEPTH
-    placed = []
-    for i, (pair, size) in enumerate(zip(pairs, sizes, strict=True)):
-        b = jnp.zeros((0, size), dtype) if pair is None else pair[1].astype(dtype)
-        before = sum(ranks[:i])
-        placed.append(jnp.pad(b, ((before, total - before - ranks[i]), (0, 0))))
-    return placed
-
-
-def _down(x: Array, pairs: list[Pair]) -> Array | None:
-    """Returns x A for all pairs at once, or None without any."""
+def _down(x: Array, pairs: Adapters, rate: float) -> Array | None:
+    """Returns x A for all pairs at once, dropped before it, or None without any."""
     if not any(pairs):
         return None
-    return checkpoint_name(_dot(x, _joined_a(pairs, x.dtype)), DOWN_NAME)
+    dropout = _dropout(pairs, rate)
+    if dropout is None:
+        s = _dot(x, narrow.joined_a(pairs, x.dtype))
+    else:
+        wide = [a for a in narrow.wide_a(pairs, x.dtype) if a is not None]
+        width = sum(a.shape[1] for a in wide)
+        s = narrow.down(x, wide, dropout, width + -width % hopper.DEPTH)
+    return checkpoint_name(s, DOWN_NAME)
 
 
 def _terms(
-    x: Array, s: Array | None, kernels: list[Array], pairs: list[Pair]
+    x: Array, s: Array | None, kernels: list[Array], pairs: Adapters
 ) -> tuple[list[Array], list[list[Array]]]:
     """Returns what to multiply: [x, x A] and per projection [W, B]."""
     if s is None:
         return [x], [[kernel] for kernel in kernels]
-    placed = _placed_b(pairs, [kernel.shape[1] for kernel in kernels], x.dtype)
-    return [x, s], [list(group) for group in zip(kernels, placed, strict=True)]
+    b = narrow.placed_b(pairs, [kernel.shape[1] for kernel in kernels], x.dtype)
+    return [x, s], [list(group) for group in zip(kernels, b, strict=True)]
 
 
-def _d_down(dys: list[Array], pairs: list[Pair]) -> Array | None:
+def _d_down(dys: list[Array], pairs: Adapters) -> Array | None:
     """Returns the gradient of x A, as wide as it."""
     parts = [
-        _dot(dy, pair[1].astype(dy.dtype), transposed=True)
-        for dy, pair in zip(dys, pairs, strict=True)
-        if pair is not None
+        _dot(dy, b, transposed=True)
+        for dy, b in zip(dys, narrow.wide_b(pairs, dys[0].dtype), strict=True)
+        if b is not None
     ]
-    if not parts:
-        return None
-    ds = jnp.concatenate(parts, axis=1)
-    return jnp.pad(ds, ((0, 0), (0, -ds.shape[1] % hopper.DEPTH)))
+    return narrow.padded(jnp.concatenate(parts, axis=1)) if parts else None
 
 
 def _dx(
-    dys: list[Array], ds: Array | None, kernels: list[Array], pairs: list[Pair]
+    dys: list[Array], ds: Array | None, kernels: list[Array], pairs: Adapters
 ) -> Array:
     xs, weights = list(dys), list(kernels)
     if ds is not None:
         xs.append(ds)
-        weights.append(_joined_a(pairs, ds.dtype))
+        weights.append(narrow.joined_a(pairs, ds.dtype))
     return hopper.sum_of_products(xs, [weights], transposed=True)[0]
 
 
-def _d_pairs(
-    x: Array, s: Array | None, dys: list[Array], ds: Array | None, pairs: list[Pair]
-) -> list[Pair]:
-    """Returns the float32 gradients of every A and s B."""
-    if s is None or ds is None:
+def _d_input(
+    x: Array,
+    dys: list[Array],
+    ds: Array | None,
+    kernels: list[Array],
+    pairs: Adapters,
+    rate: float,
+) -> tuple[Array, Sequence[Array | None]]:
+    """Returns the gradients of x and, float32 and as wide as in s, of every A."""
+    dropout = _dropout(pairs, rate)
+    if ds is None:
+        return _dx(dys, None, kernels, pairs), [None] * len(pairs)
+    if dropout is None:
+        d_a, places = _outer(x, ds), placed(narrow.ranks(pairs))
+        d_as = [d_a[:, start : start + width] for start, width in places]
+        return _dx(dys, ds, kernels, pairs), d_as
+    wide = [a for a in narrow.wide_a(pairs, x.dtype) if a is not None]
+    dx = _dx(dys, None, kernels, pairs)
+    dx, found = narrow.through_dropout(x, dx, ds, wide, dropout)
+    each = iter(found)
+    return dx, [None if pair is None else next(each) for pair in pairs]
+
+
+def _d_b(s: Array | None, dys: list[Array], pairs: Adapters) -> list[Array | None]:
+    """Returns the float32 gradients of every s B, with the rows of its place."""
+    if s is None:
         return [None] * len(pairs)
-    d_a = _outer(x, ds)
-    ranks = _ranks(pairs)
-    found: list[Pair] = []
-    for i, (dy, rank) in enumerate(zip(dys, ranks, strict=True)):
-        mine = slice(sum(ranks[:i]), sum(ranks[:i]) + rank)
-        found.append((d_a[:, mine], _outer(s, dy)[mine]) if rank else None)
-    return found
+    return [
+        _outer(s, dy)[start : start + width] if pair is not None else None
+        for pair, dy, (start, width) in zip(
+            pairs, dys, placed(narrow.ranks(pairs)), strict=True
+        )
+    ]
+
+
+def _joined_gradients(
+    pairs: Adapters, d_a: Sequence[Array | None], d_b: Sequence[Array | None]
+) -> list[Any]:
+    """Returns the gradients as `_pairs` has them, without what pads them."""
+    return [
+        None if pair is None else Adapter(a[:, :rank], b[:rank], None)  # type: ignore[index]
+        for pair, a, b, rank in zip(pairs, d_a, d_b, narrow.ranks(pairs), strict=True)
+    ]
 
 
 def _dot(x: Array, w: Array, *, transposed: bool = False) -> Array:

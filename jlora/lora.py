@@ -29,8 +29,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jlora import fused
-from jlora.dropout import drop
+from jlora.dropout import drop, seeds
 from jlora.errors import CorruptError
+from jlora.narrow import Dropout
 from jlora.quantize import (
     SCALES,
     is_quantized,
@@ -311,20 +312,32 @@ class LoRADense(nn.Module):
         return linear(x, leaves, self.dtype, dropped=dropped, keep=self.keep)
 
 
-def leaves_to_fuse(x: Array, layers: Sequence[LoRADense]) -> list[Params] | None:
-    """Returns the layers' leaves if `jlora.fused` is to compute them, else None."""
+def to_fuse(
+    x: Array, layers: Sequence[LoRADense]
+) -> tuple[list[Params], Dropout | None] | None:
+    """Returns the layers' leaves and dropout if `jlora.fused` is to compute them.
+
+    DoRA's leaves are among them: it scales what comes out.
+    """
     if any(layer.kernels != "hopper" or layer.is_initializing() for layer in layers):
         return None
-    # A rate that is an array may be any.
-    rates = [layer.dropout for layer in layers]
-    drops = any(not isinstance(rate, float) or rate > 0 for rate in rates)
-    if drops and layers[0].has_rng("dropout"):
-        return None
     leaves = [dict(layer.variables["params"]) for layer in layers]
-    if any(is_quantized(own) for own in leaves):
+    rate = layers[0].dropout
+    drops = layers[0].has_rng("dropout") and (isinstance(rate, Array) or rate > 0)
+    # A rate that is an array is not known here; DoRA drops another product, too.
+    if drops and (
+        isinstance(rate, Array) or any("lora_magnitude" in y for y in leaves)
+    ):
         return None
-    fits = fused.can_fuse(x.astype(layers[0].dtype), _without_dora(leaves))
-    return leaves if fits else None
+    plain = _without_dora(leaves)
+    if any(is_quantized(own) for own in leaves) or not fused.can_fuse(
+        x.astype(layers[0].dtype), plain, drops=drops
+    ):
+        return None
+    if not drops:
+        return leaves, None
+    keys = [seeds(layer.make_rng("dropout")) for layer in layers]
+    return leaves, Dropout(float(rate), keys)
 
 
 def _without_dora(layers: Sequence[Leaves]) -> list[Leaves]:
@@ -336,10 +349,13 @@ def project(
     x: Float[Array, "B T D"], layers: Sequence[LoRADense]
 ) -> list[Float[Array, "B T _"]]:
     """Returns every layer's output for their common input."""
-    leaves = leaves_to_fuse(x, layers)
-    if leaves is None:
+    found = to_fuse(x, layers)
+    if found is None:
         return [layer(x) for layer in layers]
-    products = fused.project(x.astype(layers[0].dtype), _without_dora(leaves))
+    leaves, dropout = found
+    products = fused.project(
+        x.astype(layers[0].dtype), _without_dora(leaves), dropout=dropout
+    )
     return [
         _finished(y, own, keep=layer.keep)
         for y, own, layer in zip(products, leaves, layers, strict=True)
@@ -350,10 +366,10 @@ def add_projection(
     residual: Float[Array, "B T D_out"], x: Float[Array, "B T D_in"], layer: LoRADense
 ) -> Float[Array, "B T D_out"]:
     """Returns residual + layer(x)."""
-    leaves = leaves_to_fuse(x, [layer])
-    if leaves is None or "lora_magnitude" in leaves[0]:
+    found = to_fuse(x, [layer])
+    if found is None or "lora_magnitude" in found[0][0]:
         return residual + project(x, [layer])[0]
-    return fused.project(x.astype(layer.dtype), leaves, residual)[0]
+    return fused.project(x.astype(layer.dtype), found[0], residual, found[1])[0]
 
 
 def module_at(params: Params, name: str) -> Params:

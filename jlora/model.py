@@ -28,9 +28,9 @@ from jlora.lora import (
     add_projection,
     head_logits,
     head_parameters,
-    leaves_to_fuse,
     lookup,
     project,
+    to_fuse,
 )
 from jlora.rope import apply_rope, rope_angles
 
@@ -197,9 +197,9 @@ class MLP(nn.Module):
         self, residual: Float[Array, "B T D"], x: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
         """Returns the block's output, added to the residual stream."""
-        leaves = leaves_to_fuse(x, (self.gate_proj, self.up_proj, self.down_proj))
-        if leaves is not None and not any("lora_magnitude" in own for own in leaves):
-            return fused.swiglu(x, leaves, residual)
+        found = to_fuse(x, (self.gate_proj, self.up_proj, self.down_proj))
+        if found is not None and not any("lora_magnitude" in own for own in found[0]):
+            return fused.swiglu(x, found[0], residual, found[1])
         gate, up = (
             nn.with_logical_constraint(y, ("batch", "length", "act_mlp"))
             for y in project(x, (self.gate_proj, self.up_proj))

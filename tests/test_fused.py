@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import fused, hopper
+from jlora import fused, hopper, narrow
+from jlora.dropout import drop, seeds
 from jlora.errors import UsageError
 from jlora.fused import Leaves
 from jlora.lora import is_trainable, join, split, trainable_mask
@@ -57,6 +58,8 @@ def _products_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "swiglu", swiglu)
     monkeypatch.setattr(hopper, "ROWS", 1)
     monkeypatch.setattr(hopper, "COLUMNS", 1)
+    monkeypatch.setattr(narrow, "_ROWS", 5)
+    monkeypatch.setattr(narrow, "_COLUMNS", 4)
 
 
 def gradients(function: Any, x: jax.Array, layers: list[dict[str, Any]]) -> Any:
@@ -116,9 +119,58 @@ def test_gradients_of_fused_adapters_are_float32() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
 
 
+RATE = 0.4
+
+
+def dropped(x: jax.Array, layer: Leaves, key: jax.Array) -> jax.Array:
+    y = x @ layer["kernel"]
+    if "lora_A" in layer:
+        s = drop(x, key, RATE) @ layer["lora_A"]
+        y += s @ layer["lora_B"] * layer["lora_scaling"]
+    return y
+
+
+@pytest.mark.usefixtures("_products_without_a_gpu")
+def test_grouped_projections_with_dropout_equal_single_ones() -> None:
+    x = jax.random.normal(jax.random.key(9), (2, 5, D))
+    keys = [jax.random.key(i) for i in (5, 6, 7)]
+    dropout = narrow.Dropout(RATE, [seeds(key) for key in keys])
+    layers = [
+        leaves(i, D, n, r)
+        for i, (n, r) in enumerate(zip((D, K, K), (20, 0, 1), strict=True))
+    ]
+
+    def single(x: jax.Array, layers: Any) -> list[jax.Array]:
+        return [dropped(x, *pair) for pair in zip(layers, keys, strict=True)]
+
+    found = gradients(lambda x, ls: fused.project(x, ls, dropout=dropout), x, layers)
+    assert_close(found, gradients(single, x, layers))
+
+
+@pytest.mark.usefixtures("_products_without_a_gpu")
+def test_fused_swiglu_with_dropout_equals_the_plain_block() -> None:
+    x = 0.3 * jax.random.normal(jax.random.key(9), (2, 5, D))
+    keys = [jax.random.key(i) for i in (5, 6, 7)]
+    dropout = narrow.Dropout(RATE, [seeds(key) for key in keys])
+    layers = [
+        leaves(i, *size, r)
+        for i, (size, r) in enumerate(
+            zip(((D, F), (D, F), (F, D)), (2, 0, 4), strict=True)
+        )
+    ]
+
+    def block(x: jax.Array, layers: Any) -> list[jax.Array]:
+        gate, up = (dropped(x, layers[i], keys[i]) for i in (0, 1))
+        return [2 * x + dropped(jax.nn.silu(gate) * up, layers[2], keys[2])]
+
+    found = gradients(lambda x, ls: [fused.swiglu(x, ls, 2 * x, dropout)], x, layers)
+    assert_close(found, gradients(block, x, layers))
+
+
 def losses(model: Llama, params: Any, tokens: jax.Array) -> Any:
     def loss(params: Any) -> jax.Array:
-        logits: Any = model.apply({"params": params}, tokens)
+        rngs = {"dropout": jax.random.key(3)}
+        logits: Any = model.apply({"params": params}, tokens, rngs=rngs)
         return jnp.mean(jax.nn.log_softmax(logits)[..., 3])
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -126,15 +178,17 @@ def losses(model: Llama, params: Any, tokens: jax.Array) -> Any:
 
 @pytest.mark.usefixtures("_products_without_a_gpu")
 @pytest.mark.parametrize("remat", ["minimal", "full"])
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    ("use_dora", "rate"), [(False, 0.0), (True, 0.0), (False, 0.3)]
+)
 def test_model_with_fused_projections_equals_the_plain_model(
-    remat: str, use_dora: bool
+    remat: str, use_dora: bool, rate: float
 ) -> None:
     config = llama_config()
     params = moved(adapted_params(config, replace(ALL_LINEAR, use_dora=use_dora)))
-    tokens = jax.random.randint(jax.random.key(0), (2, 6), 0, config.vocab_size)
-    plain_model = Llama(config)
-    fast = Llama(config, remat=remat, kernels="hopper")
+    tokens = jax.random.randint(jax.random.key(0), (2, 5), 0, config.vocab_size)
+    plain_model = Llama(config, lora_dropout=rate)
+    fast = Llama(config, remat=remat, lora_dropout=rate, kernels="hopper")
     expected, expected_gradient = losses(plain_model, params, tokens)
     found, gradient = losses(fast, params, tokens)
     np.testing.assert_allclose(found, expected, rtol=1e-5)

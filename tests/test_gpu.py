@@ -127,10 +127,12 @@ def test_flash_attention_runs_once_forward_in_a_train_step() -> None:
     assert text.count("dot_product_attention_fwd_wrapper[") == config.num_hidden_layers
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    ("use_dora", "rate"), [(False, 0.0), (True, 0.0), (False, 0.2)]
+)
 @pytest.mark.parametrize("remat", ["minimal", "full"])
 def test_fused_kernels_err_no_more_than_plain_bfloat16(
-    remat: str, use_dora: bool
+    remat: str, use_dora: bool, rate: float
 ) -> None:
     config = llama_config(
         hidden_size=512,
@@ -145,10 +147,11 @@ def test_fused_kernels_err_no_more_than_plain_bfloat16(
     tokens = jax.random.randint(jax.random.key(0), (2, 256), 0, config.vocab_size)
 
     def gradient(dtype: Any, kernels: str) -> Any:
-        model = jlora.Llama(config, dtype, "xla", remat, kernels=kernels)
+        model = jlora.Llama(config, dtype, "xla", remat, rate, kernels=kernels)
 
         def loss(trainable: Any, frozen: Any) -> Any:
-            logits: Any = model.apply({"params": join(trainable, frozen)}, tokens)
+            params, rngs = join(trainable, frozen), {"dropout": jax.random.key(2)}
+            logits: Any = model.apply({"params": params}, tokens, rngs=rngs)
             return jnp.mean(jax.nn.log_softmax(logits[:, :-1])[..., 3])
 
         return jax.jit(jax.grad(loss))(trainable, frozen)

@@ -14,7 +14,7 @@ ROWS = (
     {"config"},
     {"settings"},
     {"rope", "sharding", "targets", "quantize", "hopper", "dropout"},
-    {"splash"},
+    {"splash", "narrow"},
     {"attention", "fused"},
     {"lora"},
     {"lora_init", "merge", "model"},
