@@ -142,6 +142,8 @@ def train(args: Arguments, stop: threading.Event) -> None:
         "base": fingerprint(base),
         "tokenizer": tokenizer.fingerprint,
         "batch_size": args.train.batch_size,
+        "data.packing": args.data.packing,
+        "data.seq_len": data.row_length,
     }
     entries = []
     for name, own in every.items():

@@ -638,6 +638,8 @@ def test_resume_must_refuses_a_folder_without_a_run(tmp_path):
         (["--seed", 1], "seed is 1, was 0"),
         (["--train.batch_size", 16], "batch_size is 16, was 8"),
         (["--data.train", "eval.jsonl"], "the data differs"),
+        (["--data.packing", "true"], "data.packing is true, was false"),
+        (["--data.seq_len", 32], "data.seq_len is 32, was 64"),
         (["--compute.base_dtype", "bfloat16"], "the base differs"),
     ],
 )
