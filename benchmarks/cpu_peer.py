@@ -54,10 +54,7 @@ def peft_step(mixed: bool, layers: int) -> Callable[[], float]:
     def run() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        peers.update(loss, trained, optimizer)
         return float(loss.detach())
 
     return run

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import peft
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -117,10 +118,7 @@ def peft_run(base: Any, params: Any) -> Callable[[np.ndarray], float]:
         loss = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), ids[:, 1:].flatten()
         )
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        peers.update(loss, trained, optimizer)
         return float(loss.detach())
 
     return run

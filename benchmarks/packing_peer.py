@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from packing_gpu import RATE, ROWS, STEPS, WARM_UP, data_set, settings
+from peers import update
 
 
 def carried_flash(
@@ -190,10 +191,7 @@ def main() -> None:
     for batch in batches:
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(**batch).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        norm = update(loss, weights, optimizer)
         if pending is not None:  # read one step late, as jlora does
             losses.append(float(pending))
             ends.append(time.perf_counter())

@@ -140,6 +140,17 @@ def unsloth_model(name: str, device: str) -> Any:
     )
 
 
+def update(loss: Any, trained: list[Any], optimizer: Any) -> Any:
+    """Steps on the loss, with clipping; returns the gradient's norm before it."""
+    import torch
+
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def measure(framework: str, name: str) -> dict[str, Any]:
     """Returns the figures of one workload, with the keys of step_time.py."""
     import torch
@@ -162,11 +173,7 @@ def measure(framework: str, name: str) -> dict[str, Any]:
     def step() -> tuple[Any, Any]:
         with torch.autocast(device, torch.bfloat16, enabled=mixed):
             loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach(), norm
+        return loss.detach(), update(loss, trained, optimizer)
 
     losses, ends, norm, pending, first_step_s = [], [], None, None, 0.0
     for i in range(WARM_UP + STEPS + 1):

@@ -54,6 +54,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns "1 record", "2,000 records"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def listing(items: Sequence[object], limit: int = 12) -> str:
     """Returns the items joined by commas, capped with a count."""
     shown = ", ".join(str(item) for item in items[:limit])

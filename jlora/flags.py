@@ -113,7 +113,12 @@ def help_text(
                 f"{s.help} ({re.sub(r'^an? ', '', describe(s.kind))}, {default})",
             )
         )
-    rows[""].append(("--config", "YAML file with the same keys; flags beat it."))
+    rows[""].append(
+        (
+            "--config",
+            "YAML file with the same keys; flags beat it, later flags earlier ones.",
+        )
+    )
     rows[""].append(("--help", "Print this."))
     indent = 4 + max(len(name) for group in rows.values() for name, _ in group)
     width = max(shutil.get_terminal_size().columns, indent + 40)

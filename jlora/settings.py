@@ -88,7 +88,7 @@ class OptimConfig:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the decay after warm-up; linear and cosine end at 0."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises evenly to its peak."""
     weight_decay: float = 0.0
     """Decoupled weight decay of everything trained but norms and biases."""
     group_weight_decay: dict[str, float] = field(default_factory=dict)

@@ -143,6 +143,10 @@ def test_an_unknown_flag_is_answered_with_the_nearest(word, hint):
     assert message(word, "x") == f"unknown flag {name}; did you mean {hint}?"
 
 
+def test_a_flag_given_again_replaces_the_one_before():
+    assert read("--model", "m", "--group.rank", "2", "--group.rank=3").group.rank == 3
+
+
 @pytest.mark.parametrize("word", ["--zzz", "--mod", "--group", "--group.names+"])
 def test_an_abbreviation_or_a_group_is_no_flag(word):
     assert message("--model", "m", word, "x").startswith(f"unknown flag {word}")

@@ -81,7 +81,7 @@ def test_long_list_of_bad_lines_is_capped(tmp_path):
     [
         ({"txt": "a"}, "no text; did you mean 'txt'?"),
         ({"text": None}, "text is null"),
-        ({"text": 3}, "text is a int"),
+        ({"text": 3}, "text is a number"),
         ({"text": ["a"]}, "text is a list"),
         ({"text": ""}, "text is empty"),
         ('["a"]', "expected an object, found a list"),
@@ -243,14 +243,14 @@ def test_alpaca_without_a_template_uses_the_published_form(tmp_path, input, expe
         ({"conversations": [{"from": "gpt"}]}, "conversations[0] has no value"),
         (
             {"conversations": [HUMAN | {"value": 3}]},
-            "conversations[0].value is a int; expected a string",
+            "conversations[0].value is a number; expected a string",
         ),
         (
             {"conversations": [{"from": "humann", "value": "a"}]},
             "conversations[0].from is 'humann'; did you mean 'human'?",
         ),
         ({"conversations": [{"from": "gpt", "value": ""}]}, "value is empty"),
-        ({"conversations": [HUMAN, GPT], "system": 3}, "system is a int"),
+        ({"conversations": [HUMAN, GPT], "system": 3}, "system is a number"),
         ({"conversations": [HUMAN, GPT], "tools": "x"}, "tools is a string"),
     ],
 )
@@ -267,7 +267,7 @@ def test_bad_sharegpt_row_names_line_and_reason(tmp_path, row, reason):
         ({"instruction": "a", "output": ""}, "output is empty"),
         ({"instruction": "a", "output": None}, "output is null"),
         ({"instruction": "a"}, "no output"),
-        ({"instruction": "a", "output": "b", "input": 3}, "input is a int"),
+        ({"instruction": "a", "output": "b", "input": 3}, "input is a number"),
         ({"instruction": "a", "output": "b", "history": "x"}, "history is a string"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "history[0] is no"),
     ],
@@ -334,7 +334,7 @@ def test_skipped_rows_are_counted_by_reason_and_named(tmp_path):
     lines = "\n".join(data.summary)
     assert "left out 2 records: text is empty (line 2, 5)" in lines
     assert "left out 1 record: not JSON" in lines
-    assert "left out 1 record: text is a int; expected a string (line 4)" in lines
+    assert "left out 1 record: text is a number; expected a string (line 4)" in lines
 
 
 def test_more_bad_rows_than_the_cap_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from jlora.data.jsonl import Problem
 from jlora.data.records import Layout
 from jlora.data.sources import Source
 from jlora.data.tokens import Reading
-from jlora.errors import listing
+from jlora.errors import counted, listing
 
 MAX_LISTED = 12
 _LEARNT = {
@@ -61,7 +61,7 @@ class Places:
     @property
     def records(self) -> str:
         """The count with its noun."""
-        return f"{self.count:,} record{'s' * (self.count != 1)}"
+        return counted(self.count, "record")
 
 
 @dataclass
@@ -166,39 +166,39 @@ class Account:
         passes = "" if source.weight == 1 else f", {source.weight:g} passes per epoch"
         lines = [
             f"format {reading.layout.format}, the loss counts "
-            f"{_LEARNT[reading.train_on]}, {files}{self.rows:,} records{passes}"
+            f"{_LEARNT[reading.train_on]}, {files}{counted(self.rows, 'record')}{passes}"
         ]
         if source.ignored:
             lines.append(f"not data, ignored: {listing(source.ignored, limit=5)}")
-        for reason, places in self.bad_reasons.items():
-            lines.append(f"left out {places.records}: {reason} ({places})")
-        lines += self._cuts_and_drops()
-        if self.encoded_apart.count:
-            lines.append(
-                f"prompt and completion encoded apart in {self.encoded_apart.records}, "
-                f"where they would share a token ({self.encoded_apart})"
-            )
-        if self.without_end.count:
-            lines.append(
-                f"no control token ends the answer in {self.without_end.records}; the "
-                f"model may not learn to stop ({self.without_end})"
-            )
+        lines += [f"{text} ({places})" for places, text in self._told() if places.count]
         return [f"{source.name}: {line}" for line in lines]
 
-    def _cuts_and_drops(self) -> list[str]:
-        lines = []
-        if self.cut.count:
-            lines.append(
+    def _told(self) -> list[tuple[Places, str]]:
+        """Returns what can happen to records, and where it did."""
+        left_out = [
+            (places, f"left out {places.records}: {reason}")
+            for reason, places in self.bad_reasons.items()
+        ]
+        return [
+            *left_out,
+            (
+                self.cut,
                 f"cut {self.cut.records} at data.seq_len={self.seq_len}, "
-                f"{self.tokens_lost:,} tokens lost ({self.cut})"
-            )
-        if self.emptied.count:
-            lines.append(
-                f"dropped {self.emptied.count:,} of them, which had nothing to learn "
-                f"left ({self.emptied})"
-            )
-        if self.empty.count:
-            lines.append(
-                f"dropped {self.empty.records} with nothing to learn ({self.empty})"
-            )
-        return lines
+                f"{counted(self.tokens_lost, 'token')} lost",
+            ),
+            (
+                self.emptied,
+                f"dropped {self.emptied.count:,} of them, which had nothing to learn left",
+            ),
+            (self.empty, f"dropped {self.empty.records} with nothing to learn"),
+            (
+                self.encoded_apart,
+                f"prompt and completion encoded apart in {self.encoded_apart.records}, "
+                "where they would share a token",
+            ),
+            (
+                self.without_end,
+                f"no control token ends the answer in {self.without_end.records}; the "
+                "model may not learn to stop",
+            ),
+        ]

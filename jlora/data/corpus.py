@@ -13,7 +13,7 @@ from jlora.data.records import detect_layout, known_columns
 from jlora.data.sources import Source
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Reading, resolve_train_on
-from jlora.errors import CorruptError, JloraError, UsageError, listing
+from jlora.errors import CorruptError, JloraError, UsageError, counted, listing
 from jlora.settings import DataConfig
 
 _MAX_SKIPPED_CHUNKS = 8
@@ -99,7 +99,7 @@ def _list_bad(name: str, problems: Sequence[Problem], count: int, rows: int) -> 
     rest = count - min(len(problems), MAX_LISTED)
     more = f"\n  and {rest} more" if rest > 0 else ""
     return (
-        f"{name}: {count} of {rows} records cannot be used; correct or remove them, or "
+        f"{name}: {count} of {counted(rows, 'record')} cannot be used; correct or remove them, or "
         f"leave them out with data.on_bad_row=skip:{lines}{more}"
     )
 

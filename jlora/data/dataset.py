@@ -20,7 +20,7 @@ from jlora.data.sources import Given, find_sources
 from jlora.data.store import Store
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example
-from jlora.errors import CorruptError, UsageError, listing
+from jlora.errors import CorruptError, UsageError, counted, listing
 from jlora.settings import DataConfig, check_seed
 
 
@@ -250,8 +250,8 @@ def _totals(dataset: Dataset) -> list[str]:
     fill = dataset.num_tokens / (dataset.num_rows * dataset.row_length)
     packed = ", packed" if dataset.packing else ""
     return [
-        f"{dataset.num_records:,} records, {dataset.num_tokens:,} tokens, "
+        f"{counted(dataset.num_records, 'record')}, {dataset.num_tokens:,} tokens, "
         f"{dataset.num_supervised:,} of them learnt ({share:.1%})",
-        f"{dataset.num_rows:,} rows of {dataset.row_length:,} tokens{packed}, "
+        f"{counted(dataset.num_rows, 'row')} of {dataset.row_length:,} tokens{packed}, "
         f"{fill:.1%} full",
     ]

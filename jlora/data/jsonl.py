@@ -8,7 +8,15 @@ from typing import Any
 from jlora.data.files import Chunk, place
 from jlora.errors import CorruptError
 
-_TYPE_NAMES = {type(None): "null", str: "a string", list: "a list", dict: "an object"}
+_TYPE_NAMES = {
+    type(None): "null",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+}
 
 
 class RowError(CorruptError):
