@@ -10,6 +10,7 @@ from convert.peft import attach_adapter, model_config, open_adapter
 from convert.source import load_params, open_source
 from jlora.attention import choose_attention
 from jlora.cli import run_command
+from jlora.compiled import keep_compiled
 from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
 from jlora.model import Llama, compute_dtype
@@ -91,6 +92,7 @@ def main(args: Arguments) -> None:
         show_samples(make_samples(data, tokenizer))
         return
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    keep_compiled()
     check_divisible(mesh, config, args.batch_size)
     params = load_params(source)
     if adapter is not None:

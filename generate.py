@@ -8,6 +8,7 @@ from typing import Literal
 from convert.peft import attach_adapter, model_config, open_adapter
 from convert.source import load_params, open_source
 from jlora.cli import run_command
+from jlora.compiled import keep_compiled
 from jlora.data import Tokenizer
 from jlora.errors import UsageError
 from jlora.generation import generate_tokens
@@ -55,6 +56,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     """Loads the model and prints what it says."""
     source = open_source(args.model)
+    keep_compiled()
     config, params = source.config, load_params(source)
     if args.adapter is not None:
         adapter = open_adapter(args.adapter)

@@ -15,6 +15,7 @@ from convert.peft import start_adapter, write_adapter
 from convert.source import abstract_params, load_params, open_source
 from jlora.checkpoint import check_run, fingerprint, locked
 from jlora.cli import run_command
+from jlora.compiled import keep_compiled
 from jlora.config import LoraConfig
 from jlora.data import Tokenizer, load_split, make_samples, plan_lines
 from jlora.fit import Entry, fit, write_settings
@@ -79,6 +80,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     for own in () if args.plan else every.values():
         check_run(Path(own.output_dir), args.resume)
     mesh = make_mesh(args.mesh)
+    keep_compiled()
     source = open_source(args.model)
     config = source.config
     sized = args.data.sized(config.max_position_embeddings)

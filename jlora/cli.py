@@ -19,7 +19,6 @@ from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 
-from jlora.compiled import keep_compiled
 from jlora.errors import (
     JloraError,
     ResourceError,
@@ -87,7 +86,6 @@ def run_command(
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         check_versions()
-        keep_compiled()
         main(parse(arguments_class, words, positional=positional))
     except JloraError as error:
         return _fail(str(error), error.exit_status, error.label)

@@ -20,10 +20,13 @@ def keep_compiled() -> None:
 
     A later run of the same program then takes the same machine code. A folder that
     others can write to is left alone, because what lies there is run; nothing is kept
-    where there is none to write to.
+    where there is none to write to. Nor by several processes, unless they were told a
+    folder that they share: compiling takes them all, and only the first one writes.
     """
     config: Any = jax.config  # also set by JAX_COMPILATION_CACHE_DIR
-    folder = None if config.jax_compilation_cache_dir else _own_folder()
+    if config.jax_compilation_cache_dir or jax.process_count() > 1:
+        return
+    folder = _own_folder()
     if folder is None:
         return
     for name, value in _SETTINGS.items():
