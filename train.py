@@ -35,7 +35,12 @@ from jlora.settings import (
 )
 from jlora.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.sweep import start_member
-from jlora.sweep_file import check_same_steps, compute_of_sweep, read_sweep
+from jlora.sweep_file import (
+    check_same_parts,
+    check_same_steps,
+    compute_of_sweep,
+    read_sweep,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def train(args: Arguments, stop: threading.Event) -> None:
         return start_adapter(base, config, own.lora, own.seed, own.init_adapter)
 
     shapes = abstract_params(source, dtype=args.compute.base_dtype)  # type: ignore[arg-type]
-    planned = {n: start(own, shapes) for n, own in every.items()}
+    planned = {name: start(own, shapes) for name, own in every.items()}
+    check_same_parts({name: params for name, (params, _) in planned.items()})
     for name, (params, _) in planned.items():
         print(f"{name}: " * bool(name) + format_parameter_count(params), flush=True)
     print("\n".join(data.summary + (held_out.summary if held_out else [])))
@@ -158,13 +164,12 @@ def train(args: Arguments, stop: threading.Event) -> None:
             "versions": {n: version(n) for n in ("jax", "flax", "optax")},
             "sweep": list(every),
         }
+        member = start_member(own.optim, own.seed, lora.lora_dropout, params, mesh)
         entries.append(
             Entry(
                 name=name,
                 folder=Path(own.output_dir),
-                member=start_member(
-                    own.optim, own.seed, lora.lora_dropout, params, mesh
-                ),
+                member=member,
                 meta=meta,
                 data=data,
                 held_out=held_out,
@@ -174,10 +179,10 @@ def train(args: Arguments, stop: threading.Event) -> None:
 
     def export(index: int, tuned: Params) -> None:
         folder, lora = entries[index].folder, list(adapters.values())[index][1]
-        name = lora.base_model_name_or_path or args.model
-        write_adapter(tuned, lora, folder / "adapter", name, overwrite=True)
+        name, out = lora.base_model_name_or_path or args.model, folder / "adapter"
+        write_adapter(tuned, lora, out, name, overwrite=True)
         plot(folder)
-        print(f"adapter written to {folder / 'adapter'}")
+        print(f"adapter written to {out}")
 
     with locked(Path(args.output_dir)) if args.sweep else nullcontext():
         if args.sweep:

@@ -65,7 +65,7 @@ class StepLog:
     def __init__(
         self,
         report: Report,
-        schedule: Callable[[int], Any],
+        schedule: Callable[[Any], Any],
         *,
         flops_per_token: float,
         steps_per_epoch: int,
@@ -77,7 +77,7 @@ class StepLog:
 
         Args:
             report: where lines go.
-            schedule: learning rate of each step.
+            schedule: learning rates of an array of steps.
             flops_per_token: of the model and its adapter.
             steps_per_epoch: of the run's data.
             log_every: steps between lines.
@@ -86,7 +86,9 @@ class StepLog:
         """
         self._last, self._is_still = total_steps, False
         self._index = index
-        self._report, self._schedule, self._every = report, schedule, log_every
+        self._report, self._every = report, log_every
+        # At once: asked for late, a rate would queue behind the step that runs.
+        self._rates = np.asarray(schedule(np.arange(total_steps)))
         self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
         self._peak = peak_flops()
         self._pending: tuple[int, dict[str, Any], float] | None = None
@@ -147,7 +149,7 @@ class StepLog:
             step=step,
             epoch=step / self._steps_per_epoch,
             **metrics,
-            learning_rate=float(self._schedule(step - 1)),
+            learning_rate=self._rates[step - 1].item(),
             skipped=skipped,
             tokens_per_second=rate,
             step_time_s=per_step,

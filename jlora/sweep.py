@@ -25,6 +25,7 @@ from jlora.model import Llama
 from jlora.optimizer import Numbers, make_optimizer, make_schedule
 from jlora.settings import OptimConfig
 from jlora.sharding import batch_sharding, tree_shardings
+from jlora.sweep_file import check_same_parts
 from jlora.training import (
     LOSS_CHUNK_TOKENS,
     Batch,
@@ -248,13 +249,7 @@ def _array(leaf: Any) -> Array:
 
 
 def _check_same_leaves(members: Sequence[Member]) -> None:
-    first = jax.tree.structure((members[0].state, members[0].frozen))
-    for index, member in enumerate(members):
-        if jax.tree.structure((member.state, member.frozen)) != first:
-            raise UsageError(
-                f"adapter {index + 1} of the sweep has other parts than the first; "
-                "only ranks, start values and numbers may differ"
-            )
+    check_same_parts({f"{i + 1}": (m.state, m.frozen) for i, m in enumerate(members)})
     shapes = {tuple(x.shape for x in jax.tree.leaves(m.state)) for m in members}
     if len(shapes) > 1 and not members[0].optim.adam_eps:
         raise UsageError(

@@ -7,10 +7,12 @@ high: {optim.learning_rate: 3e-4, lora.r: 16, seed: 1}
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import jax
 
 from jlora.cli import with_changes
 from jlora.data import Dataset
@@ -114,6 +116,24 @@ def check_same_steps(datasets: Sequence[Dataset]) -> None:
             f"of different sizes ({listing(sorted(shapes))}); give data.eval instead of "
             "data.eval_fraction, or one seed"
         )
+
+
+def check_same_parts(trees: Mapping[str, Any]) -> None:
+    """Raises UsageError if the trees, given by the adapters' names, have other leaves."""
+    paths = {
+        name: {
+            jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)
+        }
+        for name, tree in trees.items()
+    }
+    first = next(iter(paths))
+    for name, own in paths.items():
+        if other := sorted(own ^ paths[first]):
+            raise UsageError(
+                f"the adapters {first} and {name} of the sweep have not the same parts "
+                f"({listing(other, 2)}): only ranks, numbers and starts that need none "
+                "of their own may differ, so pissa and olora go with each other only"
+            )
 
 
 def compute_of_sweep(

@@ -130,15 +130,35 @@ class Listener(Report):
         self.messages.append(message)
 
 
-def make_log(listener: Listener, log_every: int = 1) -> StepLog:
+def make_log(
+    listener: Listener,
+    log_every: int = 1,
+    schedule: Any = lambda step: 0.1 * (step + 1),
+) -> StepLog:
     return StepLog(
         listener,
-        lambda step: 0.1 * (step + 1),
+        schedule,
         flops_per_token=1.0,
         steps_per_epoch=4,
         log_every=log_every,
         total_steps=100,
     )
+
+
+def test_no_learning_rate_is_computed_while_steps_run():
+    asked = []
+
+    def schedule(steps: Any) -> Any:
+        asked.append(steps)
+        return 0.1 * (steps + 1)
+
+    listener = Listener()
+    log = make_log(listener, schedule=schedule)
+    before = len(asked)
+    log.add(2, arrays(), 0.0)
+    log.flush()
+    assert len(asked) == before
+    assert listener.lines[0]["learning_rate"] == pytest.approx(0.2)
 
 
 def test_a_line_has_every_key_of_the_design():

@@ -190,7 +190,7 @@ def test_adapters_with_other_targets_are_refused():
         (LINEAR, LORA, 0, 0),
         (LINEAR, replace(LORA, target_modules=["o_proj"]), 0, 0),
     ]
-    with pytest.raises(UsageError, match="adapter 2 of the sweep has other parts"):
+    with pytest.raises(UsageError, match="adapters 1 and 2 of the sweep have not"):
         make_sweep(case, mesh_of())
 
 

@@ -181,6 +181,7 @@ def refused(text: str, *more: object) -> Done:
         ("a: {lora.r: two}", "a: lora.r is the text 'two'; expected an integer"),
         ("a: {lora.r: 2.5}", "a: lora.r is '2.5'; expected an integer"),
         ("a: 1", "a is 1; expected settings such as"),
+        ("a: {}\nb: {lora.init_lora_weights: pissa}", "adapters a and b of the sweep"),
         ("adapter: {}", "is not a name for an adapter's folder"),
         ("../a: {}", "is not a name for an adapter's folder"),
         ("{}", "no adapters; expected NAME"),
