@@ -53,13 +53,14 @@ def arrow_rows(
 
 def open_zstd(path: Path) -> io.BufferedReader:
     """Returns the unpacked bytes of a zstd file; raises Damaged while it is read."""
-    return io.BufferedReader(_ZstdReader(path), 1 << 18)
+    arrow = _pyarrow(path, "compressed with zstd")
+    stream = arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd")
+    return io.BufferedReader(_ZstdReader(stream), 1 << 18)
 
 
 class _ZstdReader(io.RawIOBase):
-    def __init__(self, path: Path) -> None:
-        arrow = _pyarrow(path, "compressed with zstd")
-        self._stream = arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd")
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
 
     def readable(self) -> bool:
         return True
