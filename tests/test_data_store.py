@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def never(writer: StoreWriter):
 
 
 def names(cache: Path) -> set[str]:
-    return {path.name for path in cache.iterdir() if path.suffix != ".lock"}
+    return {p.name for p in cache.iterdir() if p.suffix not in (".lock", ".use")}
 
 
 @pytest.fixture
@@ -168,6 +169,50 @@ def test_what_a_killed_build_left_is_cleared(cache):
     assert names(cache) == {"k.tmp"}
     cached_store(cache, "other", build)
     assert names(cache) == {"other"}
+
+
+@pytest.fixture
+def room_for_two(cache, monkeypatch):
+    """Stores a, used last, and b; the disk has room for half of one more."""
+    for key, used in (("a", 200), ("b", 100)):
+        cached_store(cache, key, build)
+        os.utime(cache / key, (used, used))
+    total = 2.5 * sum(file.stat().st_size for file in (cache / "a").iterdir())
+    monkeypatch.setattr("jlora.data.store.SHARE", 1)
+    usage = SimpleNamespace(total=total)
+    monkeypatch.setattr("jlora.data.store.shutil.disk_usage", lambda _: usage)
+
+
+def test_the_store_unused_for_longest_makes_room(cache, room_for_two, capsys):
+    cached_store(cache, "c", build)
+    assert names(cache) == {"a", "c"}
+    assert capsys.readouterr().out == (
+        f"token cache: {cache / 'b'} was removed to make room\n"
+    )
+
+
+def test_opening_a_store_counts_as_use(cache, room_for_two):
+    cached_store(cache, "b", never)
+    cached_store(cache, "c", build)
+    assert names(cache) == {"b", "c"}
+
+
+def test_a_store_in_use_is_not_removed(cache, room_for_two):
+    used = cached_store(cache, "b", never)
+    os.utime(cache / "b", (100, 100))
+    cached_store(cache, "c", build)
+    assert names(cache) == {"b", "c"}
+    assert used.tokens.tolist() == list(range(9))
+    del used
+    os.utime(cache / "b", (100, 100))
+    cached_store(cache, "d", build)
+    assert names(cache) == {"c", "d"}
+
+
+def test_a_store_larger_than_the_share_stays_while_it_is_the_newest(cache, monkeypatch):
+    monkeypatch.setattr("jlora.data.store.SHARE", 0)
+    cached_store(cache, "a", build)
+    assert names(cache) == {"a"}
 
 
 def test_of_two_processes_one_builds_and_the_other_waits(cache):

@@ -58,6 +58,12 @@ class _Part:
     without_end: list[int]
 
 
+def token_cache(config: DataConfig) -> Path:
+    """Returns the folder of the stores."""
+    cache = Path(config.cache_dir) if config.cache_dir else default_cache()
+    return cache / "tokens"
+
+
 def open_corpus(
     sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig
 ) -> tuple[Store, list[Account]]:
@@ -70,9 +76,8 @@ def open_corpus(
         CorruptError: a damaged file, or rows that fit no format.
         ResourceError: the cache's disk is full.
     """
-    cache = Path(config.cache_dir) if config.cache_dir else default_cache()
     store = cached_store(
-        cache / "tokens",
+        token_cache(config),
         _key(sources, tokenizer, config),
         lambda writer: {"accounts": _build(writer, sources, tokenizer, config)},
     )

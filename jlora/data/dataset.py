@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora.data.account import Account
 from jlora.data.batches import Dataset, make_dataset
-from jlora.data.build import open_corpus
+from jlora.data.build import open_corpus, token_cache
 from jlora.data.corpus import check_bad_rows, fit
 from jlora.data.files import place
 from jlora.data.mixing import content_ranks, hold_out, repeat
@@ -22,6 +22,9 @@ from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example
 from jlora.errors import CorruptError, UsageError, counted, listing
 from jlora.settings import DataConfig, check_seed
+
+# From here on a user wants to know where the token ids lie.
+_LARGE = 100_000_000
 
 
 def load_split(
@@ -134,6 +137,9 @@ class _Corpus:
     def lines(self) -> list[str]:
         """What there is to say about each source."""
         lines = [line for account in self.accounts for line in account.lines()]
+        if self._store.num_bytes >= _LARGE:
+            size = self._store.num_bytes / 1e9
+            lines.append(f"token ids: {size:.1f} GB in {token_cache(self._config)}")
         is_chat = any(account.reading.layout.is_chat for account in self.accounts)
         if is_chat and self._tokenizer.template().prints_date:
             lines.append(f"chat template: today is taken as {PINNED_DATE:%d %b %Y}")

@@ -2,7 +2,7 @@
 
 A store is a folder of three arrays and a note. It appears whole or not at all, one process
 builds it while others wait, and one that is damaged (a power cut before the disk had it
-all, say) is built again.
+all, say) is built again. A cache of them takes a tenth of its disk, or what is in use.
 """
 
 import errno
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import numpy as np
 from jlora.errors import ResourceError, UsageError
 
 SCHEMA = 1
+SHARE = 0.1
+"""Of the disk: what all stores of a cache may take, whenever one is built."""
 RECORD = np.dtype(
     [
         ("start", "<i8"),  # of its tokens
@@ -54,6 +57,11 @@ class Store:
     note: dict[str, Any]
     digest: str
     """A sha256 over tokens, masks and borders."""
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes on disk, but for its note."""
+        return sum(x.nbytes for x in (self.tokens, self.loss_mask, self.records))
 
 
 class StoreWriter:
@@ -120,8 +128,12 @@ def cached_store(
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{key}.lock", wait=True):
             _clear_stale(cache, but=key)
-            found = _open(cache / key)
-            return _build(cache, key, build) if found is None else found
+            store = _open(cache / key)
+            if store is None:
+                store = _build(cache, key, build)
+                _prune(cache, but=key)
+            _keep_while_used(store, cache / key)
+            return store
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(cache).free
@@ -216,6 +228,35 @@ def _clear_stale(cache: Path, but: str) -> None:
             with _locked(cache / f"{temporary.stem}.lock", wait=False) as held:
                 if held:
                     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _keep_while_used(store: Store, folder: Path) -> None:
+    """Notes that a store is used now, and by whom it must not be taken away."""
+    os.utime(folder)
+    use = os.open(folder.with_suffix(".use"), os.O_RDWR | os.O_CREAT, 0o666)
+    fcntl.flock(use, fcntl.LOCK_SH)  # nobody holds it long: see `_prune`
+    weakref.finalize(store, os.close, use)
+
+
+def _prune(cache: Path, but: str) -> None:
+    """Removes stores that nobody uses, the longest unused first, down to SHARE."""
+    stores = [p for p in cache.iterdir() if p.is_dir() and p.suffix != ".tmp"]
+    sizes = {store: sum(f.stat().st_size for f in store.iterdir()) for store in stores}
+    excess = sum(sizes.values()) - SHARE * shutil.disk_usage(cache).total
+    for store in sorted(stores, key=lambda store: store.stat().st_mtime):
+        if excess <= 0:
+            return
+        if store.name == but:
+            continue
+        with (
+            # Not while another process opens it, nor while one has it open.
+            _locked(store.with_suffix(".lock"), wait=False) as is_closed,
+            _locked(store.with_suffix(".use"), wait=False) as is_unused,
+        ):
+            if is_closed and is_unused:
+                shutil.rmtree(store, ignore_errors=True)
+                excess -= sizes[store]
+                print(f"token cache: {store} was removed to make room", flush=True)
 
 
 def default_cache() -> Path:
