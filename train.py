@@ -35,12 +35,7 @@ from jlora.settings import (
 )
 from jlora.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.sweep import start_member
-from jlora.sweep_file import (
-    check_same_parts,
-    check_same_steps,
-    compute_of_sweep,
-    read_sweep,
-)
+from jlora.sweep_file import check_members, compute_of_sweep, read_sweep
 
 
 @dataclass(frozen=True)
@@ -103,20 +98,20 @@ def train(args: Arguments, stop: threading.Event) -> None:
     seeds = list(dict.fromkeys(own.seed for own in every.values()))
     splits = {seed: load(seed=seed) for seed in seeds}
     data, held_out = splits[seeds[0]]
-    check_same_steps([split[0] for split in splits.values()])
 
     def start(own: Arguments, base: Params) -> tuple[Params, LoraConfig]:
         return start_adapter(base, config, own.lora, own.seed, own.init_adapter)
 
     shapes = abstract_params(source, dtype=args.compute.base_dtype)  # type: ignore[arg-type]
     planned = {name: start(own, shapes) for name, own in every.items()}
-    check_same_parts({name: params for name, (params, _) in planned.items()})
+    trees = {name: params for name, (params, _) in planned.items()}
+    check_members([split[0] for split in splits.values()], trees)
     for name, (params, _) in planned.items():
         print(f"{name}: " * bool(name) + format_parameter_count(params), flush=True)
     print("\n".join(data.summary + (held_out.summary if held_out else [])))
     epoch_steps = math.ceil(args.train.num_epochs * data.steps_per_epoch)
     total_steps = args.train.max_steps or epoch_steps
-    params = max((own for own, _ in planned.values()), key=count_parameters)
+    params = max(trees.values(), key=count_parameters)
     work = plan_workload(
         config,
         params,

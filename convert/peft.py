@@ -41,7 +41,7 @@ from jlora.lora import (
     weight_of,
     with_adapter,
 )
-from jlora.lora_init import add_lora, initial_pair, refuse_training
+from jlora.lora_init import add_lora, initial_pair
 from jlora.merge import without_start
 
 __all__ = [
@@ -87,7 +87,12 @@ def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
     Raises:
         UnsupportedError: naming it, and what to do.
     """
-    refuse_training(adapter.config)
+    if adapter.config.bias != "none":
+        raise UnsupportedError(
+            f"{adapter.location}: bias={adapter.config.bias!r}; jlora uses trained biases "
+            "but does not train them, so merge this one first (convert.to_hf) and train "
+            "on the merged model"
+        )
     rows = model_config(adapter, config).vocab_size
     if rows != config.vocab_size:
         raise UnsupportedError(

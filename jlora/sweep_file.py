@@ -107,8 +107,12 @@ def _paths(changes: dict[str, Any]) -> list[str]:
     return found
 
 
-def check_same_steps(datasets: Sequence[Dataset]) -> None:
-    """Raises UsageError where data in other orders makes other rows or steps."""
+def check_members(datasets: Sequence[Dataset], trees: Mapping[str, Any]) -> None:
+    """Raises UsageError where data in other orders makes other rows or steps.
+
+    Also as `check_same_parts`, of the adapters' trees by name.
+    """
+    check_same_parts(trees)
     shapes = {(d.row_length, d.steps_per_epoch) for d in datasets}
     if len(shapes) > 1:
         raise UsageError(

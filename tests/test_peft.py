@@ -551,6 +551,13 @@ def test_tables_of_a_resized_vocabulary_are_written_where_the_base_tells(
     assert tensors(tmp_path / "out").keys() == kept
 
 
+def test_trained_biases_are_not_trained_on():
+    case = golden("bias_all")
+    model, base, _ = case.load()
+    with pytest.raises(UnsupportedError, match=r"bias_all: bias='all'.*to_hf"):
+        attach_adapter(base, model.config, case.folder, train=True)
+
+
 def test_a_resized_vocabulary_is_not_trained_on():
     case = golden("resized_vocab")
     _, base, _ = case.load()
