@@ -105,10 +105,13 @@ def work(kind: str, folder: Path) -> tuple[Callable[[], Any], Path]:
     from convert.source import load_params, open_source
 
     source, base = folder / "hf", folder / "base"
-    if kind == "convert":
-        out = folder / "again"
+    if kind in ("convert", "nf4"):
+        out, quantize = folder / "again", "none" if kind == "convert" else kind
         shutil.rmtree(out, ignore_errors=True)
-        return lambda: write_base(open_source(str(source)), out, "keep", False), source
+        return (
+            lambda: write_base(open_source(str(source)), out, "keep", False, quantize),
+            source,
+        )
     read = base if kind == "base" else source
     return lambda: load_params(open_source(str(read))), read
 
@@ -203,6 +206,7 @@ def main() -> None:
         folder = Path(name)
         largest = write_checkpoint(folder / "hf", arguments.layers)
         report("load", folder, largest, arguments.times, cold=False)
+        report("nf4", folder, largest, arguments.times, cold=False)
         report("convert", folder, largest, arguments.times, cold=False)
         (folder / "again").rename(folder / "base")
         report("base", folder, largest, arguments.times, cold=False)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from adapters import golden
 from tiny import CONFIG as TINY
 from tiny import tensors, write_hf
 from training_cases import (
@@ -21,9 +22,12 @@ from training_cases import (
 )
 
 import convert
+from convert import to_hf
 from convert.base import open_base, write_base
 from convert.info import describe
 from convert.source import abstract_params, load_params, open_source
+from jlora.cli import run_command
+from jlora.config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.lora import LoRADense, count_parameters, trainable_mask
 from jlora.lora_init import add_lora
@@ -236,6 +240,50 @@ def test_training_follows_the_dequantised_model_and_leaves_the_base(name, remat)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
     jax.tree.map(np.testing.assert_array_equal, quantised.frozen, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("nf4", {"use_dora": True}),
+        ("int8", {"init_lora_weights": "pissa"}),
+        ("fp8", {"init_lora_weights": "olora"}),
+        ("nf4", {"modules_to_save": ["down_proj", "lm_head", "embed_tokens"]}),
+        ("int8", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        ("fp8", {"trainable_token_indices": [1, 3]}),
+    ],
+)
+def test_every_kind_of_adapter_trains_as_on_the_dequantised_model(name, settings):
+    config = llama_config(num_hidden_layers=1)
+    lora = LoraConfig(r=4, **({"target_modules": ["q_proj"]} | settings))
+    stored, plain = (
+        Run(config=config, params=add_lora(params, lora, jax.random.key(1)))
+        for params in quantised_params(name, config)
+    )
+    before = jax.tree.map(np.array, stored.frozen)
+    for a, b in zip(stored.train(2), plain.train(2), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, stored.frozen, before)
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa", "modules_to_save", "tied_lm_head"])
+def test_an_adapter_of_peft_on_a_quantised_base_is_used_and_merged(name, tmp_path):
+    case = golden(name)
+    base = str(tmp_path / "base")
+    write_base(open_source(str(case.base)), Path(base), "keep", False, "nf4")
+    (model, stored), (_, plain) = (
+        convert.load(base, str(case.folder), dtype) for dtype in ("keep", "float32")
+    )
+    assert "kernel_q" in stored["layers"]["0"]["mlp"]["up_proj"]
+    np.testing.assert_allclose(
+        logits_of(model, stored, case.tokens),
+        logits_of(model, plain, case.tokens),
+        atol=1e-5,
+    )
+    words = [str(tmp_path / "merged"), "--model", base, "--adapter", str(case.folder)]
+    # It verifies: base and adapter, merged in memory, and the files give the same logits.
+    assert not run_command(to_hf.main, to_hf.Arguments, positional=("out",), argv=words)
 
 
 WIDE = TINY | {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4}
