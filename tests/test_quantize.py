@@ -33,6 +33,7 @@ from jlora.lora import LoRADense, count_parameters, trainable_mask
 from jlora.lora_init import add_lora
 from jlora.merge import merge
 from jlora.model import Llama
+from jlora.plan import Workload, memory_bytes
 from jlora.quantize import (
     NF4,
     Format,
@@ -284,6 +285,29 @@ def test_an_adapter_of_peft_on_a_quantised_base_is_used_and_merged(name, tmp_pat
     words = [str(tmp_path / "merged"), "--model", base, "--adapter", str(case.folder)]
     # It verifies: base and adapter, merged in memory, and the files give the same logits.
     assert not run_command(to_hf.main, to_hf.Arguments, positional=("out",), argv=words)
+
+
+def test_the_plan_counts_the_weights_that_are_dequantised():
+    config = llama_config(num_hidden_layers=2)
+    stored, plain = quantised_params("nf4", config)
+    work = Workload(
+        config=config,
+        rows=1,
+        length=8,
+        weight_shards=1,
+        dtype=jnp.bfloat16,
+        attention="xla",
+        remat="full",
+        kernels="xla",
+    )
+    layers = sum(
+        2 * leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(plain["layers"])
+        if path[-1].key == "kernel"
+    )
+    # On a CPU XLA dequantises all layers ahead.
+    assert memory_bytes(stored, work)["dequantised weights"] == layers
+    assert "dequantised weights" not in memory_bytes(plain, work)
 
 
 WIDE = TINY | {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4}
