@@ -432,3 +432,19 @@ def test_the_broken_pair_is_refused_with_what_to_install(
         f"error: jax {jax} does not work with flax {flax}; "
         "install flax 0.12.9 or newer (pip install -U flax)\n"
     )
+
+
+@pytest.mark.parametrize("way", ["flag", "file"])
+def test_a_field_of_peft_that_changes_nothing_is_taken_and_not_shown(
+    way, config, capsys
+):
+    place = ["--model", "m", "--output_dir", "o"]
+    words = ["--lora.task_type", "CAUSAL_LM", "--lora.loftq_config", "{}"]
+    text = "lora: {task_type: CAUSAL_LM, loftq_config: {}, lora_bias: false}"
+    given = words if way == "flag" else ["--config", config(text)]
+    assert parse(train.Arguments, [*place, *given]) == parse(train.Arguments, place)
+    with pytest.raises(UnsupportedError, match=r"task_type='SEQ_CLS' \(jlora has"):
+        parse(train.Arguments, [*place, "--lora.task_type", "SEQ_CLS"])
+    with pytest.raises(SystemExit):
+        parse(train.Arguments, ["--help"])
+    assert "task_type" not in capsys.readouterr().out
