@@ -99,14 +99,6 @@ def read_into(memory: np.ndarray, descriptor: int, offset: int) -> bool:
     return True
 
 
-def _read_ahead(descriptor: int, offset: int) -> None:
-    """Has the disk read on from here, while other blocks are checked and copied."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(
-            descriptor, offset, THREADS * BLOCK_BYTES, os.POSIX_FADV_WILLNEED
-        )
-
-
 def row_blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     """Yields (first, end) of rows that make a block together, by 64."""
     rows = max(1, BLOCK_BYTES // max(1, row_bytes) // 64) * 64
@@ -197,7 +189,6 @@ def read_box(
         else:
             memory = buffer((end - first) * row_bytes)
             block = memory.view(dtype).reshape(end - first, *row)
-        _read_ahead(descriptor, offset + end * row_bytes)
         if not read_into(block, descriptor, offset + first * row_bytes):
             cut.append(first)
             return

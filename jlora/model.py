@@ -22,6 +22,7 @@ from jlora import fused
 from jlora.attention import attend
 from jlora.config import LlamaConfig
 from jlora.dropout import drop
+from jlora.errors import UsageError
 from jlora.lora import (
     NORM_NAME,
     LoRADense,
@@ -293,6 +294,16 @@ class _Layers(nn.Module):
         return x, replace(cache, keys=keys, values=values)
 
 
+def _check_tokens(tokens: Any) -> None:
+    shape = getattr(tokens, "shape", None)
+    if shape is None or len(shape) != 2 or 0 in shape:
+        found = type(tokens).__name__ if shape is None else f"shape {list(shape)}"
+        raise UsageError(
+            f"tokens: expected an array [B, T] of ids, B and T above 0, got {found}; "
+            "make one by jnp.asarray([ids])"
+        )
+
+
 class Llama(nn.Module):
     """The language model: tokens in, float32 logits out.
 
@@ -340,7 +351,12 @@ class Llama(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Returns the float32 logits of every next token."""
+        """Returns the float32 logits of every next token.
+
+        Raises:
+            UsageError: the tokens are no array [B, T], or none.
+        """
+        _check_tokens(tokens)
         hidden = self.hidden_states(
             tokens, segment_ids=segment_ids, positions=positions
         )

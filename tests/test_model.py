@@ -11,6 +11,7 @@ from training_cases import (
     random_tokens,
 )
 
+from jlora.errors import UsageError
 from jlora.lora import join, split, trainable_mask
 from jlora.model import KVCache, Llama
 from jlora.training import summed_loss
@@ -39,6 +40,12 @@ def logits(config, params):
         )
 
     return lambda *args, **kwargs: np.asarray(apply(*args, **kwargs))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 0)])
+def test_no_tokens_are_a_usage_error(config, params, shape):
+    with pytest.raises(UsageError, match=r"tokens: expected an array \[B, T\]"):
+        Llama(config).apply({"params": params}, jnp.zeros(shape, jnp.int32))
 
 
 def test_a_token_changes_no_logits_before_it(logits):
