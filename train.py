@@ -88,15 +88,9 @@ def train(args: Arguments, stop: threading.Event) -> None:
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
     # The data comes first: a mistake in it shows before the weights are read.
     tokenizer = Tokenizer.from_files(source.files, config)
-    load = partial(
-        load_split,
-        tokenizer,
-        sized,
-        vocab_size=config.vocab_size,
-        batch_size=args.train.batch_size,
-    )
+    load = partial(load_split, tokenizer, sized, vocab_size=config.vocab_size)
     seeds = list(dict.fromkeys(own.seed for own in every.values()))
-    splits = {seed: load(seed=seed) for seed in seeds}
+    splits = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
     data, held_out = splits[seeds[0]]
 
     def start(own: Arguments, base: Params) -> tuple[Params, LoraConfig]:
