@@ -318,12 +318,13 @@ def test_a_folder_and_the_base_made_of_it_train_the_same(run, base, tmp_path):
     ids=["dora", "olora"],
 )
 def test_every_kind_of_adapter_trains_resumes_and_merges(more, tmp_path):
+    steps = 4
     words = training(tmp_path / "run", "--data.eval", "eval.jsonl", *more)
-    with_steps = [*words, "--train.save_every", 1]
+    with_steps = [*words, "--train.max_steps", steps, "--train.save_every", 1]
     succeed("train", *with_steps)
     logged = metrics(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "adapter")  # as a run that was killed
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(steps))
     adapter = ("--adapter", tmp_path / "run")
     succeed("convert.to_hf", "--model", "hf", *adapter, tmp_path / "early")
     succeed("train", *with_steps)
