@@ -191,14 +191,18 @@ def _leaves(
     """Returns the leaves of one module, in jlora's layout."""
     leaves = {}
     for leaf, (key, entry) in found.items():
-        if leaf == "copy":
-            continue
         name = _leaf_name(module, leaf, config, found)
         assert name is not None  # or it was refused
         array = _read(entry, f"{where}: {key}")
         if name not in _TABLES.values():
             array = array.astype(np.float32)
-        leaves[name] = to_leaf(name, array)
+        array = to_leaf(name, array)
+        if name in leaves and not np.array_equal(leaves[name], array):
+            raise CorruptError(
+                f"{where}: {key} and another tensor of the file are both "
+                f"{module_path(module)}/{name}, and differ; save the adapter again"
+            )
+        leaves[name] = array
     return leaves
 
 
@@ -210,9 +214,9 @@ def _leaf_name(
     saved = _is_saved(config, module)
     if leaf.endswith("bias"):
         return "trained_bias" if saved or config.bias != "none" else None
-    if leaf == "copy":  # of the weight beside it, in a resized vocabulary
-        return leaf if saved and "weight" in beside else None
-    if leaf == "weight":
+    if leaf == "copy" and not (saved and "weight" in beside):
+        return None  # PEFT writes it beside the weight, in a resized vocabulary
+    if leaf in ("weight", "copy"):
         return f"trained_{_weight_name(path)}" if saved else _TABLES.get(path)
     if leaf == "base_weight":
         return _TABLES.get(path) if saved or "lora_A" in beside else None

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -32,6 +32,8 @@ from jlora.processes import is_first, to_host
 SCHEMA_VERSION = 1
 # Parts of a run's identity whose values say nothing to a reader.
 DIGESTS = ("base", "tokenizer", "data")
+# What an adapter says of where its base is found; training does not depend on it.
+LABELS = ("lora.base_model_name_or_path", "lora.revision")
 # Settings that say where a run lies and how it was called, not what it computes.
 PLACES = ("model", "output_dir", "resume", "plan", "sweep")
 # Of a converted base; a chunk is the least that a process reads of a leaf.
@@ -395,13 +397,17 @@ def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
     Raises:
         UsageError: naming every key that differs.
     """
-    before, now = (_by_name(x) for x in (saved.meta.get("identity", {}), identity))
+    # A field that did not exist yet when the run began had its default.
+    unsaid = _by_name({"lora": asdict(LoraConfig())})
+    before, now = (
+        unsaid | _by_name(x) for x in (saved.meta.get("identity", {}), identity)
+    )
     differing = [
         f"the {name} differs"
         if name in DIGESTS
         else f"{name} is {json.dumps(now.get(name))}, was {json.dumps(before.get(name))}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and name not in LABELS
     ]
     if differing:
         raise UsageError(

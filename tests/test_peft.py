@@ -540,6 +540,28 @@ def test_a_resized_vocabulary_is_read_in_every_form_of_peft(kind, folder):
     np.testing.assert_allclose(logits, case.expected["logits"], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "of"),
+    [
+        ("saved", f"{EMBED}.modules_to_save.weight", f"{EMBED}.weight"),
+        ("adapted", f"{EMBED}.weight", f"{EMBED}.base_layer.weight"),
+    ],
+)
+def test_two_tensors_for_one_purpose_must_be_equal(kind, key, of, tmp_path):
+    settings, make = RESIZED[kind]
+
+    def read_with(factor):
+        def arrays(found):
+            return {**make(found), key: factor * make(found)[of]}
+
+        folder = tmp_path / str(factor)
+        return read_adapter(changed_copy(folder, "resized_vocab", settings, arrays))
+
+    read_with(1)
+    with pytest.raises(CorruptError, match=r"embed_tokens/.*embedding, and differ"):
+        read_with(2)
+
+
 @pytest.mark.parametrize("kind", ["adapted", "saved"])
 def test_tables_of_a_resized_vocabulary_are_written_where_the_base_tells(
     kind, folder, tmp_path, monkeypatch

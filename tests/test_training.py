@@ -1,6 +1,6 @@
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from jlora.checkpoint import (
     restore_into,
     resume,
 )
+from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.lora import head_parameters, join, trainable_mask
 from jlora.loss import cross_entropy
@@ -330,6 +331,18 @@ def test_resuming_with_other_settings_names_what_differs(saved_run):
     other = {"data": "y", "lora": {"r": 4}}
     with pytest.raises(UsageError, match=r"the data differs, lora\.r is 4, was 2"):
         resume(saved_run, Run().state, {"identity": other}, mode="auto")
+
+
+def test_where_the_base_is_found_may_change_in_a_resumed_run(saved_run):
+    lora = LoraConfig(r=2, base_model_name_or_path="owner/name", revision="abc")
+    other = {"data": "x", "lora": asdict(lora)}
+    resume(saved_run, Run().state, {"identity": other}, mode="must")
+
+
+def test_a_setting_that_is_newer_than_the_run_had_its_default(saved_run):
+    other = {"data": "x", "lora": asdict(LoraConfig(r=2, use_dora=True))}
+    with pytest.raises(UsageError, match=r"step 2: lora\.use_dora is true, was false;"):
+        resume(saved_run, Run().state, {"identity": other}, mode="must")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
