@@ -18,12 +18,16 @@ def drop(x: Float[Array, "... D"], key: Array, rate: float | Array) -> Array:
 def drop_by(
     x: Float[Array, "... D"], seeds: UInt32[Array, "2"], rate: float | Array
 ) -> Float[Array, "... D"]:
-    """As `drop`, given the key's `seeds`; scaled in float32, where 1 - rate is exact."""
+    """As `drop`, given the key's `seeds`.
+
+    A rate is a float32 from here on, so that one that varies in a sweep gives the same.
+    """
+    rate = jnp.float32(rate)
     size = x.shape[-1]
     rows = jnp.arange(x.size // size).reshape(*x.shape[:-1], 1)
     columns = jnp.arange(size)
     keep = is_kept(codes(rows, seeds[0]), codes(columns, seeds[1]), threshold(rate))
-    return jnp.where(keep, x.astype(jnp.float32) / (1 - rate), 0).astype(x.dtype)
+    return jnp.where(keep, x.astype(jnp.float32) * (1 / (1 - rate)), 0).astype(x.dtype)
 
 
 def seeds(key: Array) -> UInt32[Array, "2"]:

@@ -7,8 +7,6 @@ one sum. The frozen kernels get no gradient here.
 
 With dropout each adapter has a mask of its own for the common input, so that s becomes
 drop(x) A and its gradient reaches x through that mask; `jlora.narrow` does both.
-
-Above 300 lines, because both groups share the parts of their gradients.
 """
 
 import functools

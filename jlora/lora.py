@@ -90,7 +90,7 @@ def linear(
     bias = leaves.get("trained_bias", leaves.get("bias"))
     y = _base(x, leaves, dtype)
     if dropped is not None and "lora_magnitude" in leaves:
-        y = _dropped_dora(x, y, leaves, dtype, dropped)
+        y = _dropped_dora(x, y, leaves, dtype, dropped, keep=keep)
     else:
         if "lora_A" in leaves:
             inner = x if dropped is None else dropped
@@ -126,18 +126,20 @@ def _gain(leaves: Leaves) -> Array:
 
 
 def _dropped_dora(
-    x: Array, y: Array, leaves: Leaves, dtype: Any, dropped: Array
+    x: Array, y: Array, leaves: Leaves, dtype: Any, dropped: Array, *, keep: bool
 ) -> Array:
     """Returns DoRA's output under dropout, given y = x W.
 
-    PEFT leaves y itself undropped, which costs this second product with the kernel.
+    PEFT leaves y itself undropped, which costs this second product with the kernel. A
+    backward pass keeps it for the gain's gradient, or the output, where that is read.
     """
     base = _base(dropped, leaves, dtype) - _start(dropped, leaves, dtype)
+    if not keep:
+        base = checkpoint_name(base, fused.PRODUCT_NAME)
     y = y - _start(x, leaves, dtype)
     gain = _gain(leaves)
-    return (y + (gain - 1) * base + gain * _update(dropped, leaves, dtype)).astype(
-        dtype
-    )
+    y = (y + (gain - 1) * base + gain * _update(dropped, leaves, dtype)).astype(dtype)
+    return checkpoint_name(y, fused.PRODUCT_NAME) if keep else y
 
 
 def _product(x: Array, a: Array, b: Array, leaves: Leaves, dtype: Any) -> Array:

@@ -106,7 +106,7 @@ def joined_a(pairs: Adapters, dtype: Any) -> Array:
 
 
 def placed_b(pairs: Adapters, sizes: list[int], dtype: Any) -> list[Array]:
-    """Returns each pair's B in the rows that its A has as columns of `_joined_a`."""
+    """Returns each pair's B in the rows that its A has as columns of `joined_a`."""
     places = placed(ranks(pairs))
     total = sum(width for _, width in places)
     total += -total % hopper.DEPTH

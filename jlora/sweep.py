@@ -236,8 +236,7 @@ def _varied(members: Sequence[Member], total_steps: int) -> _Varied:
             rates=jnp.asarray(jax.vmap(make_schedule(m.optim, total_steps))(steps)),
             numbers=Numbers.of(m.optim),
             key=jax.random.key(m.seed),
-            # What is kept is rounded as where it is a constant: float32(1 - p).
-            dropout=np.float32(1) - np.float32(1 - m.lora_dropout),
+            dropout=np.float32(m.lora_dropout),
         )
         for m in members
     ]

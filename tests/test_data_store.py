@@ -215,6 +215,16 @@ def test_a_store_larger_than_the_share_stays_while_it_is_the_newest(cache, monke
     assert names(cache) == {"a"}
 
 
+def test_folders_that_are_no_stores_are_left_alone(cache, monkeypatch):
+    monkeypatch.setattr("jlora.data.store.SHARE", 0)
+    for name in ("mine", "mine.tmp"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "note.json").write_text('{"key": "other"}')
+    cached_store(cache, "a", build)
+    cached_store(cache, "b", build)
+    assert names(cache) == {"b", "mine", "mine.tmp"}
+
+
 def test_of_two_processes_one_builds_and_the_other_waits(cache):
     first, second = start(cache, 0.2), start(cache, 0.2)
     outputs = [process.communicate(timeout=60)[0] for process in (first, second)]

@@ -54,3 +54,12 @@ def test_a_mask_does_not_depend_on_the_sharding() -> None:
     )
     function = jax.jit(lambda x: drop(x, jax.random.key(7), 0.5))
     np.testing.assert_array_equal(function(sharded), function(x))
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.7])
+def test_a_rate_that_varies_gives_the_same_as_a_constant(rate: float) -> None:
+    x = jax.random.normal(jax.random.key(1), (64, 96))
+    key = jax.random.key(2)
+    constant = jax.jit(lambda x: drop(x, key, rate))(x)
+    varied = jax.jit(lambda x, rate: drop(x, key, rate))(x, jnp.float32(rate))
+    np.testing.assert_array_equal(varied, constant)

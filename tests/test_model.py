@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_cases import (
+    ALL_LINEAR,
     adapted_params,
     llama_config,
     logits_of,
@@ -152,9 +155,9 @@ def test_a_prompt_may_come_in_parts(config, params, logits):
     np.testing.assert_allclose(found, logits(tokens)[:, -1], rtol=0, atol=2e-5)
 
 
-def loss_of(config, remat, dropout=0.2):
+def loss_of(config, remat, dropout=0.2, lora=ALL_LINEAR):
     model = Llama(config, remat=remat, lora_dropout=dropout)
-    params = adapted_params(config)
+    params = adapted_params(config, lora)
     trainable, frozen = split(params, trainable_mask(params))
     batch = jax.tree.map(jnp.asarray, ragged_batch(rows=4))
 
@@ -165,7 +168,7 @@ def loss_of(config, remat, dropout=0.2):
             batch,
             packed=True,
             chunk=5,
-            dropout_key=jax.random.key(0),
+            dropout_key=jax.random.key(0) if dropout else None,
         )
 
     return loss, trainable
@@ -190,8 +193,8 @@ def test_remat_gives_the_same_gradients(plain_gradients, remat):
         np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=2e-6)
 
 
-def count_dots(config, remat):
-    loss, trainable = loss_of(config, remat)
+def count_dots(config, remat, **options):
+    loss, trainable = loss_of(config, remat, **options)
     return str(jax.make_jaxpr(jax.grad(loss))(trainable)).count("dot_general")
 
 
@@ -203,6 +206,18 @@ def test_remat_recomputes_what_it_says():
     # (x A) B.
     assert minimal - none == 1 + 7
     assert full - none == 2 + 7 + 6 + 6
+
+
+@pytest.mark.parametrize(("dropout", "again"), [(0.0, 1 + 7), (0.2, 1 + 7 + 7 + 2)])
+def test_remat_minimal_keeps_the_products_that_dora_scales(dropout, again):
+    config = llama_config(num_hidden_layers=1)
+    lora = replace(ALL_LINEAR, use_dora=True)
+    none, minimal = (
+        count_dots(config, remat, dropout=dropout, lora=lora)
+        for remat in ("none", "minimal")
+    )
+    # As without DoRA; under dropout also (x A) B, and gate's and up's second x W.
+    assert minimal - none == again
 
 
 def test_a_tied_head_is_the_embedding():

@@ -224,7 +224,8 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
 def _clear_stale(cache: Path, but: str) -> None:
     """Removes what killed builds of other keys left behind."""
     for temporary in cache.glob("*.tmp"):
-        if temporary.stem != but:
+        # Without a lock file it is not a build's.
+        if temporary.stem != but and temporary.with_suffix(".lock").exists():
             with _locked(cache / f"{temporary.stem}.lock", wait=False) as held:
                 if held:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -240,10 +241,15 @@ def _keep_while_used(store: Store, folder: Path) -> None:
 
 def _prune(cache: Path, but: str) -> None:
     """Removes stores that nobody uses, the longest unused first, down to SHARE."""
-    stores = [p for p in cache.iterdir() if p.is_dir() and p.suffix != ".tmp"]
-    sizes = {store: sum(f.stat().st_size for f in store.iterdir()) for store in stores}
-    excess = sum(sizes.values()) - SHARE * shutil.disk_usage(cache).total
-    for store in sorted(stores, key=lambda store: store.stat().st_mtime):
+    found = []  # (last use, size, folder)
+    for folder in cache.iterdir():
+        with suppress(FileNotFoundError):  # another process prunes, too
+            if _is_store(folder):
+                size = sum(file.stat().st_size for file in folder.iterdir())
+                found.append((folder.stat().st_mtime, size, folder))
+    total = sum(size for _, size, _ in found)
+    excess = total - SHARE * shutil.disk_usage(cache).total
+    for _, size, store in sorted(found):
         if excess <= 0:
             return
         if store.name == but:
@@ -255,8 +261,18 @@ def _prune(cache: Path, but: str) -> None:
         ):
             if is_closed and is_unused:
                 shutil.rmtree(store, ignore_errors=True)
-                excess -= sizes[store]
-                print(f"token cache: {store} was removed to make room", flush=True)
+                if not store.exists():
+                    excess -= size
+                    print(f"token cache: {store} was removed to make room", flush=True)
+
+
+def _is_store(folder: Path) -> bool:
+    """Returns whether a folder is named by the note in it: others are left alone."""
+    try:
+        about = json.loads((folder / "note.json").read_text("utf-8"))
+        return about["key"] == folder.name
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def default_cache() -> Path:
