@@ -48,9 +48,7 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
         UnsupportedError: not a plain Llama in safetensors.
         CorruptError: files that are damaged or contradict each other.
     """
-    _require_config(folder)
-    hf_config = read_json(folder, "config.json")
-    config = parse_config(hf_config, f"{folder}/")
+    hf_config, config = read_config(folder)
     unused = unused_keys(hf_config)
     if unused:
         _log.info("%s: keys of config.json that are not used: %s", folder, unused)
@@ -132,6 +130,17 @@ def _check_dtype(
             declared,
             ", ".join(found),
         )
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
+    """Returns config.json as found, and the architecture it describes.
+
+    Raises:
+        UsageError, UnsupportedError, CorruptError: as `open_hf`.
+    """
+    _require_config(folder)
+    hf_config = read_json(folder, "config.json")
+    return hf_config, parse_config(hf_config, f"{folder}/")
 
 
 def _require_config(folder: Path) -> None:

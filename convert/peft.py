@@ -1,13 +1,12 @@
-"""LoRA adapters: PEFT folders and runs in, trees with adapters out, and back.
+"""LoRA adapters on a model: laid beside its weights, from PEFT folders and runs.
 
-Both directions share one value, `Adapter`, which is checked when it is made: ranks agree
+Reading and writing share one value, `Adapter`, which is checked when it is made: ranks agree
 with the settings, so a scaling can be trusted. Reading refuses what PEFT lets pass with a
 warning while it serves the base model.
 
 Source: PEFT 0.21 `utils/save_and_load.py`, `tuners/lora/layer.py`.
 """
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,29 +18,24 @@ import numpy as np
 from jax.core import Tracer
 
 from convert.names import Params, module_name, module_path
-from convert.peft_adapter import Adapter, Tensors, takes_start_out, without_starts
-from convert.peft_config import config_to_write
+from convert.peft_adapter import Adapter, takes_start_out
+from convert.peft_base import plain, start_of
 from convert.peft_fit import changed_tables, check_fit, model_config
-from convert.peft_keys import EMBEDDING, HEAD, adapter_key, to_leaf
-from convert.peft_read import CONFIG, WEIGHTS, find_adapter, read_adapter
-from convert.safetensors import Spec, atomic_folder, write_safetensors
+from convert.peft_keys import EMBEDDING, HEAD
+from convert.peft_read import find_adapter, read_adapter
+from convert.peft_write import adapter_of, save_adapter, write_adapter
 from convert.source import load_params, open_source
 from jlora.checkpoint import newest_adapter
 from jlora.config import LlamaConfig, LoraConfig
-from jlora.errors import JloraError, UnsupportedError, UsageError
+from jlora.errors import UnsupportedError
 from jlora.lora import (
-    WEIGHTS as BASE_WEIGHTS,
-)
-from jlora.lora import (
-    is_trainable,
     join,
-    linear_modules,
     modules,
     norm_squared,
     weight_of,
     with_adapter,
 )
-from jlora.lora_init import add_lora, initial_pair
+from jlora.lora_init import add_lora
 from jlora.merge import without_start
 
 __all__ = [
@@ -203,19 +197,6 @@ def _placed_like(array: np.ndarray, like: Any) -> Any:
     return jax.device_put(array.astype(like.dtype), like.sharding)
 
 
-def start_of(adapter: Adapter, name: str, weight: Any) -> dict[str, Any]:
-    """Returns lora_A0 and lora_B0 of a module, as PEFT derives them from its kernel."""
-    path = module_path(name)
-    a, b = initial_pair(
-        str(adapter.config.init_lora_weights),
-        weight,
-        jax.random.key(0),  # which neither of the two starts draws from
-        rank=adapter.tensors[path]["lora_A"].shape[1],
-        scaling=adapter.scalings[path],
-    )
-    return {"lora_A0": a, "lora_B0": b}
-
-
 def _start_or_rest(
     adapter: Adapter, name: str, base: dict[str, Params], *, train: bool
 ) -> dict[str, Any]:
@@ -228,175 +209,3 @@ def _start_or_rest(
     scaling = adapter.scalings[module_path(name)]
     rest = without_start(np.asarray(kernel), a, b, scaling)
     return {"kernel": _placed_like(rest, kernel)}
-
-
-def plain(adapter: Adapter) -> Adapter:
-    """Returns the adapter as plain LoRA on the whole base, which it opens if need be.
-
-    Raises:
-        UsageError: the start of a PiSSA or OLoRA adapter cannot be found, as its base
-            is not at hand.
-    """
-    if not adapter.takes_start_out:
-        return adapter
-    where = adapter.config.base_model_name_or_path
-    try:
-        source = open_source(where or "")
-    except JloraError as error:
-        raise UsageError(
-            f"{adapter.location}: init_lora_weights="
-            f"{adapter.config.init_lora_weights!r} needs its base, named as {where!r}, to "
-            f"become plain LoRA: {error}"
-        ) from error
-    starts: Tensors = {}
-    for path in adapter.pairs:
-        if path != EMBEDDING:
-            tied = path == HEAD and source.config.tie_word_embeddings
-            table = f"{EMBEDDING}/embedding" if tied else f"{path}/kernel"
-            weight = source.read(table)
-            start = start_of(adapter, module_name(path), weight.T if tied else weight)
-            starts[path] = {leaf: np.asarray(x) for leaf, x in start.items()}
-    return without_starts(adapter, starts)
-
-
-def adapter_of(
-    params: Params,
-    config: LoraConfig,
-    location: Path,
-    base_model_name_or_path: str | None = None,
-) -> Adapter:
-    """Returns a tree's adapter, plain LoRA whatever it started from.
-
-    Args:
-        params: a tree with an adapter; the base's leaves may be absent, but for those
-            that a trained copy takes its dtype from.
-        config: what it was trained with.
-        location: for messages.
-        base_model_name_or_path: where readers find the base; None: as the settings say.
-    """
-    found = modules(params)
-    tensors: Tensors = {}
-    starts: Tensors = {}
-    for name, leaves in found.items():
-        path = module_path(name)
-        for leaf, array in leaves.items():
-            if is_trainable(leaf):
-                tensors.setdefault(path, {})[leaf] = np.ascontiguousarray(array)
-            elif leaf in ("lora_A0", "lora_B0"):
-                starts.setdefault(path, {})[leaf] = np.asarray(array)
-    if base_model_name_or_path is not None:
-        config = replace(config, base_model_name_or_path=base_model_name_or_path)
-    adapter = Adapter.make(config, tensors, location)
-    return without_starts(adapter, starts) if takes_start_out(config) else adapter
-
-
-def write_adapter(
-    params: Params,
-    lora_config: LoraConfig,
-    folder: str | Path,
-    base_model_name_or_path: str | None = None,
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Writes a tree's adapter as a PEFT folder; the same input gives the same bytes.
-
-    Args:
-        params: a tree with an adapter; see `adapter_of`.
-        lora_config: what it was trained with.
-        folder: appears whole or not at all.
-        base_model_name_or_path: where readers find the base; None: as the settings say.
-        overwrite: replace an adapter that is there.
-
-    Raises:
-        UsageError: the tree has no adapter, or the folder cannot be written.
-    """
-    where = Path(folder)
-    if not any(is_trainable(leaf) for x in modules(params).values() for leaf in x):
-        raise UsageError(f"{where}: nothing to write, the parameters have no adapter")
-    adapter = adapter_of(params, lora_config, where, base_model_name_or_path)
-    save_adapter(
-        adapter,
-        where,
-        linears=list(linear_modules(params)),
-        dtypes=_dtypes(params),
-        overwrite=overwrite,
-    )
-
-
-def _dtypes(params: Params) -> dict[str, Any]:
-    """Returns {params path of a module: dtype of the base's weights}, where it is known."""
-    found = modules(params)
-    dtypes = {}
-    for name, leaves in found.items():
-        base = [x for key, x in leaves.items() if key in (*BASE_WEIGHTS, "scale")]
-        if base:
-            dtypes[module_path(name)] = np.dtype(base[0].dtype)
-    if HEAD not in dtypes and EMBEDDING in dtypes:
-        dtypes[HEAD] = dtypes[EMBEDDING]
-    return dtypes
-
-
-def save_adapter(
-    adapter: Adapter,
-    folder: Path,
-    *,
-    linears: list[str] | None = None,
-    dtypes: dict[str, Any] | None = None,
-    overwrite: bool = False,
-    source: Path | None = None,
-) -> None:
-    """Writes an adapter as a PEFT folder that every PEFT since 0.6 reads.
-
-    Args:
-        adapter: what to write; `plain`.
-        folder: appears whole or not at all.
-        linears: HF names of the base's linear layers, if they are known.
-        dtypes: params path -> dtype that whole weights are written in; float32 where
-            the base's is not known, which readers round as they load.
-        overwrite: replace an adapter that is there.
-        source: what the adapter comes from; must not lie inside `folder`.
-    """
-    if adapter.takes_start_out:
-        raise UnsupportedError(
-            f"{adapter.location}: init_lora_weights="
-            f"{adapter.config.init_lora_weights!r} has to become plain LoRA first; use "
-            "python -m convert.to_peft"
-        )
-    pairs = adapter.pairs
-    names = {module_name(path): path for path in pairs}
-    settings = config_to_write(
-        adapter.config,
-        {name: pairs[path]["lora_A"].shape[1] for name, path in names.items()},
-        {name: adapter.scalings[path] for name, path in names.items()},
-        linears,
-    )
-    text = json.dumps(settings, indent=2, sort_keys=True)
-    arrays = _to_write(adapter, dtypes or {})
-    specs = {key: Spec(array.shape, array.dtype) for key, array in arrays.items()}
-    with atomic_folder(folder, overwrite, source) as temporary:
-        write_safetensors(temporary / WEIGHTS, specs, arrays.__getitem__)
-        (temporary / CONFIG).write_text(text + "\n", "utf-8")
-
-
-def _to_write(adapter: Adapter, dtypes: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns {PEFT key: array in PEFT's layout}.
-
-    Tables are written where the vocabulary is new, not where PEFT copies the base's.
-    """
-    tensors = {path: dict(leaves) for path, leaves in adapter.tensors.items()}
-    table, head = tensors.get(EMBEDDING, {}), tensors.get(HEAD, {})
-    if adapter.config.ensure_weight_tying and not head:  # PEFT has it twice
-        twice = {"lora_A": "lora_B", "lora_B": "lora_A"}
-        twice |= {"trained_kernel": "trained_embedding"}
-        head = {new: table[old].T for new, old in twice.items() if old in table}
-        tensors |= {HEAD: head} if head else {}
-    arrays = {}
-    for path, leaves in tensors.items():
-        for leaf, array in leaves.items():
-            if leaf in BASE_WEIGHTS and not adapter.resized:
-                continue
-            if leaf.startswith("trained_") and path in dtypes:
-                array = array.astype(dtypes[path])
-            key = adapter_key(path, leaf, leaves)
-            arrays[key] = to_leaf(leaf, array)
-    return arrays

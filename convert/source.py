@@ -132,6 +132,19 @@ def open_source(path: str) -> Source:
     return _open_hub(path)
 
 
+def open_config(path: str) -> LlamaConfig:
+    """Returns the architecture of a model; of a hub id, only config.json is fetched.
+
+    Raises:
+        UsageError, UnsupportedError, CorruptError: as `open_source`.
+    """
+    if Path(path).exists() or not is_hub_id(path):
+        return open_source(path).config
+    from convert.hf_folder import read_config
+
+    return read_config(hub_folder(path, ["config.json"]))[1]
+
+
 def _open_file(path: Path) -> Source:
     if path.suffix == ".gguf":
         from convert.from_gguf import open_gguf

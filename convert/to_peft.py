@@ -7,12 +7,13 @@ from typing import Literal
 import numpy as np
 
 from convert.peft import Adapter, open_adapter, plain, save_adapter
+from convert.peft_base import from_base
 from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD
 from convert.safetensors import check_target
-from convert.source import is_hub_id, open_source
+from convert.source import is_hub_id, open_config
 from jlora.cli import run_command
-from jlora.errors import JloraError, UnsupportedError, UsageError, listing
+from jlora.errors import JloraError, UnsupportedError, listing
 
 # What vLLM accepts as --max-lora-rank; 16 is its default.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -59,14 +60,12 @@ def mark_resized(adapter: Adapter) -> Adapter:
     )
     if adapter.resized or not brings:
         return adapter
-    base = adapter.config.base_model_name_or_path
     try:
-        rows = open_source(base or "").config.vocab_size
-    except JloraError:
-        warn(
-            f"{adapter.location}: leaves out its copy of the base's tables; should the "
-            f"vocabulary have been resized, make its base, named as {base!r}, reachable"
-        )
+        rows = from_base(
+            adapter, open_config, "telling a resized vocabulary"
+        ).vocab_size
+    except JloraError as error:
+        warn(f"{error}; its copy of the base's tables is left out")
         return adapter
     return replace(adapter, resized=rows != adapter.vocab_size)
 
@@ -139,14 +138,8 @@ def _is_tied(adapter: Adapter) -> bool:
     """Returns whether the base ties its head to the embedding, as it says itself."""
     if adapter.config.ensure_weight_tying:
         return True
-    base = adapter.config.base_model_name_or_path
-    try:
-        return open_source(base or "").config.tie_word_embeddings
-    except JloraError as error:
-        raise UsageError(
-            f"{adapter.location}: adapters on the embedding or the head need the base, "
-            f"named as {base!r}, which says whether the two share a table: {error}"
-        ) from error
+    why = "telling whether embedding and head share a table"
+    return from_base(adapter, open_config, why).tie_word_embeddings
 
 
 def bake(adapter: Adapter) -> Adapter:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import stat
 from typing import Any
 
@@ -585,3 +586,49 @@ def test_a_start_without_its_base_cannot_be_exported(out, tmp_path):
     )
     with pytest.raises(UsageError, match="needs its base, named as 'nowhere'"):
         peft_for("peft", folder, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "reader", "why"),
+    [
+        ("pissa", "peft", "init_lora_weights='pissa'"),
+        ("tied_embed", "gguf", "telling whether embedding and head share a table"),
+    ],
+)
+def test_what_needs_a_base_says_that_none_is_named(
+    name, reader, why, out, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(golden(name).base)  # a model, but not the adapter's
+    folder = changed_copy(tmp_path / "adapter", name, {"base_model_name_or_path": None})
+    with pytest.raises(UsageError, match=f"names no base: {why} needs it; set base"):
+        peft_for(reader, folder, out)
+    assert not out.exists()
+
+
+def test_tables_without_a_named_base_are_left_out_with_a_warning(
+    out, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(golden("embed").base)
+    folder = changed_copy(tmp_path / "a", "embed", {"base_model_name_or_path": None})
+    peft_for("peft", folder, out)
+    assert "names no base: telling a resized vocab" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "reader"), [("embed", "gguf"), ("pissa", "peft")])
+def test_of_a_base_on_the_hub_no_more_is_fetched_than_needed(
+    name, reader, out, tmp_path, monkeypatch
+):
+    asked = []
+
+    def fetch(repository, *, revision, allow_patterns, **_):
+        asked.append((repository, revision))
+        if name == "pissa":
+            return str(golden(name).base)
+        assert allow_patterns == ["config.json"]
+        shutil.copy(golden(name).base / "config.json", tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    named = {"base_model_name_or_path": "owner/name", "revision": "abc"}
+    peft_for(reader, changed_copy(tmp_path / "adapter", name, named), out)
+    assert set(asked) == {("owner/name", "abc")}
