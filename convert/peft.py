@@ -20,9 +20,10 @@ from jax.core import Tracer
 from convert.names import Params, module_name, module_path
 from convert.peft_adapter import Adapter, takes_start_out
 from convert.peft_base import plain, start_of
-from convert.peft_fit import changed_tables, check_fit, model_config
+from convert.peft_fit import check_fit, model_config
 from convert.peft_keys import EMBEDDING, HEAD
 from convert.peft_read import find_adapter, read_adapter
+from convert.peft_tables import changed_tables
 from convert.peft_write import adapter_of, save_adapter, write_adapter
 from convert.source import load_params, open_source
 from jlora.checkpoint import newest_adapter
@@ -128,7 +129,7 @@ def attach_adapter(
     if any(isinstance(table, Tracer) for table in tables.values()):
         tables = {}  # only shapes are wanted, and those are the base's
     replaced: dict[str, dict[str, Any]] = {}
-    for path, array in changed_tables(adapter, fit, tables).items():
+    for path, array in changed_tables(adapter, fit.tables, tables).items():
         name, leaf = _name_and_leaf(path)
         base[name][leaf] = _placed_like(array, base[name][leaf])
         replaced[name] = {leaf: base[name][leaf]}

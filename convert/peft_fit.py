@@ -1,6 +1,5 @@
 """Does an adapter fit a model? What it lays beside the model's weights, if it does."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +9,13 @@ from convert.names import all_names, module_name, module_path
 from convert.peft_adapter import Adapter
 from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD, adapter_key, is_transposed
+from convert.peft_tables import own_tables
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError, UsageError, listing, nearest
 from jlora.lora import WEIGHTS
 from jlora.targets import Selection, select
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
-_TABLE, _KERNEL = f"{EMBEDDING}/embedding", f"{HEAD}/kernel"
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,7 @@ def check_fit(adapter: Adapter, config: LlamaConfig) -> Fit:
         raise CorruptError(
             f"{adapter.location}: does not fit the model: {listing(problems)}"
         )
-    tables = _tables(adapter, tied=tied)
-    if config.vocab_size != base_vocab:
-        # Where nothing but a trained copy is used, it stands in for what it shadows.
-        if not tied or selection.shared:
-            tables = _trained_tables(adapter) | tables
-        _check_tables(adapter, tables, base_vocab, tied=tied)
-    elif adapter.resized and adapter.config.modules_to_save:
-        raise CorruptError(
-            f"{adapter.location}: weights of the base beside modules_to_save="
-            f"{adapter.config.modules_to_save}, though the vocabulary is the base's; "
-            "train or save the adapter again"
-        )
+    tables = own_tables(adapter, base_vocab, tied=tied, shared=selection.shared)
     return Fit(config, _laid_over(adapter, selection), tables)
 
 
@@ -182,80 +170,6 @@ def _misfits(
                 f"for {path}/{leaf}"
             )
     return problems
-
-
-def _tables(adapter: Adapter, *, tied: bool) -> dict[str, np.ndarray]:
-    """Returns {params path: table that replaces the base's}; a tied base has one."""
-    table = adapter.tensors.get(EMBEDDING, {}).get("embedding")
-    kernel = adapter.tensors.get(HEAD, {}).get("kernel")
-    if tied and kernel is not None:
-        if table is not None and not np.array_equal(table, kernel.T):
-            raise CorruptError(
-                f"{adapter.location}: brings two different tables for the one that the "
-                "base ties; save the adapter again"
-            )
-        table, kernel = kernel.T, None
-    found = {_TABLE: table, _KERNEL: kernel}
-    return {path: array for path, array in found.items() if array is not None}
-
-
-def _trained_tables(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Returns {params path: trained copy} of the tables that modules_to_save names."""
-    return {
-        path: adapter.tensors[module][f"trained_{leaf}"]
-        for path in (_TABLE, _KERNEL)
-        for module, leaf in [path.split("/")]
-        if f"trained_{leaf}" in adapter.tensors.get(module, {})
-    }
-
-
-def _check_tables(
-    adapter: Adapter, tables: dict[str, np.ndarray], base_vocab: int, *, tied: bool
-) -> None:
-    """Refuses a resized vocabulary that does not come with every table of the model."""
-    missing = {_TABLE, *([] if tied else [_KERNEL])} - tables.keys()
-    if missing:
-        keys = [adapter_key(*path.rsplit("/", 1)) for path in sorted(missing)]
-        raise CorruptError(
-            f"{adapter.location}: its vocabulary has {adapter.vocab_size} tokens, the "
-            f"base's {base_vocab}, and {listing(keys)} is missing; save the adapter with "
-            "save_embedding_layers=True, or merge it with PEFT where it was trained"
-        )
-
-
-def changed_tables(
-    adapter: Adapter, fit: Fit, tables: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """Returns the tables of a fit that are not the base's own, in the base's dtype.
-
-    Args:
-        adapter: what fits.
-        fit: of the adapter.
-        tables: params path -> table of the base.
-
-    Raises:
-        CorruptError: a table of the old size differs, and nothing says it was trained.
-    """
-    changed = {}
-    for path, table in tables.items():
-        base = np.asarray(table)
-        array = fit.tables[path].astype(base.dtype)
-        if np.array_equal(array, base):
-            continue
-        if array.shape != base.shape:
-            warn(
-                f"{adapter.location}: brings {path} {list(array.shape)} for its tokens"
-            )
-        elif adapter.resized:
-            raise CorruptError(
-                f"{adapter.location}: {adapter_key(*path.rsplit('/', 1))} "
-                "differs from the base, and modules_to_save does not say that it was "
-                "trained; save the adapter again"
-            )
-        else:
-            warn(f"{adapter.location}: its copy of {path} replaces a different base's")
-        changed[path] = array
-    return changed
 
 
 def _laid_over(adapter: Adapter, selection: Selection) -> dict[str, dict[str, Any]]:

@@ -18,8 +18,8 @@ import numpy as np
 from convert.hf_config import export_config, reader_notes
 from convert.names import Name, all_names, module_name
 from convert.peft import Adapter, check_fit, open_adapter, start_of
-from convert.peft_fit import changed_tables
 from convert.peft_keys import EMBEDDING, HEAD
+from convert.peft_tables import changed_tables
 from convert.safetensors import (
     Spec,
     atomic_folder,
@@ -154,7 +154,9 @@ class Merger:
         self._dtype: Dtype = dtype
         self._fit = check_fit(adapter, source.config)
         self._tables = changed_tables(
-            adapter, self._fit, {path: source.read(path) for path in self._fit.tables}
+            adapter,
+            self._fit.tables,
+            {path: source.read(path) for path in self._fit.tables},
         )
         self.config = self._fit.config
         if self.config.tie_word_embeddings and self._tied_head() is not None:
