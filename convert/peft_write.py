@@ -16,6 +16,7 @@ from convert.peft_config import config_to_write
 from convert.peft_keys import EMBEDDING, HEAD, adapter_key, to_leaf
 from convert.peft_read import CONFIG, WEIGHTS
 from convert.safetensors import Spec, atomic_folder, write_safetensors
+from convert.source import is_hub_id
 from jlora.config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.lora import (
@@ -54,9 +55,17 @@ def adapter_of(
             elif leaf in ("lora_A0", "lora_B0"):
                 starts.setdefault(path, {})[leaf] = np.asarray(array)
     if base_model_name_or_path is not None:
-        config = replace(config, base_model_name_or_path=base_model_name_or_path)
+        config = _with_base(config, base_model_name_or_path)
     adapter = Adapter.make(config, tensors, location)
     return without_starts(adapter, starts) if takes_start_out(config) else adapter
+
+
+def _with_base(config: LoraConfig, name: str) -> LoraConfig:
+    """Returns the settings with the base named as PEFT does, its revision apart."""
+    repository, _, revision = name.partition("@")
+    if revision and is_hub_id(name) and not Path(name).exists():
+        return replace(config, base_model_name_or_path=repository, revision=revision)
+    return replace(config, base_model_name_or_path=name)
 
 
 def write_adapter(

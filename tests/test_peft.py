@@ -230,6 +230,15 @@ def test_base_and_revision_are_kept(folder):
     assert adapter.config.revision == "abc"
 
 
+def test_the_revision_of_a_hub_id_is_written_apart(folder):
+    case = golden("basic")
+    _, _, params = case.load()
+    write_adapter(params, read_adapter(case.folder).config, folder, "owner/name@abc")
+    settings = read_settings(folder)
+    assert settings["base_model_name_or_path"] == "owner/name"
+    assert settings["revision"] == "abc"
+
+
 def test_writing_twice_gives_the_same_bytes(tmp_path):
     case = golden("patterns")
     first, second = (rewrite(case, tmp_path / name) for name in "ab")
