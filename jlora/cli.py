@@ -23,6 +23,7 @@ from jlora.errors import (
     JloraError,
     ResourceError,
     UsageError,
+    is_out_of_memory,
     listing,
 )
 from jlora.flags import (
@@ -104,8 +105,8 @@ def run_command(
         if not isinstance(error, _PATH_ERRORS) or not where:
             raise
         return _fail(f"{error.filename}: {error.strerror}", UsageError.exit_status)
-    except RuntimeError as error:  # XLA's out of memory has no class of its own
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         first = str(error).splitlines()[0]
         return _fail(

@@ -48,6 +48,12 @@ class StopRequested(JloraError):
     label = "stopped"
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether XLA or NCCL lacked device memory, for which neither has a class."""
+    text = str(error).lower()
+    return "resource_exhausted" in text or "out of memory" in text
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns a hint such as "; did you mean 'q_proj'?", or an empty string."""
     close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)

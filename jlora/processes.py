@@ -21,11 +21,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.errors import ResourceError, UsageError, listing
+from jlora.errors import ResourceError, UsageError, is_out_of_memory, listing
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 # How many processes `srun` and `mpirun` started; absent in a shell inside a Slurm job.
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# What JAX raises where nothing tells of other processes.
+_NO_CLUSTER = "coordinator_address should be defined"
 # Words of what JAX raises when another process does not answer.
 _LOST = ("gloo", "nccl", "coordination", "heartbeat", "connection")
 
@@ -38,7 +40,7 @@ def joined_processes() -> Iterator[None]:
         UsageError: variables that do not fit together, or processes that do not come.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    launched = any(int(os.environ.get(name) or 1) > 1 for name in _LAUNCHED)
+    launched = max(map(_launched_count, _LAUNCHED)) > 1
     config: Any = jax.config
     on_tpu = importlib.util.find_spec("libtpu") and config.jax_platforms != "cpu"
     if not (given or launched or on_tpu):
@@ -49,7 +51,7 @@ def joined_processes() -> Iterator[None]:
     try:
         jax.distributed.initialize(**_explicit(given, launched=launched))
     except (RuntimeError, ValueError) as error:
-        if given or launched:
+        if given or launched or _NO_CLUSTER not in str(error):
             first = str(error).splitlines()[0]
             raise UsageError(
                 f"the processes of this run did not meet: {first}"
@@ -72,7 +74,8 @@ def _told_of_lost() -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         first = str(error).splitlines()[0]
-        if not any(word in first.lower() for word in _LOST):
+        is_lost = any(word in first.lower() for word in _LOST)
+        if is_out_of_memory(error) or not is_lost:
             raise
         raise ResourceError(
             "another process of this run has ended, and may have said why, or cannot be "
@@ -80,13 +83,26 @@ def _told_of_lost() -> Iterator[None]:
         ) from error
 
 
+def _launched_count(name: str) -> int:
+    """Returns how many processes a launcher's variable tells of."""
+    text = os.environ.get(name) or "1"
+    if not text.isdecimal():
+        raise UsageError(
+            f"{name}={text}: not a number of processes; unset it, or let the launcher set it"
+        )
+    return int(text)
+
+
 def _explicit(given: dict[str, str], *, launched: bool) -> dict[str, Any]:
     """Returns what the variables say; with a launcher JAX finds the rest itself."""
+    address, *numbers = (given.get(name, "") for name in VARIABLES)
+    host, _, port = address.rpartition(":")
+    has_address = bool(host) and port.isdecimal()
     missing = [name for name in VARIABLES if name not in given]
-    if not given or (launched and missing):
+    # JAX takes an address beside a launcher, too.
+    if not given or (launched and missing and (has_address or not address)):
         return {}
-    numbers = [given.get(name, "") for name in VARIABLES[1:]]
-    if missing or not all(number.isdigit() for number in numbers):
+    if not has_address or not all(number.isdecimal() for number in numbers):
         raise UsageError(
             f"{listing([f'{k}={v}' for k, v in given.items()])}: set all of "
             f"{listing(VARIABLES)} (HOST:PORT of the first process, how many there are, "
@@ -94,7 +110,7 @@ def _explicit(given: dict[str, str], *, launched: bool) -> dict[str, Any]:
         )
     count, index = map(int, numbers)
     return {
-        "coordinator_address": given[VARIABLES[0]],
+        "coordinator_address": address,
         "num_processes": count,
         "process_id": index,
     }

@@ -6,7 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ import pytest
 from test_commands import metrics, place, training  # noqa: F401 (a fixture)
 
 from jlora import processes
+from jlora.cli import run_command
 from jlora.errors import ResourceError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -95,6 +98,17 @@ def test_two_processes_stop_together_go_on_and_end_as_one_does(place):  # noqa: 
     assert alone == together
 
 
+SETTINGS = {"jax_platforms": "tpu", "update": lambda *_: None}
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A command."""
+
+    seed: int = 0
+    """Unused."""
+
+
 @pytest.fixture
 def asked(monkeypatch) -> list[dict[str, Any]]:
     """What JAX was asked to join."""
@@ -130,7 +144,15 @@ def test_processes_are_joined_where_the_environment_tells_of_several(
 
 
 @pytest.mark.parametrize(
-    "values", [("a:1", "", ""), ("", "2", "0"), ("a:1", "two", "0")]
+    "values",
+    [
+        ("a:1", "", ""),
+        ("", "2", "0"),
+        ("a:1", "two", "0"),
+        ("a", "2", "0"),
+        ("a:", "2", "0"),
+        (":1", "2", "0"),
+    ],
 )
 def test_variables_that_are_half_set_are_refused(asked, monkeypatch, values):
     for name, value in zip(processes.VARIABLES, values, strict=True):
@@ -141,6 +163,44 @@ def test_variables_that_are_half_set_are_refused(asked, monkeypatch, values):
     ):
         pass
     assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "x", "SLURM_STEP_NUM_TASKS=x: not a number"),
+        ("OMPI_COMM_WORLD_SIZE", "-2", "OMPI_COMM_WORLD_SIZE=-2: not a number"),
+        ("JAX_COORDINATOR_ADDRESS", "a", "JAX_COORDINATOR_ADDRESS=a: set all of"),
+    ],
+)
+def test_what_a_launcher_tells_is_checked(asked, monkeypatch, name, value, message):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message), processes.joined_processes():
+        pass
+    assert asked == []
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_tpu_without_other_processes_is_no_failure_and_all_else_is(
+    asked, monkeypatch, kind
+):
+    message = "coordinator_address should be defined."
+
+    def fail(**_: Any) -> None:
+        raise kind(message)
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: "libtpu")
+    monkeypatch.setattr(processes.jax, "config", SimpleNamespace(**SETTINGS))
+    with processes.joined_processes():
+        pass
+    message = "DEADLINE_EXCEEDED: Barrier timed out"
+    with (
+        pytest.raises(UsageError, match="did not meet: DEADLINE_EXCEEDED"),
+        processes.joined_processes(),
+    ):
+        pass
 
 
 def test_processes_that_would_not_do_the_same_are_refused(monkeypatch):
@@ -161,3 +221,23 @@ def test_a_process_that_is_lost_is_told(asked, monkeypatch):
         processes.joined_processes(),
     ):
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo context initialization failed")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Failed to allocate 8 bytes for a NCCL communicator",
+        "INTERNAL: NCCL operation failed: Cuda failure 2 'out of memory'",
+    ],
+)
+def test_a_lack_of_memory_is_not_taken_for_a_lost_process(
+    asked, monkeypatch, capsys, message
+):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+
+    def main(_: Any) -> None:
+        with processes.joined_processes():
+            raise jax.errors.JaxRuntimeError(message)
+
+    assert run_command(main, Nothing, argv=[]) == ResourceError.exit_status
+    assert "error: out of device memory" in capsys.readouterr().err
