@@ -75,7 +75,7 @@ def main(args: Arguments) -> None:
 
 
 def train(args: Arguments, stop: threading.Event) -> None:
-    """As `main`; a stop that is asked for early is heeded after the first step."""
+    """As `main`; a stop that is asked for early is heeded after a step or two."""
     every = read_sweep(args)  # one run without a name, if it is no sweep
     for own in () if args.plan else every.values():
         check_run(Path(own.output_dir), args.resume)

@@ -9,6 +9,7 @@ from convert.peft_adapter import Adapter
 from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD, adapter_key
 from jlora.errors import CorruptError, listing
+from jlora.processes import to_host
 
 _TABLE, _KERNEL = f"{EMBEDDING}/embedding", f"{HEAD}/kernel"
 
@@ -97,7 +98,7 @@ def changed_tables(
     """
     changed = {}
     for path, table in tables.items():
-        base = np.asarray(table)
+        base = to_host(table)
         array = own[path].astype(base.dtype)
         if np.array_equal(array, base):
             continue

@@ -30,7 +30,8 @@ def keep_compiled() -> None:
     if folder is None:
         return
     for name, value in _SETTINGS.items():
-        config.update(name, value)
+        if name.upper() not in os.environ:
+            config.update(name, value)
     config.update("jax_compilation_cache_dir", str(folder))
 
 
