@@ -23,7 +23,7 @@ from jlora.loop import stop_requests
 from jlora.lora import Params, count_parameters, format_parameter_count
 from jlora.model import Llama
 from jlora.plan import flops_per_token, memory_table, plan_workload
-from jlora.processes import joined_processes
+from jlora.processes import check_agreement, joined_processes
 from jlora.report import plot, show_samples
 from jlora.settings import (
     ComputeConfig,
@@ -71,6 +71,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
     with joined_processes(), stop_requests() as stop:
+        check_agreement(asdict(args))  # before they compute anything together
         train(args, stop)
 
 

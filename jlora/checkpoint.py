@@ -2,6 +2,9 @@
 
 Orbax checks no array data (a flipped byte is restored as a wrong number), so the sha256
 of every leaf is kept beside the arrays and compared on the way back.
+
+Above 300 lines, because it is the only module that knows Orbax and its files: bases, and
+runs with the rules of resuming them.
 """
 
 import asyncio
@@ -85,9 +88,8 @@ class _ChunkHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self) -> None:
         try:
             super().__init__(deepcopy_host_arrays=False)
-        except (
-            TypeError
-        ):  # Orbax 0.12.4 and 0.12.5 always copy: one more layer in memory
+        # Orbax 0.12.4 and 0.12.5 always copy: one more layer in memory.
+        except TypeError:
             super().__init__()
         self.written: dict[str, Chunks] = {}
         self._threads = ThreadPoolExecutor(2)
@@ -241,7 +243,9 @@ class RunCheckpoints:
         Steps from there on are deleted first: a run comes back to a step that is there
         only if that one was damaged, and Orbax would refuse a step before its newest.
         """
-        for damaged in saved_steps(self._folder):
+        # By Orbax's own list: that on disk changes while several processes get here, and
+        # all of them have to take part in a deletion.
+        for damaged in self._manager.all_steps():
             if damaged >= step:
                 self._manager.delete(damaged)
         leaves = {path: to_host(leaf) for path, leaf in flatten(state).items()}

@@ -31,7 +31,7 @@ WORDS = [
 
 
 def start(
-    folder: Path, run: str, *, count: int, index: int, port: int
+    folder: Path, run: str, *more: Any, count: int, index: int, port: int
 ) -> subprocess.Popen[str]:
     several = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
@@ -39,7 +39,11 @@ def start(
         "JAX_PROCESS_ID": str(index),
     }
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *map(str, training(run, *WORDS))],
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *map(str, training(run, *WORDS, *more)),
+        ],
         cwd=folder,
         env={
             **os.environ,
@@ -53,12 +57,16 @@ def start(
     )
 
 
-def start_all(folder: Path, run: str, *, count: int) -> list[subprocess.Popen[str]]:
+def start_all(
+    folder: Path, run: str, *, count: int, own: Any = None
+) -> list[subprocess.Popen[str]]:
+    """Starts all processes, with the words that `own` gives each of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    where = {"count": count, "port": port}
     return [
-        start(folder, run, count=count, index=index, port=port)
+        start(folder, run, *(own(index) if own else ()), **where, index=index)
         for index in range(count)
     ]
 
@@ -96,6 +104,15 @@ def test_two_processes_stop_together_go_on_and_end_as_one_does(place):  # noqa: 
         for run in ("one", "two")
     )
     assert alone == together
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_end_before_they_compute(place):  # noqa: F811
+    running = start_all(place, "other", count=2, own=lambda i: ("--seed", i))
+    errors = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2]
+    assert all("processes 1 have other settings" in text for text in errors)
+    assert not (place / "other").exists()
 
 
 SETTINGS = {"jax_platforms": "tpu", "update": lambda *_: None}
