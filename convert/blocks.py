@@ -2,11 +2,13 @@
 
 A tensor is never held twice: a block is read into a small buffer that each thread keeps,
 checked there, and copied to where it stays. Blocks are shared among a few threads, as
-NumPy, zlib and the system let go of the interpreter meanwhile.
+NumPy, zlib and the system let go of the interpreter meanwhile. Files are read, not
+mapped: a mapped file that becomes shorter kills the process (SIGBUS).
 """
 
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -17,11 +19,14 @@ import jax
 import numpy as np
 
 BLOCK_BYTES = 8 << 20
+BLOCK_ROWS = 256  # of a matrix that is transposed: 512 bytes of a row of the result
 MAX_BUFFER_BYTES = 16 << 20  # a chunk of a converted base
 THREADS = min(4, os.cpu_count() or 1)
 Index = tuple[slice, ...]
 """A box of an array: one slice with start and stop, and no step, per axis."""
-_TILE_BYTES = 2 << 20  # what is transposed at a time, and held once more
+_TILE_BYTES = 1 << 20  # what is transposed at a time, and held once more
+# Rows that are a power of two apart would share a few places of the processor's cache.
+_PADDING = 64
 _buffers = threading.local()
 
 
@@ -99,11 +104,32 @@ def read_into(memory: np.ndarray, descriptor: int, offset: int) -> bool:
     return True
 
 
-def row_blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+def read_rows(rows: np.ndarray, descriptor: int, offset: int) -> bool:
+    """Fills the rows of a matrix, which may lie apart; False if the file ends before."""
+    items = rows.view(np.uint8)
+    count = os.preadv(descriptor, [row.data for row in items], offset)
+    row_bytes = items.shape[1]
+    # A read may end early, as at a signal; what is left is read row by row.
+    return all(
+        read_into(items[i], descriptor, offset + i * row_bytes)
+        for i in range(count // row_bytes, len(items))
+    )
+
+
+def row_blocks(
+    start: int, stop: int, row_bytes: int, most: int = sys.maxsize
+) -> Iterator[tuple[int, int]]:
     """Yields (first, end) of rows that make a block together, by 64."""
-    rows = max(1, BLOCK_BYTES // max(1, row_bytes) // 64) * 64
+    rows = min(max(1, BLOCK_BYTES // max(1, row_bytes) // 64) * 64, most)
     for first in range(start, stop, rows):
         yield first, min(first + rows, stop)
+
+
+def _row_buffer(rows: int, columns: int, dtype: np.dtype[Any]) -> np.ndarray:
+    """Returns a matrix in this thread's buffer, with some bytes between its rows."""
+    stride = columns * dtype.itemsize + _PADDING
+    memory = buffer(rows * stride).reshape(rows, stride)
+    return memory[:, :-_PADDING].view(dtype)
 
 
 def copy_transposed(target: np.ndarray, block: np.ndarray) -> None:
@@ -136,11 +162,13 @@ def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
     """Sets target [C, R] to the transpose of array [R, C]."""
 
     def copy(rows: tuple[int, int]) -> None:
-        block = slice(*rows)
-        copy_transposed(target[:, block], array[block])
+        part = array[slice(*rows)]
+        block = _row_buffer(part.shape[0], part.shape[1], part.dtype)
+        block[...] = part
+        copy_transposed(target[:, slice(*rows)], block)
 
     row_bytes = array.shape[1] * array.itemsize
-    for_each(copy, row_blocks(0, array.shape[0], row_bytes))
+    for_each(copy, row_blocks(0, array.shape[0], row_bytes, BLOCK_ROWS))
 
 
 def open_file(path: Path) -> int:
@@ -184,12 +212,19 @@ def read_box(
     def copy(rows: tuple[int, int]) -> None:
         first, end = rows
         columns = slice(first - box[0].start, end - box[0].start)
-        if full_rows and not transposed:
-            block = result[columns]
+        start = offset + first * row_bytes
+        if transposed:
+            block = _row_buffer(end - first, row[0], dtype)
+            is_whole = read_rows(block, descriptor, start)
         else:
-            memory = buffer((end - first) * row_bytes)
-            block = memory.view(dtype).reshape(end - first, *row)
-        if not read_into(block, descriptor, offset + first * row_bytes):
+            memory = buffer(0 if full_rows else (end - first) * row_bytes)
+            block = (
+                result[columns]
+                if full_rows
+                else memory.view(dtype).reshape(end - first, *row)
+            )
+            is_whole = read_into(block, descriptor, start)
+        if not is_whole:
             cut.append(first)
             return
         check(block, first)
@@ -198,8 +233,9 @@ def read_box(
         elif not full_rows:
             result[columns] = block[:, *box[1:]]
 
+    most = BLOCK_ROWS if transposed else sys.maxsize
     try:
-        for_each(copy, row_blocks(box[0].start, box[0].stop, row_bytes))
+        for_each(copy, row_blocks(box[0].start, box[0].stop, row_bytes, most))
     finally:
         os.close(descriptor)
     return None if cut else result

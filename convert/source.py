@@ -331,18 +331,28 @@ def check_values(array: np.ndarray, where: str) -> None:
 
 def first_non_finite(array: np.ndarray) -> tuple[int, ...] | None:
     """Returns the index of the first NaN or infinity; None if every value is finite."""
-    flat = array.reshape(-1)
-    step = 1 << 17  # temporaries stay in the cache, whatever the tensor's size
-    for start in range(0, flat.size, step):
-        part = flat[start : start + step]
-        if part.dtype == ml_dtypes.bfloat16:  # on its bits: ten times faster
-            bad = (part.view(np.uint16) & 0x7F80) == 0x7F80
-        else:
-            bad = ~np.isfinite(part)
-        if bad.any():
-            where = np.unravel_index(start + int(bad.argmax()), array.shape)
-            return tuple(int(i) for i in where)
-    return None
+    if is_finite(array):
+        return None
+    bits = np.dtype(f"u{array.itemsize}")  # np.isfinite warns of some NaNs of bfloat16
+    exponent = np.array(np.inf, array.dtype).view(bits)
+    bad = (array.view(bits) & exponent) == exponent
+    return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; two passes over the bits, no temporaries.
+
+    The bits of all finite values are below those of infinity: read as signed numbers if
+    positive, as unsigned ones if negative.
+    """
+    if not array.size:
+        return True
+    signed, unsigned = (np.dtype(f"{kind}{array.itemsize}") for kind in "iu")
+    infinity, minus_infinity = np.array([np.inf, -np.inf], array.dtype)
+    return bool(
+        array.view(signed).max() < infinity.view(signed)
+        and array.view(unsigned).max() < minus_infinity.view(unsigned)
+    )
 
 
 def stored_dtype(spec: Spec, dtype: Dtype) -> np.dtype[Any]:

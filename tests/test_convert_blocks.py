@@ -1,0 +1,107 @@
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+from tiny import CONFIG, tensors, write_hf
+
+from convert import blocks
+from convert.blocks import read_box, whole
+from convert.source import first_non_finite, is_finite, load_params, open_source
+from jlora.errors import CorruptError
+
+SHAPE = (700, 300)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A file of 5 bytes and a matrix, and the matrix."""
+    array = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    (tmp_path / "file").write_bytes(b"other" + array.tobytes())
+    return tmp_path / "file", array
+
+
+def read(file, *, transposed, dtype=np.float32):
+    return read_box(
+        file,
+        5,
+        SHAPE,
+        np.dtype(dtype),
+        whole(SHAPE),
+        transposed=transposed,
+        check=lambda block, first: None,
+    )
+
+
+@pytest.mark.parametrize("most", [1 << 30, 1000, 7])
+def test_reads_that_end_early_are_taken_up_again(stored, monkeypatch, most):
+    file, array = stored
+    real = os.preadv
+
+    def early(descriptor, views, offset):
+        views, left = list(views), most
+        taken = []
+        for view in views:
+            taken.append(view[: max(0, left)])
+            left -= len(view)
+        return real(descriptor, [view for view in taken if len(view)], offset)
+
+    monkeypatch.setattr(os, "preadv", early)
+    found = read(file, transposed=True)
+    assert found is not None
+    assert np.array_equal(found, array.T)
+    found = read(file, transposed=False)
+    assert found is not None
+    assert np.array_equal(found, array)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_file_that_ends_before_is_told(stored, transposed):
+    file, array = stored
+    os.truncate(file, 5 + array.nbytes - 1)
+    assert read(file, transposed=transposed) is None
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
+def test_a_file_that_becomes_shorter_after_its_header_was_read_is_told(tmp_path, kept):
+    folder = write_hf(tmp_path / "model", CONFIG, tensors(CONFIG))
+    source = open_source(str(folder))
+    path = folder / "model.safetensors"
+    os.truncate(path, int(path.stat().st_size * kept))
+    with pytest.raises(CorruptError, match="cut while it was read"):
+        load_params(source)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_blocks_and_tiles_of_any_size_give_the_transpose(monkeypatch, size):
+    monkeypatch.setattr(blocks, "_TILE_BYTES", 4096)
+    array = np.random.default_rng(0).integers(0, 100, SHAPE).astype(f"u{size}")
+    target = np.empty(SHAPE[::-1], array.dtype)
+    blocks.transpose_into(target, array)
+    assert np.array_equal(target, array.T)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_finiteness_is_right_for_every_pattern_of_16_bits(dtype):
+    values = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    found = [is_finite(values[i : i + 1]) for i in range(len(values))]
+    with np.errstate(invalid="ignore"):
+        assert np.array_equal(found, np.isfinite(values))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_finiteness_is_right_at_its_borders(dtype, sign):
+    largest = dtype(sign) * np.finfo(dtype).max
+    assert is_finite(np.array([largest, -0.0, 0.0, np.finfo(dtype).tiny], dtype))
+    for value in (dtype(sign) * dtype(np.inf), np.copysign(dtype(np.nan), sign)):
+        assert not is_finite(np.array([0, value], dtype))
+
+
+def test_the_first_index_is_told_in_row_major_order_whatever_the_layout():
+    array = np.zeros((3, 4), np.float32)
+    array[1, 3] = array[2, 0] = np.nan
+    assert first_non_finite(array) == first_non_finite(np.asfortranarray(array))
+    assert first_non_finite(array) == (1, 3)
+    assert first_non_finite(array[:, :3]) == (2, 0)
+    assert first_non_finite(array[:0]) is None
