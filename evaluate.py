@@ -6,8 +6,9 @@ from typing import Literal
 
 import jax
 
+from convert.loading import load_params
 from convert.peft import attach_adapter, model_config, open_adapter
-from convert.source import load_params, open_source
+from convert.source import open_source
 from jlora.attention import choose_attention
 from jlora.cli import run_command
 from jlora.compiled import keep_compiled

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from convert.loading import load_params
 from convert.peft import attach_adapter, model_config, open_adapter
-from convert.source import load_params, open_source
+from convert.source import open_source
 from jlora.cli import run_command
 from jlora.compiled import keep_compiled
 from jlora.data import Tokenizer

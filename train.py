@@ -11,8 +11,9 @@ from typing import Literal
 
 import jax
 
+from convert.loading import abstract_params, load_params
 from convert.peft import start_adapter, write_adapter
-from convert.source import abstract_params, load_params, open_source
+from convert.source import open_source
 from jlora.checkpoint import check_run, fingerprint, locked
 from jlora.cli import run_command
 from jlora.compiled import keep_compiled

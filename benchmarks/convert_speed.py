@@ -102,7 +102,8 @@ def drop_from_cache(folder: Path) -> None:
 def work(kind: str, folder: Path) -> tuple[Callable[[], Any], Path]:
     """Returns what to time, and the folder whose files it reads."""
     from convert.base import write_base
-    from convert.source import load_params, open_source
+    from convert.loading import load_params
+    from convert.source import open_source
 
     source, base = folder / "hf", folder / "base"
     if kind in ("convert", "nf4"):

@@ -1,5 +1,5 @@
 """Formats in and out: HF safetensors, GGUF, PEFT adapters, converted bases."""
 
-from convert.source import load
+from convert.loading import load
 
 __all__ = ["load"]

@@ -2,55 +2,42 @@
 
 A base folder holds config.json, tokenizer and template files, `params/<part>/` and
 jlora.json, which says where the model came from and has the digest of every leaf and
-the checksum of every chunk. A chunk is a file of plain bytes: those that a process
-needs are read, and verified, straight into their place.
+the checksum of every chunk.
 """
 
 import hashlib
 import json
 import math
-import os
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
 
-from convert.blocks import (
-    Index,
-    box_shape,
-    buffer,
-    empty,
-    for_each,
-    open_file,
-    read_into,
-    whole,
-)
+from convert.blocks import Index, whole
+from convert.checks import check_names
+from convert.chunks import StoredLeaf, read_chunks
+from convert.files import read_json, read_side_files
 from convert.leaves import (
     dequantize_tensor,
     is_quantizable,
     quantized_specs,
     resulting_format,
 )
-from convert.names import Params, all_names
-from convert.safetensors import Spec, are_sizes, atomic_folder, reading
+from convert.names import Params, all_names, set_leaf
+from convert.safetensors import Spec, are_sizes
 from convert.source import (
     Dtype,
     Source,
-    check_names,
     hashing,
     parse_config,
-    read_json,
     read_leaves,
-    read_side_files,
-    set_leaf,
     stored_dtype,
 )
-from jlora.checkpoint import chunk_files, leaf_digest, save_tree
+from convert.target import atomic_folder
+from jlora.checkpoint import leaf_digest, save_tree
 from jlora.errors import CorruptError, UnsupportedError, listing
 from jlora.quantize import Format
 
@@ -207,9 +194,7 @@ def open_base(folder: Path) -> Source:
             return kernel if box is None else kernel[box]
         place = folder / "params" / part_of[path] / path.replace("/", ".")
         leaf = leaves[path]
-        return _read_chunks(
-            place, path, leaf, whole(leaf.shape) if box is None else box
-        )
+        return read_chunks(place, path, leaf, whole(leaf.shape) if box is None else box)
 
     return Source(
         kind="base",
@@ -262,83 +247,7 @@ def _check_leaves(
         raise CorruptError(f"{folder / 'jlora.json'}: other dtypes: {listing(wrong)}")
 
 
-@dataclass(frozen=True)
-class _Leaf(Spec):
-    """A leaf on disk: its spec, digest, and the shape and checksums of its chunks."""
-
-    sha256: str
-    chunk: tuple[int, ...]
-    crc32: list[int]
-
-
-def _read_chunks(folder: Path, path: str, leaf: _Leaf, box: Index) -> np.ndarray:
-    """Returns a box of a leaf from the chunks that it touches, each read once.
-
-    Raises:
-        CorruptError: a chunk is missing, cut, or not what was written.
-    """
-    result = empty(box_shape(box), leaf.dtype)
-
-    def copy(item: tuple[str, Index, int]) -> None:
-        name, chunk, checksum = item
-        parts = [
-            (max(part.start, outer.start), min(part.stop, outer.stop))
-            for part, outer in zip(chunk, box, strict=True)
-        ]
-        target = result[
-            tuple(
-                slice(start - outer.start, stop - outer.start)
-                for (start, stop), outer in zip(parts, box, strict=True)
-            )
-        ]
-        direct = target.shape == leaf.chunk and target.flags.c_contiguous
-        memory = target if direct else _buffer_for(leaf)
-        _read_chunk(folder / name, path, memory, checksum)
-        if not direct:
-            target[...] = memory[
-                tuple(
-                    slice(start - part.start, stop - part.start)
-                    for (start, stop), part in zip(parts, chunk, strict=True)
-                )
-            ]
-
-    for_each(copy, _touched(leaf, box))
-    return result
-
-
-def _buffer_for(leaf: _Leaf) -> np.ndarray:
-    size = math.prod(leaf.chunk) * leaf.dtype.itemsize
-    return buffer(size).view(leaf.dtype).reshape(leaf.chunk)
-
-
-def _touched(leaf: _Leaf, box: Index) -> Iterator[tuple[str, Index, int]]:
-    """Yields (file name, box, checksum) of the chunks that share something with `box`."""
-    grid = chunk_files(leaf.shape, leaf.chunk)
-    for (name, chunk), checksum in zip(grid.items(), leaf.crc32, strict=True):
-        if all(
-            part.start < outer.stop and outer.start < part.stop
-            for part, outer in zip(chunk, box, strict=True)
-        ):
-            yield name, chunk, checksum
-
-
-def _read_chunk(file: Path, path: str, memory: np.ndarray, checksum: int) -> None:
-    problem = "is shorter than it was written"
-    with reading(file):
-        descriptor = open_file(file)
-        try:
-            if read_into(memory, descriptor, 0):
-                found = zlib.crc32(memory.reshape(-1).view(np.uint8).data)
-                problem = "" if found == checksum else "differs from what was written"
-        finally:
-            os.close(descriptor)
-    if problem:
-        raise CorruptError(
-            f"{file}: {path} is damaged (this chunk {problem}); convert the model again"
-        )
-
-
-def _recorded_leaves(folder: Path, record: dict[str, Any]) -> dict[str, _Leaf]:
+def _recorded_leaves(folder: Path, record: dict[str, Any]) -> dict[str, StoredLeaf]:
     """Returns the leaves that jlora.json lists."""
     where = folder / "jlora.json"
     leaves = record.get("leaves")
@@ -350,7 +259,7 @@ def _recorded_leaves(folder: Path, record: dict[str, Any]) -> dict[str, _Leaf]:
             raise CorruptError(
                 f"{where}: {path}: expected dtype, shape, sha256, chunk and crc32"
             )
-        found[path] = _Leaf(
+        found[path] = StoredLeaf(
             tuple(leaf["shape"]),
             np.dtype(jnp.dtype(leaf["dtype"])),
             leaf["sha256"],

@@ -24,7 +24,7 @@ import numpy as np
 
 from convert.names import module_name
 from convert.peft import Adapter, open_adapter, save_adapter
-from convert.safetensors import check_target
+from convert.target import check_target
 from jlora.cli import run_command
 from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing

@@ -1,4 +1,4 @@
-"""GGUF files as a `Source`: names, rotary layout, block formats and configuration.
+"""GGUF files as a `Source`: names, rotary layout and block formats.
 
 llama.cpp's converter interleaves the rotary pairs of q and k; here the rows are put back
 in HF's order. Quantised blocks become float32, one tensor at a time.
@@ -13,19 +13,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from convert.blocks import Index
-from convert.gguf_file import GGUFFile, Tensor, read_gguf
+from convert.checks import check_names, check_values
+from convert.gguf_config import ROPE_FREQS, config_of
+from convert.gguf_file import PLAIN, GGUFFile, Tensor, read_gguf
 from convert.gguf_tokenizer import tokenizer_files
 from convert.names import Name, all_names
 from convert.safetensors import Spec, read_bytes
-from convert.source import Source, check_names, check_values, parse_config
+from convert.source import Source, parse_config
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
-_PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _BLOCKS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4"),
@@ -46,7 +46,6 @@ _MODULES = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
-_ROPE_FREQS = "rope_freqs.weight"
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(\w+_exps|\w+_shexp|gate_inp|\w+\.\d+)\..*")
 # Metadata that changes the computation, with the value that leaves a Llama a Llama.
 _MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -82,13 +81,13 @@ def open_gguf(path: Path) -> Source:
     file = read_gguf(path)
     _refuse_other_models(file)
     kinds = _kinds(gguf, file)
-    hf_config = _hf_config(file, kinds)
+    hf_config = config_of(file, kinds)
     config = parse_config(hf_config, f"{path}: its metadata as ")
     names = {name.path: name for name in all_names(config)}
     stored = {path: _gguf_name(name.key) for path, name in names.items()}
     check_names(
         str(path),
-        {k: v.shape for k, v in file.tensors.items() if k != _ROPE_FREQS},
+        {k: v.shape for k, v in file.tensors.items() if k != ROPE_FREQS},
         {stored[path]: name.hf_shape for path, name in names.items()},
     )
 
@@ -105,9 +104,7 @@ def open_gguf(path: Path) -> Source:
         config=config,
         hf_config=hf_config,
         tensors={
-            path: Spec(
-                name.shape, np.dtype(_PLAIN.get(kinds[stored[path]], np.float32))
-            )
+            path: Spec(name.shape, np.dtype(PLAIN.get(kinds[stored[path]], np.float32)))
             for path, name in names.items()
         },
         read=read,
@@ -167,12 +164,12 @@ def _kinds(gguf: ModuleType, file: GGUFFile) -> dict[str, str]:
     unsupported = [
         f"{name} ({kind})"
         for name, kind in kinds.items()
-        if kind not in _PLAIN and kind not in _BLOCKS
+        if kind not in PLAIN and kind not in _BLOCKS
     ]
     if unsupported:
         raise UnsupportedError(
             f"{file.path}: tensors of types that are not read: {listing(unsupported)}; "
-            f"jlora reads {listing([*_PLAIN, *_BLOCKS], 99)}"
+            f"jlora reads {listing([*PLAIN, *_BLOCKS], 99)}"
         )
     problems, ends = [], {}
     for name, tensor in file.tensors.items():
@@ -217,8 +214,8 @@ def _num_bytes(gguf: ModuleType, tensor: Tensor) -> int:
 
 def _read_tensor(gguf: ModuleType, path: Path, tensor: Tensor, kind: str) -> np.ndarray:
     data = read_bytes(path, tensor.offset, _num_bytes(gguf, tensor))
-    if kind in _PLAIN:
-        return data.view(_PLAIN[kind]).reshape(tensor.shape)
+    if kind in PLAIN:
+        return data.view(PLAIN[kind]).reshape(tensor.shape)
     rows = data.reshape(*tensor.shape[:-1], -1)
     with np.errstate(all="ignore"):  # a damaged scale is reported as NaN or infinity
         values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.type))
@@ -246,142 +243,3 @@ def _gguf_name(key: str) -> str:
     if layer:
         return f"blk.{layer[1]}.{_MODULES[layer[2]]}.{suffix}"
     return f"{_MODULES[module]}.{suffix}"
-
-
-def _hf_config(file: GGUFFile, kinds: dict[str, str]) -> dict[str, Any]:
-    """Returns the metadata as a config.json of HF."""
-    get = file.metadata.get
-    heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
-    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
-        raise CorruptError(
-            f"{file.path}: llama.attention.head_count={heads!r} and "
-            f"llama.embedding_length={hidden!r}; expected two integers above 0"
-        )
-    head_dim = get("llama.attention.key_length", hidden // heads)
-    for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if get(key, head_dim) != head_dim:
-            raise UnsupportedError(
-                f"{file.path}: {key}={get(key)} differs from the head size {head_dim}; "
-                "jlora does not support it"
-            )
-    embedding = file.tensors.get("token_embd.weight")
-    rows = embedding.shape[0] if embedding else None
-    dtypes = Counter(kinds[k] for k, t in file.tensors.items() if len(t.shape) == 2)
-    common = _PLAIN.get(max(dtypes, key=lambda k: dtypes[k], default=""), np.float32)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "bos_token_id": get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": get("tokenizer.ggml.padding_token_id"),
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": get("llama.feed_forward_length"),
-        "max_position_embeddings": get("llama.context_length"),
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
-        "model_type": "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": get("llama.block_count"),
-        "num_key_value_heads": get("llama.attention.head_count_kv", heads),
-        "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon")),
-        "rope_scaling": _rope_scaling(file, head_dim),
-        "rope_theta": _decimal(get("llama.rope.freq_base", 10000.0)),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "torch_dtype": np.dtype(common).name,
-        "vocab_size": rows,
-    }
-
-
-def _decimal(value: Any) -> Any:
-    """Returns the shortest decimal that rounds to the same float32: 1e-05, as meant."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
-    """Returns the file's rotary scaling as HF's `rope_scaling`."""
-    get = file.metadata.get
-    # llama.cpp's default type is linear, and its older key means the same.
-    kind = get("llama.rope.scaling.type") or "linear"
-    factor = get("llama.rope.scaling.factor", get("llama.rope.scale_linear")) or 1.0
-    if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedError(
-            f"{file.path}: llama.rope.scaling.type={kind!r:.80}; jlora reads none, linear "
-            "and yarn from GGUF, use the original model"
-        )
-    divisors = _rope_divisors(file, head_dim)
-    if kind == "none" or (kind == "linear" and factor == 1):
-        return _divided(file, head_dim, divisors)
-    if divisors is not None:
-        raise UnsupportedError(
-            f"{file.path}: llama.rope.scaling.type={kind!r} together with {_ROPE_FREQS}; "
-            "jlora supports one of them, use the original model"
-        )
-    scaling = {"rope_type": kind, "factor": _decimal(factor)}
-    original = get("llama.rope.scaling.original_context_length")
-    if original is not None:
-        scaling["original_max_position_embeddings"] = original
-    if kind == "yarn":
-        for key in ("beta_fast", "beta_slow"):
-            value = get(f"llama.rope.scaling.yarn_{key}")
-            if value is not None:
-                scaling[key] = _decimal(value)
-    return scaling
-
-
-def _rope_divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
-    """Returns what each pair's frequency is divided by, or None if by nothing."""
-    tensor = file.tensors.get(_ROPE_FREQS)
-    if tensor is None:
-        return None
-    if tensor.shape != (head_dim // 2,) or tensor.type != 0:
-        raise CorruptError(
-            f"{file.path}: {_ROPE_FREQS} has shape {list(tensor.shape)} and type "
-            f"{tensor.type}; expected F32 of shape [{head_dim // 2}]"
-        )
-    divisors = read_bytes(file.path, tensor.offset, 2 * head_dim).view(np.float32)
-    if not (np.isfinite(divisors).all() and (divisors > 0).all()):
-        raise CorruptError(
-            f"{file.path}: {_ROPE_FREQS} holds values that are not above 0; the file is "
-            "damaged, use another copy"
-        )
-    return None if (divisors == 1).all() else divisors
-
-
-def _divided(
-    file: GGUFFile, head_dim: int, divisors: np.ndarray | None
-) -> dict[str, Any] | None:
-    """Returns the divisors as llama3, if its numbers reproduce them, else as longrope."""
-    if divisors is None:
-        return None
-    llama3 = {
-        "rope_type": "llama3",
-        "factor": _decimal(float(divisors[-1])),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    theta = file.metadata.get("llama.rope.freq_base", 10000.0)
-    expected = _llama3_divisors(theta, head_dim, llama3)
-    if divisors[-1] >= 1 and np.allclose(divisors, expected, rtol=1e-5):
-        return llama3
-    values = [float(value) for value in divisors]
-    return {
-        "rope_type": "longrope",
-        "short_factor": values,
-        "long_factor": values,
-        "attention_factor": 1.0,
-        "factor": 1.0,
-        "original_max_position_embeddings": file.metadata.get("llama.context_length"),
-    }
-
-
-def _llama3_divisors(
-    theta: float, head_dim: int, scaling: dict[str, Any]
-) -> np.ndarray:
-    """Returns what llama.cpp's converter stores for rope type llama3."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / (kept + (1 - kept) / scaling["factor"])

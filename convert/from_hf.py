@@ -6,8 +6,8 @@ from pathlib import Path
 
 from convert.base import open_base, write_base
 from convert.info import describe
-from convert.safetensors import check_space, check_target
 from convert.source import Dtype, open_source, size_as
+from convert.target import check_space, check_target
 from jlora.cli import run_command
 from jlora.quantize import Format
 

@@ -12,9 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from convert.safetensors import reading, refuse_other_format
+import ml_dtypes
+import numpy as np
+
+from convert.files import reading
+from convert.refusals import refuse_other_format
 from jlora.errors import CorruptError, UnsupportedError
 
+PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+"""Types of tensors that are no blocks, as NumPy has them."""
 # Value types of the format: struct codes of the scalars, then string and array.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9

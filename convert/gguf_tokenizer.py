@@ -6,8 +6,8 @@ Source: llama.cpp, convert_hf_to_gguf.py and src/llama-vocab.cpp.
 import json
 from typing import Any
 
+from convert.files import reading
 from convert.gguf_file import GGUFFile
-from convert.safetensors import reading
 from jlora.errors import CorruptError, UnsupportedError, listing
 
 _CONTROL, _USER_DEFINED = 3, 4

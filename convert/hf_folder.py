@@ -12,6 +12,15 @@ from typing import Any
 import numpy as np
 
 from convert.blocks import Index, read_box, whole
+from convert.checks import check_names, first_non_finite
+from convert.files import (
+    INDEX,
+    SINGLE,
+    inside_folder,
+    read_json,
+    read_side_files,
+    reading,
+)
 from convert.names import Name, all_names
 from convert.refusals import (
     ADAPTER,
@@ -20,18 +29,8 @@ from convert.refusals import (
     refuse_other_weights,
     refuse_quantised,
 )
-from convert.safetensors import Entry, Spec, read_bytes, read_header, reading
-from convert.source import (
-    INDEX,
-    SINGLE,
-    Source,
-    check_names,
-    first_non_finite,
-    inside_folder,
-    parse_config,
-    read_json,
-    read_side_files,
-)
+from convert.safetensors import Entry, Spec, read_bytes, read_header
+from convert.source import Source, parse_config
 from jlora.config import LlamaConfig, unused_keys
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 

@@ -82,3 +82,11 @@ def module_name(path: str) -> str:
     """Returns the HF module name of a params path: the inverse of `module_path`."""
     name = path.replace("/", ".")
     return name if name == "lm_head" else f"model.{name}"
+
+
+def set_leaf(tree: Params, path: str, leaf: Any) -> None:
+    """Puts a leaf at a slash-separated path of a nested dict."""
+    *parents, last = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf

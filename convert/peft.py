@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from convert.loading import load_params
 from convert.names import Params, module_name, module_path
 from convert.peft_adapter import Adapter, takes_start_out
 from convert.peft_base import plain, start_of
@@ -25,7 +26,7 @@ from convert.peft_keys import EMBEDDING, HEAD
 from convert.peft_read import find_adapter, read_adapter
 from convert.peft_tables import changed_tables
 from convert.peft_write import adapter_of, save_adapter, write_adapter
-from convert.source import load_params, open_source
+from convert.source import open_source
 from jlora.checkpoint import newest_adapter
 from jlora.config import LlamaConfig, LoraConfig
 from jlora.errors import UnsupportedError

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from convert.hub import is_hub_id
 from convert.names import module_name, module_path
 from convert.peft_adapter import Adapter, Tensors, without_starts
 from convert.peft_keys import EMBEDDING, HEAD
-from convert.source import is_hub_id, open_source
+from convert.source import open_source
 from jlora.errors import JloraError, UsageError
 from jlora.lora_init import initial_pair
 

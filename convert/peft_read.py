@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from convert.checks import first_non_finite
+from convert.files import inside_folder, read_json
+from convert.hub import hub_folder, is_hub_id
 from convert.names import module_path
 from convert.peft_adapter import Adapter
 from convert.peft_config import read_config, warn
@@ -24,13 +27,6 @@ from convert.peft_keys import (
     to_leaf,
 )
 from convert.safetensors import Entry, read_header, read_tensor
-from convert.source import (
-    first_non_finite,
-    hub_folder,
-    inside_folder,
-    is_hub_id,
-    read_json,
-)
 from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
 from jlora.targets import is_saved

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from convert.hub import is_hub_id
 from convert.names import Params, module_name, module_path
 from convert.peft_adapter import Adapter, Tensors, takes_start_out, without_starts
 from convert.peft_config import config_to_write
 from convert.peft_keys import EMBEDDING, HEAD, adapter_key, to_leaf
 from convert.peft_read import CONFIG, WEIGHTS
-from convert.safetensors import Spec, atomic_folder, write_safetensors
-from convert.source import is_hub_id
+from convert.safetensors import Spec, write_safetensors
+from convert.target import atomic_folder
 from jlora.config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.lora import (

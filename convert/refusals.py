@@ -1,6 +1,6 @@
-"""What is refused by the name of a file or a tensor, and what to do instead.
+"""What is refused by the name or first bytes of a file, or the names of its tensors.
 
-Names suffice: nothing of what is refused here is opened further.
+That suffices: nothing of what is refused here is opened further.
 """
 
 import fnmatch
@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from jlora.errors import UnsupportedError, listing
+from jlora.errors import CorruptError, UnsupportedError, listing
 
 _SAVE_AS = (
     "load the model with transformers where you trust it and save it again with "
@@ -114,4 +114,41 @@ def refuse_other_models(where: str, names: Iterable[str]) -> None:
         raise UnsupportedError(
             f"{where}: not a plain Llama, its tensors say: {'; '.join(reasons)}; "
             "jlora has no such layers"
+        )
+
+
+def refuse_other_format(path: Path, first: bytes, wanted: str) -> None:
+    """Names what the first bytes are, if they belong to another known format.
+
+    Raises:
+        CorruptError: not the file itself.
+        UnsupportedError: another format of weights under this name.
+    """
+    start = first.lstrip().lower()
+    if first.startswith(b"version https://git-lfs"):
+        raise CorruptError(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull`"
+        )
+    if start.startswith((b"<!doc", b"<html", b"<?xml")):
+        raise CorruptError(
+            f"{path}: a saved web page, not the file itself; download it again"
+        )
+    if first.startswith(b"GGUF") and wanted != "GGUF":
+        raise UnsupportedError(
+            f"{path}: a GGUF file under another name; rename it to end in .gguf and "
+            "give the path of the file itself"
+        )
+    if first.startswith(b"PK\x03\x04") or (
+        first[:1] == b"\x80" and first[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    ):
+        raise UnsupportedError(
+            f"{path}: a pickled PyTorch file (or another zip) under another name; it is "
+            "never opened, as it may run code; save the model as safetensors "
+            "(save_pretrained of transformers does)"
+        )
+    length = int.from_bytes(first[:8], "little")
+    if wanted == "GGUF" and first[8:9] == b"{" and length < 1 << 40:
+        raise UnsupportedError(
+            f"{path}: a safetensors file under another name; give the folder that holds "
+            "it and its config.json"
         )

@@ -15,30 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from convert.checks import first_non_finite
+from convert.files import INDEX, SINGLE
 from convert.hf_config import export_config, reader_notes
 from convert.names import Name, all_names, module_name
 from convert.peft import Adapter, check_fit, open_adapter, start_of
 from convert.peft_keys import EMBEDDING, HEAD
 from convert.peft_tables import changed_tables
-from convert.safetensors import (
-    Spec,
-    atomic_folder,
-    check_space,
-    check_target,
-    read_header,
-    read_tensor,
-    write_safetensors,
-)
-from convert.source import (
-    INDEX,
-    SINGLE,
-    Dtype,
-    Source,
-    first_non_finite,
-    open_source,
-    size_as,
-    stored_dtype,
-)
+from convert.safetensors import Spec, read_header, read_tensor, write_safetensors
+from convert.source import Dtype, Source, open_source, size_as, stored_dtype
+from convert.target import atomic_folder, check_space, check_target
 from convert.verify import check
 from jlora.checkpoint import leaf_digest
 from jlora.cli import run_command

@@ -6,12 +6,13 @@ from typing import Literal
 
 import numpy as np
 
+from convert.hub import is_hub_id
 from convert.peft import Adapter, open_adapter, plain, save_adapter
 from convert.peft_base import from_base
 from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD
-from convert.safetensors import check_target
-from convert.source import is_hub_id, open_config
+from convert.source import open_config
+from convert.target import check_target
 from jlora.cli import run_command
 from jlora.errors import JloraError, UnsupportedError, listing
 

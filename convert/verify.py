@@ -6,9 +6,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from convert.loading import load_params
 from convert.names import Params
 from convert.peft import Adapter, attach_adapter, model_config
-from convert.source import Source, load_params, open_source
+from convert.source import Source, open_source
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError
 from jlora.lora import map_leaves

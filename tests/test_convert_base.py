@@ -13,9 +13,10 @@ from convert import blocks
 from convert.base import open_base, write_base
 from convert.from_hf import Arguments, main
 from convert.info import describe
+from convert.loading import load_params
 from convert.names import all_names
 from convert.safetensors import Spec, write_safetensors
-from convert.source import Dtype, load_params, open_source
+from convert.source import Dtype, open_source
 from jlora import checkpoint
 from jlora.checkpoint import restore_tree
 from jlora.cli import run_command
@@ -251,7 +252,8 @@ def test_description_of_a_source_reads_no_weights(hf):
 PROGRAM = """
 import resource, sys
 from convert.from_hf import Arguments, main
-from convert.source import load_params, open_source
+from convert.loading import load_params
+from convert.source import open_source
 
 folder, load = sys.argv[1], sys.argv[2] == "load"
 

@@ -7,7 +7,9 @@ from tiny import CONFIG, tensors, write_hf
 
 from convert import blocks
 from convert.blocks import read_box, whole
-from convert.source import first_non_finite, is_finite, load_params, open_source
+from convert.checks import first_non_finite, is_finite
+from convert.loading import load_params
+from convert.source import open_source
 from jlora.errors import CorruptError
 
 SHAPE = (700, 300)

@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 
 import convert
 from convert.gguf_file import read_gguf
+from convert.loading import load_params
 from convert.names import all_names
-from convert.source import load_params, open_source
+from convert.source import open_source
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 

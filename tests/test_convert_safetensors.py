@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 from tiny import write_file
 
-from convert.safetensors import Spec, atomic_folder, read_header, read_tensor
+from convert.safetensors import Spec, read_header, read_tensor
+from convert.target import atomic_folder
 from jlora.errors import CorruptError, ResourceError, UnsupportedError, UsageError
 
 

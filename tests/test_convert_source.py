@@ -17,7 +17,9 @@ from tiny import (
 )
 
 import convert
-from convert.source import first_non_finite, load_params, open_source, read_as
+from convert.checks import first_non_finite
+from convert.loading import load_params
+from convert.source import open_source, read_as
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 TIED = CONFIG | {"tie_word_embeddings": True}

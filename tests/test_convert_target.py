@@ -12,9 +12,9 @@ import pytest
 from adapters import golden
 from tiny import CONFIG, tensors, write_hf
 
-from convert import from_hf, safetensors, to_hf
+from convert import from_hf, target, to_hf
 from convert.base import open_base
-from convert.safetensors import atomic_folder
+from convert.target import atomic_folder
 from jlora.cli import run_command
 
 ROOT = Path(__file__).parent.parent
@@ -94,7 +94,7 @@ def killed(what, hf, out, place, *more):
     ("what", "place"),
     [
         ("convert", ("convert.base", "save_tree", "3")),
-        ("convert", ("convert.safetensors", "_sync", "1")),
+        ("convert", ("convert.target", "_sync", "1")),
         ("export", ("convert.to_hf", "_read_back", "1")),
     ],
 )
@@ -112,7 +112,7 @@ def test_a_command_killed_while_it_replaces_leaves_the_old_folder(place, hf, out
     # "_sync_one" is called for every file, and last when the new folder is in place.
     count = 1 if place == "_sync" else len(list(out.iterdir())) + 2
     more = ["--overwrite", "--dtype", "float16"]
-    killed("export", hf, out, ("convert.safetensors", place, str(count)), *more)
+    killed("export", hf, out, ("convert.target", place, str(count)), *more)
     after = bytes_of(out)
     new = json.loads(after["config.json"])["dtype"] == "float16"
     assert new == (place == "_sync_one")
@@ -127,7 +127,7 @@ def test_a_folder_is_replaced_in_one_step_where_the_system_can(
 ):
     renames = []
     if not can_swap:
-        monkeypatch.setattr(safetensors, "_exchange", lambda *_: False)
+        monkeypatch.setattr(target, "_exchange", lambda *_: False)
     rename = Path.rename
     monkeypatch.setattr(
         Path, "rename", lambda *paths: (renames.append(paths), rename(*paths))[1]

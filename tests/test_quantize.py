@@ -25,7 +25,8 @@ import convert
 from convert import to_hf
 from convert.base import open_base, write_base
 from convert.info import describe
-from convert.source import abstract_params, load_params, open_source
+from convert.loading import abstract_params, load_params
+from convert.source import open_source
 from jlora.cli import run_command
 from jlora.config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError

@@ -8,7 +8,8 @@ import pytest
 import reference
 
 import convert
-from convert.source import load_params, open_source
+from convert.loading import load_params
+from convert.source import open_source
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError, UsageError
 from jlora.generation import generate_tokens

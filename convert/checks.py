@@ -1,0 +1,83 @@
+"""Does what a file holds fit the model: names, shapes, and no NaN or infinity."""
+
+import logging
+
+import numpy as np
+
+from jlora.errors import CorruptError, listing, nearest
+
+_log = logging.getLogger(__name__)
+
+
+def check_names(
+    where: str,
+    found: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[int, ...]],
+) -> None:
+    """Compares stored names and shapes with the model's.
+
+    Raises:
+        CorruptError: lists all that is missing, unexpected or of another shape.
+    """
+    missing = [key for key in expected if key not in found]
+    unexpected = sorted(key for key in found if key not in expected)
+    shapes = [
+        f"{key} {list(found[key])} instead of {list(shape)}"
+        for key, shape in expected.items()
+        if key in found and found[key] != shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing: {listing(missing)}")
+        if missing == ["lm_head.weight"]:
+            problems[-1] += (
+                " (if the output layer is the embedding, set tie_word_embeddings to "
+                "true in config.json)"
+            )
+    if unexpected:
+        hint = nearest(unexpected[0], missing)
+        problems.append(f"{len(unexpected)} unexpected: {listing(unexpected)}{hint}")
+    if shapes:
+        problems.append(f"{len(shapes)} of another shape: {listing(shapes)}")
+    if problems:
+        raise CorruptError(
+            f"{where}: the tensors do not fit the configuration: {'; '.join(problems)}"
+        )
+
+
+def check_values(array: np.ndarray, where: str) -> None:
+    """Raises CorruptError at the first NaN or infinity; warns of an all-zero matrix."""
+    index = first_non_finite(array)
+    if index is not None:
+        raise CorruptError(
+            f"{where}: {array[index]} at {list(index)}; the file is damaged, "
+            "use another copy"
+        )
+    if array.ndim == 2 and not array.any():
+        _log.warning("%s: every value is zero", where)
+
+
+def first_non_finite(array: np.ndarray) -> tuple[int, ...] | None:
+    """Returns the index of the first NaN or infinity; None if every value is finite."""
+    if is_finite(array):
+        return None
+    bits = np.dtype(f"u{array.itemsize}")  # np.isfinite warns of some NaNs of bfloat16
+    exponent = np.array(np.inf, array.dtype).view(bits)
+    bad = (array.view(bits) & exponent) == exponent
+    return tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite; two passes over the bits, no temporaries.
+
+    The bits of all finite values are below those of infinity: read as signed numbers if
+    positive, as unsigned ones if negative.
+    """
+    if not array.size:
+        return True
+    signed, unsigned = (np.dtype(f"{kind}{array.itemsize}") for kind in "iu")
+    infinity, minus_infinity = np.array([np.inf, -np.inf], array.dtype)
+    return bool(
+        array.view(signed).max() < infinity.view(signed)
+        and array.view(unsigned).max() < minus_infinity.view(unsigned)
+    )

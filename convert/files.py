@@ -1,0 +1,96 @@
+"""The small files of a model folder: read whole, within limits, and as what they are.
+
+No link is followed out of the folder, and a failure to read is one message.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from convert.refusals import refuse_other_format
+from jlora.errors import CorruptError, UsageError
+from jlora.strict_json import MAX_JSON_BYTES, parse_json_object
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SIDE_FILE_BYTES = 256 << 20
+SIDE_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns failures to open or read `path` into one message.
+
+    Raises:
+        CorruptError: the file does not exist, or the device failed.
+        UsageError: no permission, or a folder.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CorruptError(f"{path}: no such file") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except OSError as error:
+        raise CorruptError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json(
+    folder: Path, name: str, max_bytes: int = MAX_JSON_BYTES
+) -> dict[str, Any]:
+    """Returns a JSON object stored in a model folder.
+
+    Raises:
+        CorruptError: missing, too large, or not a JSON object.
+    """
+    where = f"{folder / name}"
+    return parse_json_object(_read_side(folder, name, max_bytes), where, max_bytes)
+
+
+def read_side_files(folder: Path) -> dict[str, bytes]:
+    """Returns the tokenizer, template and generation files of a folder by name."""
+    found = (path for pattern in SIDE_FILES for path in sorted(folder.glob(pattern)))
+    names = [path.relative_to(folder).as_posix() for path in found]
+    return {name: _read_side(folder, name, MAX_SIDE_FILE_BYTES) for name in names}
+
+
+def _read_side(folder: Path, name: str, max_bytes: int) -> bytes:
+    path = inside_folder(folder, name)
+    with reading(path), path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise CorruptError(f"{path}: more than {max_bytes:,} bytes")
+    if path.suffix in (".json", ".model"):
+        refuse_other_format(path, data[:64], "text")
+    return data
+
+
+def inside_folder(folder: Path, name: str) -> Path:
+    """Returns the path of a file in `folder`, which no link may lead out of.
+
+    The hub cache is the exception: it links snapshot files to its own blobs.
+    """
+    path, home = folder / name, folder.resolve()
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CorruptError(f"{path}: not a file")
+    roots = [home]
+    if home.parent.name == "snapshots":
+        roots.append(home.parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(root) for root in roots):
+        raise CorruptError(
+            f"{path}: a link that leaves the model folder; copy the file into it"
+        )
+    return path

@@ -1,0 +1,172 @@
+"""Params from a source: each tensor read once, straight to the devices that hold it."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convert.blocks import Index, as_box, empty, transpose_into, whole
+from convert.leaves import resulting_format
+from convert.names import Params, set_leaf
+from convert.safetensors import Spec
+from convert.source import Dtype, Source, open_source, read_leaves
+from jlora.errors import UsageError, listing
+from jlora.quantize import BLOCK, Format
+
+if TYPE_CHECKING:
+    from jlora.model import Llama
+
+BaseDtype = Dtype | Literal["fp8", "int8", "nf4"]
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+
+def load_params(
+    source: Source, *, dtype: BaseDtype = "keep", sharding: ShardingOf | None = None
+) -> Params:
+    """Returns the params as jax arrays, read one tensor at a time.
+
+    Args:
+        source: the model.
+        dtype: of every leaf; "keep" leaves them bit for bit; fp8, int8 and nf4 quantise
+            the projections and keep the others. Another one dequantises.
+        sharding: (path, shape) -> sharding; each process reads and makes its own
+            slices only.
+
+    Raises:
+        UsageError: the model is quantised in another format, or a device's share of a
+            tensor would not be whole.
+    """
+    params: Params = {}
+    plain, quantize = _split_dtype(source, dtype)
+    wanted = {path: source.specs(path, plain, quantize) for path in source.tensors}
+    if sharding is not None:
+        _check_shards(wanted, sharding)
+    for path, specs in wanted.items():
+        places = {
+            leaf: None if sharding is None else sharding(leaf, spec.shape)
+            for leaf, spec in specs.items()
+        }
+        boxes = {leaf: _own_box(places[leaf], specs[leaf].shape) for leaf in specs}
+        arrays = read_leaves(source, path, plain, quantize, boxes)
+        for leaf, spec in specs.items():
+            array = _place(arrays.pop(leaf), boxes[leaf], spec.shape, places[leaf])
+            # Copies are asynchronous: many tensors would be held twice without waiting.
+            set_leaf(params, leaf, array.block_until_ready())
+    return params
+
+
+def _check_shards(
+    wanted: Mapping[str, Mapping[str, Spec]], sharding: ShardingOf
+) -> None:
+    wrong = []
+    for specs in wanted.values():
+        for leaf, spec in specs.items():
+            try:
+                sharding(leaf, spec.shape).shard_shape(spec.shape)
+            except ValueError:
+                wrong.append(f"{leaf} {list(spec.shape)}")
+    if wrong:
+        raise UsageError(
+            f"the mesh does not cut into equal parts: {listing(wrong, 3)}; nf4 keeps "
+            f"blocks of {BLOCK} weights together; lower mesh.fsdp or mesh.tensor, or use "
+            "int8 or fp8"
+        )
+
+
+def abstract_params(source: Source, *, dtype: BaseDtype = "keep") -> Params:
+    """Returns shapes and dtypes as `load_params` would give, without a byte read."""
+    params: Params = {}
+    plain, quantize = _split_dtype(source, dtype)
+    for path in source.tensors:
+        for leaf, spec in source.specs(path, plain, quantize).items():
+            set_leaf(params, leaf, jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+    return params
+
+
+def _split_dtype(source: Source, dtype: BaseDtype) -> tuple[Dtype, Format]:
+    """Returns (dtype of plain leaves, format of the projections)."""
+    if dtype in ("fp8", "int8", "nf4"):
+        return "keep", resulting_format(source, "keep", dtype)
+    return dtype, resulting_format(source, dtype, "none")
+
+
+def _own_box(sharding: jax.sharding.Sharding | None, shape: tuple[int, ...]) -> Index:
+    """Returns the smallest box that holds what this process's devices need."""
+    if sharding is None:
+        return whole(shape)
+    parts = [
+        as_box(index, shape)
+        for index in sharding.addressable_devices_indices_map(shape).values()
+    ]
+    return tuple(
+        slice(min(part.start for part in axis), max(part.stop for part in axis))
+        for axis in zip(*parts, strict=True)
+    )
+
+
+def _place(
+    array: np.ndarray,
+    box: Index,
+    shape: tuple[int, ...],
+    sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """Returns the whole array on its devices; `array` holds what lies in `box`."""
+    if not array.flags.c_contiguous or array.ctypes.data % 64:
+        # JAX on a CPU takes over what is aligned, and copies anything else slowly.
+        array = _aligned_copy(array)
+    if sharding is None:
+        return jax.device_put(array)
+    pieces: dict[str, np.ndarray] = {}  # devices that hold copies share one
+
+    def piece(index: tuple[Any, ...] | None) -> np.ndarray:
+        own = as_box(index, shape)
+        if str(own) not in pieces:
+            inside = tuple(
+                slice(part.start - outer.start, part.stop - outer.start)
+                for part, outer in zip(own, box, strict=True)
+            )
+            part = array[inside]
+            pieces[str(own)] = array if own == box else _aligned_copy(part)
+        return pieces[str(own)]
+
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def _aligned_copy(array: np.ndarray) -> np.ndarray:
+    result = empty(array.shape, array.dtype)
+    if array.ndim == 2 and array.flags.f_contiguous:
+        transpose_into(result, array.T)
+    else:
+        result[...] = array
+    return result
+
+
+def load(
+    path: str, adapter: str | None = None, dtype: Dtype = "float32"
+) -> "tuple[Llama, Params]":
+    """Returns the model and its params, ready for `model.apply({"params": params}, tokens)`.
+
+    Args:
+        path: HF folder, hub id, .gguf file or converted base.
+        adapter: PEFT folder or run folder, or None. Its dropout acts where a "dropout"
+            rng is given, as in PEFT's training mode.
+        dtype: of the params and of the computation.
+    """
+    from jlora.model import Llama
+
+    if dtype not in get_args(Dtype):
+        raise UsageError(f"dtype={dtype!r}; expected one of {listing(get_args(Dtype))}")
+    source = open_source(str(path))
+    config, params = source.config, load_params(source, dtype=dtype)
+    dropout = 0.0
+    if adapter is not None:
+        from convert.peft import attach_adapter, model_config, open_adapter
+
+        opened = open_adapter(adapter)
+        params = attach_adapter(params, config, opened)
+        config = model_config(opened, config)
+        dropout = float(opened.config.lora_dropout)
+    compute = jnp.float32 if dtype == "keep" else jnp.dtype(dtype)
+    return Llama(config, dtype=compute, lora_dropout=dropout), params

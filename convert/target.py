@@ -1,0 +1,173 @@
+"""Folders that are written: they appear whole or not at all, and replace nothing unasked."""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from jlora.errors import ResourceError, UsageError
+
+_MODEL_FILES = ("config.json", "adapter_config.json")
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    out: Path, overwrite: bool, source: Path | None = None
+) -> Iterator[Path]:
+    """Yields a temporary folder beside `out` that becomes `out` if the body succeeds.
+
+    Args:
+        out: the folder to make.
+        overwrite: replace `out` if it is a model or adapter folder.
+        source: what the folder is made from; must not lie inside `out`.
+
+    Raises:
+        UsageError: `out` is not empty, not a folder, the source, or not writable.
+        ResourceError: the disk is full; nothing is left behind.
+    """
+    target = out.resolve()
+    check_target(out, overwrite, source)
+    old = target.with_name(f".{target.name}.old")
+    temporary = target.with_name(f".{target.name}.partial")
+    with _disk_errors(out):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if old.exists() and not target.exists():  # killed between two renames
+            old.rename(target)
+            check_target(out, overwrite, source)
+        temporary.mkdir(exist_ok=True)
+    with _locked(temporary, out), _disk_errors(out):
+        try:
+            _clear(temporary)
+            yield temporary
+            _sync(temporary)
+            if not (target.exists() and _exchange(temporary, target)):
+                if target.exists() and any(target.iterdir()):
+                    shutil.rmtree(old, ignore_errors=True)
+                    target.rename(old)
+                temporary.rename(target)
+            _sync_one(target.parent)
+        except BaseException:
+            if old.exists() and not target.exists():
+                old.rename(target)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for replaced in (old, temporary):
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two folders in one step if the system can; returns whether it did.
+
+    Two renames would leave an instant, and a killed process, without any folder.
+    """
+    current_folder, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = [os.fsencode(path) for path in (a, b)]
+    return rename(current_folder, names[0], current_folder, names[1], swap) == 0
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raises ResourceError if the disk of `out` has fewer free bytes than `needed`."""
+    free = shutil.disk_usage(_existing(out)).free
+    if needed > free:
+        raise ResourceError(
+            f"{out}: the disk is full: {needed:,} bytes are needed, {free:,} are free; "
+            "nothing was written; free some space or choose another OUT"
+        )
+
+
+def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Raises UsageError if `out` must not be written; arguments as `atomic_folder`."""
+    target = out.resolve()
+    if not target.name:
+        raise UsageError(f"{out}: not a folder that can be made; choose another OUT")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target}: exists and is not a folder; choose another OUT")
+    if source is not None and source.resolve().is_relative_to(target):
+        raise UsageError(f"{target}: is or holds the source; choose another OUT")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{target}: exists and is not empty; choose another OUT or add --overwrite"
+        )
+    if not any((target / name).is_file() for name in _MODEL_FILES):
+        raise UsageError(
+            f"{target}: holds neither {' nor '.join(_MODEL_FILES)}, so it is no model "
+            "folder and --overwrite does not replace it; choose another OUT"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, out: Path) -> Iterator[None]:
+    """Holds a lock on the folder, which a killed process leaves without effect."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"{out}: another process is writing it") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Orbax reports a full disk as a ValueError that quotes the system's words.
+        if any(words in str(error) for words in _DISK_FULL):
+            free = shutil.disk_usage(_existing(out)).free
+            raise ResourceError(
+                f"{out}: the disk is full: {free:,} bytes free are not enough; nothing "
+                "was written"
+            ) from error
+        if isinstance(error, OSError) and error.errno in (
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+            errno.EEXIST,
+            errno.ENAMETOOLONG,
+        ):
+            raise UsageError(f"{out}: cannot be written ({error.strerror})") from error
+        raise
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    return path if path.exists() else _existing(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
