@@ -134,10 +134,10 @@ class Trainer:
         """Returns the figures of one case."""
         import jax
 
-        from jlora.data import Prefetch
         from jlora.model import Llama
         from jlora.optimizer import make_optimizer, make_schedule
         from jlora.plan import peak_memory_bytes, plan_workload
+        from jlora.prefetch import Prefetch
         from jlora.settings import ComputeConfig, OptimConfig
         from jlora.training import TrainState, make_train_step
 

@@ -38,7 +38,7 @@ from jlora.lora import (
     with_adapter,
 )
 from jlora.lora_init import add_lora
-from jlora.merge import without_start
+from jlora.merging import without_start
 
 __all__ = [
     "Adapter",

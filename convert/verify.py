@@ -13,7 +13,7 @@ from convert.source import Source, open_source
 from jlora.config import LlamaConfig
 from jlora.errors import CorruptError
 from jlora.lora import map_leaves
-from jlora.merge import merge
+from jlora.merging import merge
 from jlora.model import Llama
 
 ROWS, LENGTH = 2, 32

@@ -1,10 +1,18 @@
-"""Llama with LoRA in pure JAX: exact, fast, and small enough to read in an afternoon."""
+"""Llama with LoRA in pure JAX: exact, fast, and small enough to read in an afternoon.
 
-from jlora.config import LlamaConfig, LoraConfig
-from jlora.lora import LoRADense, count_parameters, trainable_mask
-from jlora.lora_init import add_lora
-from jlora.merge import merge
-from jlora.model import Llama
+Names are loaded when they are asked for: what needs no JAX (reading data, converting
+settings) does not wait for it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jlora.config import LlamaConfig, LoraConfig
+    from jlora.lora import LoRADense, count_parameters, trainable_mask
+    from jlora.lora_init import add_lora
+    from jlora.merging import merge
+    from jlora.model import Llama
 
 __all__ = [
     "Llama",
@@ -16,3 +24,25 @@ __all__ = [
     "merge",
     "trainable_mask",
 ]
+_MODULES = {
+    "Llama": "model",
+    "LlamaConfig": "config",
+    "LoRADense": "lora",
+    "LoraConfig": "config",
+    "add_lora": "lora_init",
+    "count_parameters": "lora",
+    "merge": "merging",
+    "trainable_mask": "lora",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jlora.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,12 +14,13 @@ import yaml
 from jax.sharding import Mesh
 
 from jlora.checkpoint import RunCheckpoints, locked, resume_all
-from jlora.data import Dataset, Prefetch
+from jlora.data import Dataset
 from jlora.errors import DivergedError, StopRequested, listing
 from jlora.loop import StepLog, check_remaining, clear_outcome, is_due
 from jlora.lora import Params, is_adapter, is_trainable, map_leaves
 from jlora.model import Llama
 from jlora.optimizer import make_schedule
+from jlora.prefetch import Prefetch
 from jlora.processes import StopVote, check_agreement, is_first, to_host
 from jlora.report import Report
 from jlora.settings import TrainConfig

@@ -13,11 +13,12 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jlora.data import Dataset, Prefetch
+from jlora.data import Dataset
 from jlora.dropout import drop
 from jlora.lora import Params, head_parameters, join, split, trainable_mask
 from jlora.loss import cross_entropy
 from jlora.model import Llama
+from jlora.prefetch import Prefetch
 from jlora.sharding import batch_sharding, tree_shardings, use_mesh
 
 Batch = dict[str, Any]

@@ -29,7 +29,7 @@ from jlora.lora import (
     split,
     trainable_mask,
 )
-from jlora.merge import merge_module
+from jlora.merging import merge_module
 from jlora.model import Llama
 from jlora.settings import MeshConfig
 from jlora.training import summed_loss

@@ -28,7 +28,7 @@ from jlora.lora import (
     split,
     trainable_mask,
 )
-from jlora.merge import merge_kernel
+from jlora.merging import merge_kernel
 from jlora.model import Llama
 
 Q0, K0, V0 = (f"model.layers.0.self_attn.{p}_proj" for p in "qkv")

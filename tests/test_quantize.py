@@ -32,7 +32,7 @@ from jlora.config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.lora import LoRADense, count_parameters, trainable_mask
 from jlora.lora_init import add_lora
-from jlora.merge import merge
+from jlora.merging import merge
 from jlora.model import Llama
 from jlora.plan import Workload, memory_bytes
 from jlora.quantize import (
