@@ -24,6 +24,7 @@ MAX_NUMBER = 1 << 20
 MAX_BITS = 4096
 _MAX_INDENT = 64
 _SIZED = (str, list, tuple, dict)
+_STRINGS = frozenset({str})
 
 
 class Budget:
@@ -212,16 +213,25 @@ def node_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
     def charge(context: Any, text: str) -> str:
         return budget.charge_result(text)
 
-    return {f"_jlora_{f.__name__}": f for f in (each, concat, charge)}
+    # Of strings, nearly always: at once, as a template adds up every message.
+    @jinja2.pass_context
+    def add(context: Any, items: list[Any]) -> Any:
+        if _STRINGS.issuperset(map(type, items)):
+            budget.spend(sum(map(len, items)))
+            return "".join(items)
+        plus = functools.partial(context.environment.call_binop, context, "+")
+        return functools.reduce(plus, items)
+
+    return {f"_jlora_{f.__name__}": f for f in (each, concat, charge, add)}
 
 
 def rewrite(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
-    """Puts loops, concatenations and block assignments on the budget, in place."""
+    """Puts loops, concatenations, block assignments and sums on the budget, in place."""
     for node in tree.find_all(jinja2.nodes.For):
         node.iter = _filter(node.iter, "each")
     for node in tree.find_all(jinja2.nodes.AssignBlock):
         node.filter = _filter(node.filter, "charge")
-    _replace_concat(tree)
+    _replace_sums(tree)
     if tree.environment is not None:
         tree.set_environment(tree.environment)
     return tree
@@ -231,18 +241,30 @@ def _filter(node: Any, name: str) -> Filter:
     return Filter(node, f"_jlora_{name}", [], [], None, None)
 
 
-def _replace_concat(node: jinja2.nodes.Node) -> None:
+def _replace_sums(node: jinja2.nodes.Node) -> None:
     for field, value in node.iter_fields():
         if isinstance(value, list):
-            value[:] = [_metered_concat(item) for item in value]
+            value[:] = [_metered_sum(item) for item in value]
         else:
-            setattr(node, field, _metered_concat(value))
+            setattr(node, field, _metered_sum(value))
 
 
-def _metered_concat(value: Any) -> Any:
+def _metered_sum(value: Any) -> Any:
     if not isinstance(value, jinja2.nodes.Node):
         return value
-    _replace_concat(value)
+    terms = _terms(value)
+    if len(terms) > 2:  # a + b is called by itself
+        return _filter(List([_metered_sum(term) for term in terms]), "add")
+    _replace_sums(value)
     if isinstance(value, jinja2.nodes.Concat):
         return _filter(List(value.nodes), "concat")
     return value
+
+
+def _terms(node: jinja2.nodes.Node) -> list[jinja2.nodes.Expr]:
+    """Returns a, b and c of a + b + c, and the node itself of any other."""
+    terms: list[jinja2.nodes.Expr] = []
+    while isinstance(node, jinja2.nodes.Add):
+        terms.append(node.right)
+        node = node.left
+    return [*terms, node][::-1]
