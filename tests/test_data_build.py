@@ -2,6 +2,7 @@
 
 import copy
 import os
+import subprocess
 import sys
 from types import ModuleType
 
@@ -158,6 +159,14 @@ def test_an_error_in_a_worker_is_the_users_message(path, two_workers):
     tokenizer = make_tokenizer(chat_template=UNSTABLE)
     with pytest.raises(UnsupportedError, match="changes earlier text"):
         load(write_rows(path, [chat("a", "b", "c", "d")] * 40), tokenizer)
+
+
+def test_what_a_worker_imports_has_no_jax():
+    code = (
+        "import sys, jlora.data.build; print({'jax', 'flax', 'optax'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 @pytest.mark.slow

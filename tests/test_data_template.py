@@ -136,6 +136,8 @@ def test_reaching_for_internals_is_a_security_error(template):
             + "{% endfor %}{{ ns.x | string | length }}"
             for doubling in (
                 "{% set ns.x = ns.x ~ ns.x %}",
+                "{% set ns.x = ns.x + ns.x + ns.x %}",
+                "{% set ns.x = [ns.x] + [ns.x] + [ns.x] %}",
                 "{% set ns.x = [ns.x, ns.x] %}",
                 "{% set ns.x = {1: ns.x, 2: ns.x} %}",
                 "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}",
@@ -143,6 +145,8 @@ def test_reaching_for_internals_is_a_security_error(template):
         ),
         "{% set ns = namespace(x=3) %}{% for i in range(60000) %}"
         "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=3) %}{% for i in range(60000) %}"
+        "{% set ns.x = ns.x + ns.x + ns.x %}{% endfor %}",
     ],
 )
 def test_greedy_template_is_stopped(template, monkeypatch):
@@ -181,12 +185,20 @@ def test_what_a_template_costs_does_not_add_up_over_records(monkeypatch):
         "{{ f(1) }}{% call f(3, b=4) %}x{% endcall %}",
         "{{ messages | map(attribute='content') | join(' ') | title | indent(2) }}",
         "{{ messages | tojson(indent=2) }}{{ 'a%sb' | format(1) }}{{ '%d%%' % 5 }}",
+        "{{ 'a' + messages[0].content + ('b' + 'c' + 'd') + 'e' | upper }}",
+        "{{ 1 + 2 + 3.5 }}{{ [1] + [2] + messages }}{{ 'a' + 'b' * 2 + ('c' ~ 1) }}",
     ],
 )
 def test_metered_template_renders_as_plain_jinja2_does(template):
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     plain.filters["tojson"] = lambda x, indent: json.dumps(x, indent=indent)
     assert render(template) == plain.from_string(template).render(messages=USER)
+
+
+@pytest.mark.parametrize("term", ["1", "none", "missing", "['c']"])
+def test_sum_of_text_and_other_things_refuses_the_conversation(term):
+    with pytest.raises(RowError, match="the chat template refuses it"):
+        render("{{ 'a' + messages[0].content + TERM }}".replace("TERM", term))
 
 
 def test_numbers_in_messages_do_not_trip_the_limits():

@@ -261,9 +261,9 @@ def _metered_sum(value: Any) -> Any:
     return value
 
 
-def _terms(node: jinja2.nodes.Node) -> list[jinja2.nodes.Expr]:
+def _terms(node: jinja2.nodes.Node) -> list[jinja2.nodes.Node]:
     """Returns a, b and c of a + b + c, and the node itself of any other."""
-    terms: list[jinja2.nodes.Expr] = []
+    terms: list[jinja2.nodes.Node] = []
     while isinstance(node, jinja2.nodes.Add):
         terms.append(node.right)
         node = node.left

@@ -20,6 +20,10 @@ from jlora.data.control import (
 from jlora.data.template import ChatTemplate
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
+# What `tokenizers` makes of a text takes 100 times its size: a tenth faster than all
+# rows of a chunk at once, whose memory would be the system's each time.
+_TEXTS_AT_ONCE = 128
+
 
 class Tokenizer:
     """A fast tokenizer with its special tokens and chat template."""
@@ -115,8 +119,12 @@ class Tokenizer:
         """Returns the ids of each text, without BOS."""
         for text in texts:
             check_text(text)
-        batch = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in batch]
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = list(texts[start : start + _TEXTS_AT_ONCE])
+            batch = self._backend.encode_batch_fast(some, add_special_tokens=False)
+            ids += [encoding.ids for encoding in batch]
+        return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         """Returns the ids of a text that goes on after another one."""
@@ -196,8 +204,7 @@ class Tokenizer:
         backend = self._backend
         texts = [rendered.text for rendered in conversations]
         if not with_offsets and not any(rendered.cuts for rendered in conversations):
-            batch = backend.encode_batch_fast(texts, add_special_tokens=False)
-            return [Encoded(encoding.ids, []) for encoding in batch]
+            return [Encoded(ids, []) for ids in self.encode_many(texts)]
         batch = backend.encode_batch(texts, add_special_tokens=False)
         result = []
         for rendered, encoding in zip(conversations, batch, strict=True):
