@@ -197,12 +197,18 @@ def _charge_indented(budget: Budget, name: str, value: Any, given: list[Any]) ->
 def node_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
     """Returns the filters that `rewrite` puts into a template."""
 
-    # A filter that needs the context is not computed when a template is compiled.
-    @jinja2.pass_context
-    def each(context: Any, items: Iterable[Any]) -> Iterator[Any]:
+    def counted(items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
             budget.spend(STEP)
             yield item
+
+    # A filter that needs the context is not computed when a template is compiled.
+    @jinja2.pass_context
+    def each(context: Any, items: Iterable[Any]) -> Iterable[Any]:
+        if type(items) is list:
+            budget.spend(STEP * len(items))
+            return items
+        return counted(items)
 
     @jinja2.pass_context
     def concat(context: Any, items: list[Any]) -> str:

@@ -32,6 +32,7 @@ PINNED_DATE = datetime(2024, 7, 26)
 _MIN_JINJA2 = (3, 1, 6)
 # Answers about attributes that are kept; a template may ask for any name.
 _MAX_KNOWN = 1000
+_OF_LOOPS = frozenset({"first", "last", "index", "index0"})
 # By chance, or for web pages, and without a bound on what they make.
 _LEFT_OUT = ("random", "pprint", "urlize", "wordwrap", "xmlattr")
 
@@ -97,6 +98,11 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         raise SecurityError(
             f"access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe"
         )
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is jinja2.runtime.LoopContext and attribute in _OF_LOOPS:
+            return getattr(obj, attribute)  # asked for by every message
+        return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         key = type(obj), attr  # which is all that jinja2's answer depends on

@@ -114,7 +114,8 @@ class ChatTemplate:
         parts: list[str] = []
         self._budget.restart()
         try:
-            for part in self._template.generate(variables):
+            context = self._template.new_context(variables)
+            for part in self._template.root_render_func(context):
                 parts.append(part)
                 self._budget.spend(len(part))
         except (SecurityError, OverflowError, MemoryError, RecursionError) as error:
