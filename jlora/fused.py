@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jlora import hopper, narrow
+from jlora import hopper, hopper_swiglu, narrow
 from jlora.dropout import drop_by
 from jlora.narrow import Adapter, Adapters, Dropout, placed
 
@@ -158,19 +158,63 @@ def _swiglu_backward(rate: float, residuals: Any, dy: Array) -> tuple[Any, ...]:
     if rate and ds_act is not None:
         sent = _dot(ds_act, narrow.joined_a(last, dy.dtype), transposed=True)
         d_act += drop_by(sent, last[0].seeds, rate)
-    act, d_gate, d_up = _swiglu_gradients(gate, up, d_act)
-    if rate and ds_act is not None:
-        act = drop_by(act, last[0].seeds, rate)
-    d_a = [None if ds_act is None else _outer(act, ds_act)]
-    d_last = _joined_gradients(last, d_a, _d_b(s_act, [dy], last))
-    dys = [d_gate, d_up]
-    ds = _d_down(dys, first)
+    if rate or not _streams(pairs):
+        act, *dys = _swiglu_gradients(gate, up, d_act)
+        if rate and ds_act is not None:
+            act = drop_by(act, last[0].seeds, rate)
+        d_a_last = None if ds_act is None else _outer(act, ds_act)
+        ds, d_b = _d_down(dys, first), _d_b(s, dys, first)
+    else:
+        dys, ds, d_b, d_a_last = _stream(gate, up, d_act, s, ds_act, pairs)
+    d_last = _joined_gradients(last, [d_a_last], _d_b(s_act, [dy], last))
     dx, d_a = _d_input(x, dys, ds, kernels[:2], first, rate)
-    d_first = _joined_gradients(first, d_a, _d_b(s, dys, first))
+    d_first = _joined_gradients(first, d_a, d_b)
     return dx, None, [*d_first, *d_last], dy
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def _streams(pairs: Adapters) -> bool:
+    """Returns whether gate, up or down has an adapter, and none is too wide."""
+    return 0 < max(narrow.ranks(pairs)) <= hopper_swiglu.WIDEST
+
+
+def _stream(
+    gate: Array,
+    up: Array,
+    d_act: Array,
+    s: Array | None,
+    ds_act: Array | None,
+    pairs: Adapters,
+) -> tuple[list[Array], Array | None, list[Array | None], Array | None]:
+    """Returns the gradients of gate and up, of their S, of their s B, and of down's A.
+
+    They come from one pass over the wide arrays. An adapter that is missing is zeros.
+    """
+    places = placed(narrow.ranks(pairs[:2]))
+    width = max(width for _, width in placed(narrow.ranks(pairs)))
+
+    def columns(x: Array | None, start: int, size: int) -> Array:
+        x = jnp.zeros((gate.shape[0], 0), gate.dtype) if x is None else x
+        x = x[:, start : start + size]
+        return jnp.pad(x, ((0, 0), (0, width - x.shape[1])))
+
+    thin = [columns(s, *place) for place in places] + [columns(ds_act, 0, width)]
+    wide_b = [
+        jnp.zeros((width, gate.shape[1]), gate.dtype)
+        if b is None
+        else jnp.pad(b, ((0, width - b.shape[0]), (0, 0)))
+        for b in narrow.wide_b(pairs[:2], gate.dtype)
+    ]
+    made = hopper_swiglu.swiglu_backward(gate, up, d_act, thin, wide_b)
+    d_s = [
+        found[:, :size].astype(gate.dtype)
+        for found, (_, size) in zip((made.s_gate, made.s_up), places, strict=True)
+    ]
+    ds = None if s is None else narrow.padded(jnp.concatenate(d_s, axis=1))
+    d_b: list[Array | None] = [made.b_gate, made.b_up]
+    return [made.gate, made.up], ds, d_b, made.a_down
 
 
 def _swiglu_gradients(gate: Array, up: Array, d_act: Array) -> tuple[Array, ...]:

@@ -39,7 +39,7 @@ _STAGES = 4
 # Columns and rows of the output that leave through shared memory at a time.
 _PART = 64
 # Registers of a thread that copies, and of one that multiplies.
-_COPY_REGISTERS, _MULTIPLY_REGISTERS = 40, 232
+COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 232
 
 
 def choose_kernels(wanted: str, *, dtype: Any, devices: Sequence[Any]) -> str:
@@ -69,7 +69,7 @@ def choose_kernels(wanted: str, *, dtype: Any, devices: Sequence[Any]) -> str:
     return "hopper" if fits else "xla"
 
 
-def _transpose(ref: Any) -> Any:
+def transposed_view(ref: Any) -> Any:
     """Returns the view of a tile with its axes exchanged."""
     with warnings.catch_warnings():
         # jax 0.12 prefers a method that 0.10 does not have.
@@ -212,7 +212,7 @@ def _launch(
     A tile's columns may come in several pieces, each with weights and sums of its own.
     `prepare` runs before a tile's products; an addend follows the outputs.
     """
-    blocks = _multiprocessors() // 2
+    blocks = multiprocessors() // 2
     rows = ROWS // 2
     depths = [x.shape[1] // DEPTH for x in xs]
     piece = COLUMNS // pieces
@@ -236,7 +236,7 @@ def _launch(
             return m * ROWS + lax.axis_index("member") * rows, n * COLUMNS
 
         def copy() -> None:
-            plgpu.set_max_registers(_COPY_REGISTERS, action="decrease")
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
 
             def tile(i: Any, step: Any) -> Any:
                 m, n = corner(i)
@@ -268,7 +268,7 @@ def _launch(
             plgpu.barrier_wait(ready.at[slot])
             for i, acc in enumerate(accs):
                 b = b_ring.at[slot, i]
-                b = _transpose(b) if transposed else b
+                b = transposed_view(b) if transposed else b
                 plgpu.wgmma(acc, a_ring.at[slot].at[pl.ds(offset, mine)], b)
             plgpu.wgmma_wait(pieces)  # all but these, so the step before is done
 
@@ -279,7 +279,7 @@ def _launch(
             return step + 1
 
         def multiply() -> None:
-            plgpu.set_max_registers(_MULTIPLY_REGISTERS, action="increase")
+            plgpu.set_max_registers(MULTIPLY_REGISTERS, action="increase")
             for slot in range(_STAGES):
                 plgpu.barrier_arrive(consumed.at[slot])
 
@@ -346,7 +346,8 @@ def _launch(
     return list(kernel(*xs, *(w for group in weights for w in group), *extra))
 
 
-def _multiprocessors() -> int:
+def multiprocessors() -> int:
+    """Returns how many blocks of threads run at a time."""
     return getattr(jax.devices()[0], "core_count", 132)
 
 

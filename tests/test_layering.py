@@ -14,7 +14,7 @@ ROWS = (
     {"config"},
     {"settings"},
     {"rope", "sharding", "targets", "quantize", "hopper", "dropout"},
-    {"splash", "narrow"},
+    {"splash", "narrow", "hopper_swiglu"},
     {"attention", "fused"},
     {"lora"},
     {"lora_init", "merging", "model"},
