@@ -32,6 +32,8 @@ _ACROSS = 2
 # Buffers in the ring. At most one more than `_ACROSS`: then the narrow rows of the row of
 # tiles before the last one are no longer read when the next ones arrive.
 _STAGES = 3
+# The gradients of gate and up replace them where a kernel can write to what it is given.
+_IN_PLACE = jax.__version_info__ >= (0, 11)
 # The widest narrow arrays whose tiles fit in shared memory beside the ring.
 WIDEST = 32
 
@@ -78,7 +80,8 @@ def swiglu_backward(
 
     def body(*refs: Any) -> None:
         (*wide_refs, thin_ref, b_gate_ref, b_up_ref), refs = refs[:6], refs[6:]
-        (d_gate_ref, d_up_ref, ds_ref, sum_ref), refs = refs[:4], refs[4:]
+        (*made_refs, ds_ref, sum_ref), refs = refs[:-9], refs[-9:]
+        made_refs = made_refs or wide_refs[:2]
         wide, thin, b_tiles, buffers, ready, thin_ready, b_ready, consumed, pair = refs
         warpgroup, at_band = lax.axis_index("warpgroup"), lax.axis_index("band")
         chunk = lax.axis_index("chunk")
@@ -139,7 +142,7 @@ def swiglu_backward(
                 made = [wide.at[slot, half, j] for j in range(3)]
                 _turn(made)
                 at = rows_of(i), columns_of(half, across)
-                for values, ref in zip(made, (d_gate_ref, d_up_ref), strict=False):
+                for values, ref in zip(made, made_refs, strict=False):
                     plgpu.copy_smem_to_gmem(values, ref.at[at])
                 for j, (values, total) in enumerate(zip(made, sums, strict=True)):
                     own = thin.at[lax.rem(i, 2), pl.ds(j * width, width)]
@@ -201,8 +204,7 @@ def swiglu_backward(
     kernel = plgpu.kernel(
         body,
         out_type=[
-            wide_type,
-            wide_type,
+            *([] if _IN_PLACE else [wide_type, wide_type]),
             jax.ShapeDtypeStruct((bands, 2, rows, width), jnp.float32),
             jax.ShapeDtypeStruct((chunks, 3, columns, width), jnp.float32),
         ],
@@ -227,7 +229,12 @@ def swiglu_backward(
         interpret=interpret,
     )
     thin = jnp.concatenate([x.T for x in narrow])
-    d_gate, d_up, d_s, sums = kernel(gate, up, d_act, thin, *b)
+    if _IN_PLACE:
+        refs = jax.new_ref(gate), jax.new_ref(up)
+        d_s, sums = kernel(*refs, d_act, thin, *b)
+        d_gate, d_up = (jax.freeze(ref) for ref in refs)
+    else:
+        d_gate, d_up, d_s, sums = kernel(gate, up, d_act, thin, *b)
     (s_gate, s_up), (b_gate, b_up, a_down) = d_s.sum(0), sums.sum(0)
     return Gradients(d_gate, d_up, s_gate, s_up, b_gate.T, b_up.T, a_down)
 

@@ -50,9 +50,15 @@ def plain_swiglu_backward(
     act, back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, *wide)
     dys = [y.astype(gate.dtype) for y in back(d_act.astype(jnp.float32))]
     act = act.astype(gate.dtype)
-    d_s = [dot(dy, one.T) for dy, one in zip(dys, b, strict=True)]
-    d_b = [dot(one.T, dy) for dy, one in zip(dys, narrow[:2], strict=True)]
-    return hopper_swiglu.Gradients(*dys, *d_s, *d_b, dot(act.T, narrow[2]))
+    return hopper_swiglu.Gradients(
+        gate=dys[0],
+        up=dys[1],
+        s_gate=dot(dys[0], b[0].T),
+        s_up=dot(dys[1], b[1].T),
+        b_gate=dot(narrow[0].T, dys[0]),
+        b_up=dot(narrow[1].T, dys[1]),
+        a_down=dot(act.T, narrow[2]),
+    )
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -275,7 +281,7 @@ def test_simulated_kernels_equal_products_in_float32(
 
 
 @pytest.mark.skipif(
-    jax.version.__version_info__ < (0, 11), reason="jax 0.10 cannot simulate the kernel"
+    jax.__version_info__ < (0, 11), reason="jax 0.10 cannot simulate the kernel"
 )
 @pytest.mark.parametrize("width", [16, 32])
 def test_simulated_swiglu_backward_equals_the_plain_one(
