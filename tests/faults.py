@@ -26,6 +26,7 @@ from tiny import (  # noqa: E402
     EMBEDDING,
     HEAD,
     Q_PROJ,
+    halves,
     tensors,
     write_hf,
     write_sharded,
@@ -160,10 +161,7 @@ def sharded(change: Callable[[Path, dict[str, Any]], Any]) -> Callable[[Path], P
     """Makes a model in two shards; `change` gets the folder and the index."""
 
     def make(home: Path) -> Path:
-        arrays = tensors(CONFIG)
-        keys = list(arrays)
-        parts = [{key: arrays[key] for key in part} for part in (keys[:9], keys[9:])]
-        folder = write_sharded(home / "model", CONFIG, parts)
+        folder = write_sharded(home / "model", CONFIG, halves(tensors(CONFIG)))
         path = folder / "model.safetensors.index.json"
         index = json.loads(path.read_text())
         change(folder, index)

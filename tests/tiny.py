@@ -36,6 +36,14 @@ def tensors(config: dict[str, Any], dtype: Any = np.float32) -> dict[str, np.nda
     }
 
 
+def halves(arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    keys = list(arrays)
+    middle = len(keys) // 2
+    return [
+        {key: arrays[key] for key in part} for part in (keys[:middle], keys[middle:])
+    ]
+
+
 def write_file(path: Path, arrays: dict[str, np.ndarray]) -> None:
     specs = {key: Spec(array.shape, array.dtype) for key, array in arrays.items()}
     write_safetensors(path, specs, arrays.__getitem__)
