@@ -28,7 +28,7 @@ _MAX_DIMENSIONS = 4
 # Llama 3's header takes 8 MB, its longest array 280,000 items. A file may be sparse, so
 # its size alone bounds nothing.
 MAX_HEADER_BYTES = 100 << 20
-MAX_ITEMS = 4_000_000
+MAX_ITEMS = 1_000_000
 
 
 @dataclass(frozen=True)

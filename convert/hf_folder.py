@@ -4,6 +4,7 @@ The index decides, else model.safetensors; nothing else is ever opened. Names, s
 and dtypes are compared with config.json before a byte of weights is read.
 """
 
+import itertools
 import logging
 import re
 from pathlib import Path
@@ -34,7 +35,8 @@ from convert.source import Source, parse_config
 from jlora.config import LlamaConfig, unused_keys
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
-MAX_INDEX_BYTES = 16 << 20
+MAX_INDEX_BYTES = 4 << 20  # a Llama of a thousand layers takes 1 MB
+_MAX_NAME_BYTES = 255  # of most file systems
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _log = logging.getLogger(__name__)
 
@@ -188,7 +190,7 @@ def _read_index(folder: Path) -> dict[str, Entry]:
         )
     shards = sorted(set(weight_map.values()))
     problems = []
-    missing = sorted({*_gaps(shards), *shards} - set(_existing(folder, shards)))
+    missing = sorted({*shards} - set(_existing(folder, shards)) | _gaps(shards))
     if missing:
         problems.append(f"missing files: {listing(missing)}")
     entries: dict[str, Entry] = {}
@@ -227,7 +229,9 @@ def _is_plain_name(name: Any) -> bool:
         isinstance(name, str)
         and name.endswith(".safetensors")
         and not name.startswith(".")
-        and not set(name) & set("/\\:\0")
+        and name.isprintable()
+        and not set(name) & set("/\\:")
+        and len(name.encode()) <= _MAX_NAME_BYTES
     )
 
 
@@ -236,14 +240,19 @@ def _existing(folder: Path, names: list[str]) -> list[str]:
 
 
 def _gaps(shards: list[str]) -> set[str]:
-    """Returns every name that the numbering of the shards implies."""
-    implied = set()
-    for match in filter(None, map(_SHARD.fullmatch, shards)):
-        stem, total = match[1], match[3]
-        # 10,000 is far above any real model; a wild number must not fill the memory.
-        for i in range(1, min(int(total), 10_000) + 1):
-            implied.add(f"{stem}-{i:05d}-of-{total}.safetensors")
-    return implied
+    """Returns names that the numbering of the shards implies and that are not there.
+
+    A few of each numbering: a wild total, or many of them, must not fill the memory.
+    """
+    present = set(shards)
+    gaps: set[str] = set()
+    numberings = {(m[1], m[3]) for m in filter(None, map(_SHARD.fullmatch, shards))}
+    for stem, total in numberings:
+        implied = (
+            f"{stem}-{i:05d}-of-{total}.safetensors" for i in range(1, int(total) + 1)
+        )
+        gaps.update(itertools.islice((n for n in implied if n not in present), 13))
+    return gaps
 
 
 def _check_total_size(

@@ -20,8 +20,8 @@ from convert.refusals import refuse_other_format
 from jlora.errors import CorruptError, UnsupportedError, listing
 from jlora.strict_json import parse_json_object
 
-# A Llama of a thousand layers takes 1.5 MB; parsing takes fifteen times the memory.
-MAX_HEADER_BYTES = 16 << 20
+# A Llama of a thousand layers takes 1.5 MB; parsing takes thirty times the memory.
+MAX_HEADER_BYTES = 4 << 20
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),

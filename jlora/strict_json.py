@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 from jlora.errors import CorruptError
@@ -23,9 +24,9 @@ def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            double = next(key for key in keys if keys.count(key) > 1)
-            raise CorruptError(f"{where}: the key {double!r} occurs twice")
+            counts = Counter(key for key, _ in pairs)
+            double = next(key for key, count in counts.items() if count > 1)
+            raise CorruptError(f"{where}: the key {double!r:.200} occurs twice")
         return result
 
     def finite(text: str) -> float:

@@ -81,7 +81,7 @@ def test_header_above_the_cap_is_refused_without_reading_it(tmp_path):
     with path.open("wb") as file:
         file.write((200_000_000).to_bytes(8, "little") + b"{")
         file.truncate(300_000_000)
-    with pytest.raises(CorruptError, match="at most 16,777,216"):
+    with pytest.raises(CorruptError, match="at most 4,194,304"):
         read_header(path)
 
 

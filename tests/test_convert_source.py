@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,11 @@ def test_zero_matrix_is_a_warning(folder, caplog):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/x.safetensors", "a\0.safetensors", "x.bin", 7, None]
+    "name",
+    [
+        *("../x.safetensors", "/x.safetensors", "a\0.safetensors", "x.bin", 7, None),
+        *("a\nb.safetensors", "\ud800.safetensors", f"{'x' * 300}.safetensors"),
+    ],
 )
 def test_weight_map_with_a_bad_file_name_opens_nothing(folder, name):
     write_sharded(folder, CONFIG, [tensors(CONFIG)], {EMBEDDING: name})
@@ -189,6 +194,25 @@ def test_index_and_shards_are_compared_both_ways(folder):
         "expects in model-00001-of-00002.safetensors: ghost",
     ):
         assert part in str(error.value)
+
+
+def test_many_wild_numberings_are_refused_in_bounded_time_and_memory(folder):
+    wild = {f"t{i}": f"a{i}-00001-of-99999.safetensors" for i in range(3000)}
+    write_sharded(folder, CONFIG, halves(tensors(CONFIG)), wild)
+    tracemalloc.start()
+    with pytest.raises(CorruptError, match=r"missing files: .* and \d+ more"):
+        open_source(str(folder))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 << 20  # all implied names would take 30 GB
+
+
+def test_a_repeated_key_among_very_many_is_found_at_once(folder):
+    many = ",".join(f'"{i:x}":0' for i in range(100_000))
+    folder.mkdir()
+    (folder / "config.json").write_text("{" + many + ',"y":0,"y":0}')
+    with pytest.raises(CorruptError, match="'y' occurs twice"):
+        open_source(str(folder))  # comparing each with each would take minutes
 
 
 def test_wrong_total_size_is_a_warning(folder, caplog):
