@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from jlora import fused
 from jlora.dropout import drop, seeds
 from jlora.errors import CorruptError
+from jlora.matmul import matmul
 from jlora.narrow import Dropout
 from jlora.quantize import (
     SCALES,
@@ -59,12 +60,6 @@ def is_trainable(leaf: str) -> bool:
 def is_adapter(leaf: str) -> bool:
     """Returns whether leaves of this name are an adapter's, not the base's."""
     return leaf.startswith(("lora_", "trained_", "token_"))
-
-
-def matmul(x: Array, w: Array, dtype: Any) -> Array:
-    """Returns x @ w in `dtype`; float32 means float32 products, also on GPU and TPU."""
-    precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-    return jnp.matmul(x.astype(dtype), w.astype(dtype), precision=precision)
 
 
 def linear(

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora.errors import UnsupportedError
+from jlora.matmul import matmul
 
 Format = Literal["none", "fp8", "int8", "nf4"]
 BLOCK = 64
@@ -187,12 +188,7 @@ def quantized_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: Array, leaves: dict[str, Array], dtype: Any) -> Any:
-    return _matmul(x, kernel_of(leaves, dtype), dtype)
-
-
-def _matmul(x: Array, w: Array, dtype: Any) -> Array:
-    precision = jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-    return jnp.matmul(x.astype(dtype), w, precision=precision)
+    return matmul(x, kernel_of(leaves, dtype), dtype)
 
 
 def _forward(x: Array, leaves: dict[str, Array], dtype: Any) -> tuple[Array, Any]:
@@ -204,7 +200,7 @@ def _backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, None]:
     leaves, like = kept
     # The barrier makes this another W than the forward pass's, which XLA would keep.
     leaves, gradient = jax.lax.optimization_barrier((leaves, gradient))
-    dx = _matmul(gradient, kernel_of(leaves, dtype).T, dtype)
+    dx = matmul(gradient, kernel_of(leaves, dtype).T, dtype)
     return dx.astype(like.dtype), None
 
 
