@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -177,6 +178,37 @@ def test_workers_do_not_run_the_script_again(path, tmp_path, monkeypatch, two_wo
     monkeypatch.setitem(sys.modules, "__main__", script)
     assert load(path).num_records == 40
     assert sys.modules["__main__"] is script
+
+
+KILLED = """
+import sys, time
+from data_cases import load
+from jlora.data import build, store
+
+def pause(self, block):
+    print("building", flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    build._BYTES_PER_WORKER = 1
+    store.StoreWriter.append = pause
+    load(sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_build_end(path):
+    tests = str(Path(__file__).parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{Path(tests).parent}:{tests}"},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "building\n"
+    process.kill()
+    process.communicate(timeout=20)  # which all that have its output keep from ending
 
 
 def die(chunk, reading):

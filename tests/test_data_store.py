@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -240,3 +241,56 @@ def test_a_build_in_another_process_is_not_cleared_as_stale(cache):
     cached_store(cache, "other", build)
     assert "has 20" in process.communicate(timeout=60)[0]
     assert os.path.isdir(cache / "k")
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from data_cases import load
+from jlora.data import build
+from jlora.data.batches import make_dataset
+from jlora.data.store import RECORD, Block, cached_store
+
+lines = Path("/proc/self/status").read_text().splitlines()
+used = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, ((used << 10) + (64 << 20),) * 2)
+build._BYTES_PER_WORKER = 1 << 40
+print(load(Path(sys.argv[1])).num_records)
+
+block = Block(np.ones(10**6, np.int32), np.ones(10**6, np.uint8), np.zeros(100, RECORD))
+block.records["length"] = 10**4
+block.records["start"] = np.arange(100) * 10**4
+
+def fill(writer):
+    for _ in range(30):
+        writer.append(block)
+    return {}
+
+store = cached_store(Path(sys.argv[1]).parent, "k", fill)
+data = make_dataset(
+    store, store.records["start"], store.records["length"], num_supervised=1,
+    seq_len=10**4, packing=True, batch_size=8, pad_id=0, seed=0, shuffle=True,
+)
+print(sum(int(data.batch(i)["tokens"].sum()) for i in range(data.steps_per_epoch)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are Linux's")
+def test_files_and_stores_may_be_larger_than_memory(tmp_path):
+    # 120 MB of text and a store of 150 MB, where 64 MiB may be used.
+    row = json.dumps({"text": "the sum", "more": "x" * 10**6}) + "\n"
+    with (tmp_path / "data.jsonl").open("w") as file:
+        file.writelines([row] * 120)
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "data.jsonl")],
+        capture_output=True,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{tests.parent}:{tests}",
+            "JLORA_CACHE": str(tmp_path / "cache"),
+        },
+    )
+    assert (done.stdout.split(), done.stderr) == (["120", str(30 * 10**6)], "")

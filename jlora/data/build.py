@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -217,8 +219,16 @@ _worker_tokenizer: list[Tokenizer] = []
 
 
 def _start_worker(tokenizers: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores are taken
     _worker_tokenizer.append(tokenizers.get())
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is killed, as no pipe tells it."""
+    if parent := multiprocessing.parent_process():
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def _work(chunk: Chunk, reading: Reading) -> _Part:
