@@ -4,11 +4,12 @@ They look for the dtype and the rotary settings in different places, and some kn
 defaults: every place gets the same resolved numbers. All else is the source's.
 """
 
+import math
 from typing import Any
 
 from convert.source import Source
 from jlora.architectures import LLAMA, MISTRAL
-from jlora.rope_config import RopeParameters
+from jlora.rope_config import RopeParameters, yarn_mscale
 
 # llama.cpp takes this where config.json has no such key at the top.
 _LLAMA_CPP_ORIGINAL_POSITIONS = 8192
@@ -44,13 +45,30 @@ def export_config(source: Source, dtype: str) -> dict[str, Any]:
 
 
 def reader_notes(rope: RopeParameters) -> list[str]:
-    """Returns what a reader of the exported folder would get wrong without a word."""
-    if rope.rope_type in ("dynamic", "longrope"):
-        return [
-            f"note: llama.cpp's converter ignores rope type {rope.rope_type} of a Llama; "
-            "serve this model with transformers or vLLM"
+    """Returns what a reader of the exported folder would get wrong without a word.
+
+    Source: vLLM, `rotary_embedding.get_rope`; llama.cpp, conversion/base.py and
+    src/llama-context.cpp.
+    """
+    wrong = []
+    if rope.rope_type == "dynamic":
+        wrong = [
+            "llama.cpp ignores it, vLLM takes the frequencies of the longest text for all"
         ]
-    return []
+    elif rope.rope_type == "longrope":
+        wrong = [
+            "llama.cpp ignores it for a Llama, vLLM takes long_factor for every text "
+            f"unless max_model_len is {rope.original_max_position_embeddings} or less"
+        ]
+    elif rope.rope_type == "yarn":
+        if not math.isclose(rope.attention_factor, yarn_mscale(rope.factor)):
+            wrong.append("llama.cpp and vLLM ignore attention_factor and mscale")
+        if not rope.truncate:
+            wrong.append("llama.cpp ignores truncate")
+    return [
+        f"note: rope type {rope.rope_type}: {what}; transformers serves it as trained"
+        for what in wrong
+    ]
 
 
 def _scaling(config: dict[str, Any], rope: RopeParameters) -> dict[str, Any]:

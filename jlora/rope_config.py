@@ -212,9 +212,9 @@ def _yarn(settings: _Settings) -> RopeParameters:
     mscale = fields.number("mscale", 0.0, least=0, most=MAX_NUMBER)
     mscale_all_dim = fields.number("mscale_all_dim", 0.0, least=0, most=MAX_NUMBER)
     if mscale and mscale_all_dim:
-        attention = _mscale(factor, mscale) / _mscale(factor, mscale_all_dim)
+        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
     else:
-        attention = _mscale(factor, 1.0)
+        attention = yarn_mscale(factor)
     return RopeParameters(
         settings.theta,
         "yarn",
@@ -236,7 +236,8 @@ def _beta(settings: _Settings, key: str, default: float) -> float:
     return settings.fields.number(key, default, least=1e-6, most=MAX_NUMBER)
 
 
-def _mscale(factor: float, scale: float) -> float:
+def yarn_mscale(factor: float, scale: float = 1.0) -> float:
+    """Returns what yarn multiplies cos and sin by, if no attention_factor is given."""
     return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 

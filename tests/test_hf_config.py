@@ -96,10 +96,25 @@ def test_the_class_is_the_one_of_a_model_with_a_head(names, kind, expected, expo
     )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_what_llama_cpp_would_ignore_is_told(name):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("default", []),
+        ("linear", []),
+        ("llama3", []),
+        ("yarn", []),
+        ("yarn_own_range", ["llama.cpp ignores truncate"]),
+        ("yarn_factor_null", []),
+        ("yarn_mscale", ["llama.cpp and vLLM ignore attention_factor and mscale"]),
+        ("yarn_attention", ["llama.cpp and vLLM ignore attention_factor and mscale"]),
+        ("dynamic", ["vLLM takes the frequencies of the longest text"]),
+        ("longrope", ["vLLM takes long_factor for every text"]),
+        ("longrope_factor", ["vLLM takes long_factor for every text"]),
+        ("longrope_attention", ["llama.cpp ignores it"]),
+    ],
+)
+def test_what_other_readers_would_get_wrong_is_told(name, words):
     rope = LlamaConfig.from_hf(SMALL | scaled(name)).rope_parameters
-    ignored = name.startswith(("dynamic", "longrope"))
-    assert [f"rope type {rope.rope_type}" in note for note in reader_notes(rope)] == (
-        [True] if ignored else []
-    )
+    notes = reader_notes(rope)
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))

@@ -46,6 +46,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": {"num_key_value_heads": 2},
     "mqa": {"num_key_value_heads": 1},
     "biases": {"attention_bias": True, "mlp_bias": True},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True, "rms_norm_eps": 1e-5},
     "head_dim": {"head_dim": 20, "num_key_value_heads": 4},
     "llama3": {"rope_parameters": LLAMA3, "num_key_value_heads": 2},
     "tied": {"tie_word_embeddings": True},

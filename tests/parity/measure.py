@@ -27,6 +27,8 @@ WHAT = {
     "gqa": "8 heads, 2 kv heads",
     "mqa": "8 heads, 1 kv head",
     "biases": "attention_bias, mlp_bias",
+    "attention_bias": "attention_bias alone",
+    "mlp_bias": "mlp_bias alone, eps 1e-5",
     "head_dim": "head_dim 20, hidden / heads = 8",
     "llama3": "rope llama3",
     "tied": "tied embeddings",
