@@ -1,8 +1,8 @@
 """Dropout whose masks are a function of place: cheap to make again, the same everywhere.
 
 Whether an element is kept depends on two random words, of its row and of its column, and
-a few integer operations. So a mask is never stored, a kernel makes its own part of it,
-and it is the same however an array is sharded or tiled.
+their product. So a mask is never stored, a kernel makes its own part of it, and it is the
+same however an array is sharded or tiled.
 """
 
 import jax
@@ -41,7 +41,7 @@ def threshold(rate: float | Array) -> UInt32[Array, ""]:
 
 
 def codes(index: Int[Array, "..."], seed: Array) -> UInt32[Array, "..."]:
-    """Returns a random word for every row or column.
+    """Returns a random odd word for every row or column.
 
     Source: Wellons, "Prospecting for Hash Functions" (2018), the constants of `lowbias32`
     as improved by "TheIronBorn".
@@ -49,7 +49,7 @@ def codes(index: Int[Array, "..."], seed: Array) -> UInt32[Array, "..."]:
     x = index.astype(jnp.uint32) ^ seed
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
-    return x ^ (x >> 15)
+    return x ^ (x >> 15) | 1
 
 
 def is_kept(
@@ -57,8 +57,8 @@ def is_kept(
 ) -> Bool[Array, "..."]:
     """Returns whether elements stay, by the codes of their rows and columns.
 
-    The same mixing as in `codes`, without the steps that its high bits do not need.
+    The high bits of the product of two random odd words, modulo 2^32: each is a hash of
+    the other. Source: Dietzfelbinger et al., "A Reliable Randomized Algorithm for the
+    Closest-Pair Problem" (1997), multiplicative hashing.
     """
-    x = (rows ^ columns) * jnp.uint32(0x21F0AAAD)
-    x = (x ^ (x >> 15)) * jnp.uint32(0xD35A2D97)
-    return x >= limit
+    return rows * columns >= limit

@@ -6,7 +6,7 @@ rank, and the gradients that q, k and v (or gate and up) send to their common in
 one sum. The frozen kernels get no gradient here.
 
 With dropout each adapter has a mask of its own for the common input, so that s becomes
-drop(x) A and its gradient reaches x through that mask; `jlora.narrow` does both.
+drop(x) A and its gradient reaches x through that mask; `jlora.hopper_dropout` does both.
 """
 
 import functools
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jlora import hopper, hopper_swiglu, narrow
+from jlora import hopper, hopper_dropout, hopper_swiglu, narrow
 from jlora.dropout import drop_by
 from jlora.narrow import Adapter, Adapters, Dropout, placed
 
@@ -242,7 +242,8 @@ def _down(x: Array, pairs: Adapters, rate: float) -> Array | None:
     else:
         wide = [a for a in narrow.wide_a(pairs, x.dtype) if a is not None]
         width = sum(a.shape[1] for a in wide)
-        s = narrow.down(x, wide, dropout, width + -width % hopper.DEPTH)
+        width += -width % hopper.DEPTH
+        s = hopper_dropout.down(x, wide, dropout.seeds, rate=dropout.rate, width=width)
     return checkpoint_name(s, DOWN_NAME)
 
 
@@ -267,13 +268,17 @@ def _d_down(dys: list[Array], pairs: Adapters) -> Array | None:
 
 
 def _dx(
-    dys: list[Array], ds: Array | None, kernels: list[Array], pairs: Adapters
+    dys: list[Array],
+    ds: Array | None,
+    kernels: list[Array],
+    pairs: Adapters,
+    addend: Array | None = None,
 ) -> Array:
     xs, weights = list(dys), list(kernels)
     if ds is not None:
         xs.append(ds)
         weights.append(narrow.joined_a(pairs, ds.dtype))
-    return hopper.sum_of_products(xs, [weights], transposed=True)[0]
+    return hopper.sum_of_products(xs, [weights], addend, transposed=True)[0]
 
 
 def _d_input(
@@ -293,10 +298,12 @@ def _d_input(
         d_as = [d_a[:, start : start + width] for start, width in places]
         return _dx(dys, ds, kernels, pairs), d_as
     wide = [a for a in narrow.wide_a(pairs, x.dtype) if a is not None]
-    dx = _dx(dys, None, kernels, pairs)
-    dx, found = narrow.through_dropout(x, dx, ds, wide, dropout)
+    sent, found = hopper_dropout.through_dropout(
+        x, ds, wide, dropout.seeds, rate=dropout.rate
+    )
     each = iter(found)
-    return dx, [None if pair is None else next(each) for pair in pairs]
+    d_a = [None if pair is None else next(each) for pair in pairs]
+    return _dx(dys, None, kernels, pairs, sent), d_a
 
 
 def _d_b(s: Array | None, dys: list[Array], pairs: Adapters) -> list[Array | None]:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import fused, hopper, hopper_swiglu, narrow
-from jlora.dropout import drop, seeds
+from jlora import fused, hopper, hopper_dropout, hopper_swiglu, narrow
+from jlora.dropout import drop, drop_by, seeds
 from jlora.errors import UsageError
 from jlora.fused import Leaves
 from jlora.lora import is_trainable, join, split, trainable_mask
@@ -65,6 +65,24 @@ def dot(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision="highest", preferred_element_type=jnp.float32)
 
 
+def plain_down(
+    x: jax.Array, weights: Any, seeds: Any, *, rate: float, width: int
+) -> jax.Array:
+    pairs = zip(weights, seeds, strict=True)
+    made = jnp.concatenate([drop_by(x, seed, rate) @ w for w, seed in pairs], axis=1)
+    return jnp.pad(made, ((0, 0), (0, width - made.shape[1])))
+
+
+def plain_through_dropout(
+    x: jax.Array, ds: jax.Array, weights: Any, seeds: Any, *, rate: float
+) -> tuple[jax.Array, list[jax.Array]]:
+    own = jnp.split(ds[:, : sum(w.shape[1] for w in weights)], len(weights), axis=1)
+    terms = list(zip(own, weights, seeds, strict=True))
+    sent = [drop_by(ds @ w.T, seed, rate) for ds, w, seed in terms]
+    sums = [drop_by(x, seed, rate).T @ ds for ds, _, seed in terms]
+    return sum(sent), sums  # type: ignore[return-value]
+
+
 @pytest.fixture
 def _products_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def sum_of_products(xs, weights, addend=0, *, transposed=False):
@@ -83,8 +101,8 @@ def _products_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper, "swiglu", swiglu)
     monkeypatch.setattr(hopper, "ROWS", 1)
     monkeypatch.setattr(hopper, "COLUMNS", 1)
-    monkeypatch.setattr(narrow, "_ROWS", 5)
-    monkeypatch.setattr(narrow, "_COLUMNS", 4)
+    monkeypatch.setattr(hopper_dropout, "down", plain_down)
+    monkeypatch.setattr(hopper_dropout, "through_dropout", plain_through_dropout)
 
 
 def gradients(function: Any, x: jax.Array, layers: list[dict[str, Any]]) -> Any:
@@ -254,8 +272,9 @@ def test_no_kernel_runs_twice_in_a_gradient(remat: str, use_dora: bool) -> None:
     assert text.count("name=swiglu_backward") == (0 if use_dora else 2)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 def test_simulated_kernels_equal_products_in_float32(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, transposed: bool
 ) -> None:
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
@@ -270,7 +289,11 @@ def test_simulated_kernels_equal_products_in_float32(
     )
     try:
         (found,) = hopper.sum_of_products(
-            [x, s], [[w, b]], 2 * w, interpret=params.InterpretGPUParams()
+            [x, s],
+            [[w.T, b.T] if transposed else [w, b]],
+            2 * w,
+            transposed=transposed,
+            interpret=params.InterpretGPUParams(),
         )
     except NotImplementedError:
         pytest.skip("this jax does not simulate blocks that share a tile; 0.11 does")
@@ -306,6 +329,42 @@ def test_simulated_swiglu_backward_equals_the_plain_one(
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         # Now and then a gradient is rounded the other way, by one step.
         assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b), name
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="jax 0.10 cannot simulate the kernel"
+)
+@pytest.mark.parametrize(("masks", "rank"), [(2, 16), (3, 32)])
+def test_simulated_kernels_of_dropout_equal_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, masks: int, rank: int
+) -> None:
+    params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 4)
+    keys = jax.random.split(jax.random.key(0), 8)
+    width = 64 if masks * rank < 64 else 128
+    x, ds, *weights = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(
+            keys, [(512, 128), (512, width), *[(128, rank)] * masks], strict=False
+        )
+    )
+    rest = weights, [seeds(key) for key in keys[-masks:]]
+    interpret = params.InterpretGPUParams()
+    s = hopper_dropout.down(x, *rest, rate=0.3, width=width, interpret=interpret)
+    sent, sums = hopper_dropout.through_dropout(
+        x, ds, *rest, rate=0.3, interpret=interpret
+    )
+
+    x, ds, rest = jax.tree.map(
+        lambda y: y.astype(jnp.float32) if y.dtype == jnp.bfloat16 else y, (x, ds, rest)
+    )
+    expected = plain_down(x, *rest, rate=0.3, width=width)
+    expected_sent, expected_sums = plain_through_dropout(x, ds, *rest, rate=0.3)
+    for found, wanted in ((s, expected), (sent, expected_sent)):
+        # One rounding to bfloat16.
+        np.testing.assert_allclose(found, wanted, rtol=2**-8, atol=1e-3)
+    for found, wanted in zip(sums, expected_sums, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(
