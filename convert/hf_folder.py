@@ -1,12 +1,9 @@
-"""Hugging Face folders as a `Source`: which files count, and whether they agree.
+"""Hugging Face folders as a `Source`.
 
-The index decides, else model.safetensors; nothing else is ever opened. Names, shapes
-and dtypes are compared with config.json before a byte of weights is read.
+Names, shapes and dtypes are compared with config.json before a byte of weights is read.
 """
 
-import itertools
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +12,23 @@ import numpy as np
 from convert.blocks import Index, read_box, whole
 from convert.checks import check_names, first_non_finite
 from convert.files import (
-    INDEX,
-    SINGLE,
-    inside_folder,
     read_json,
     read_side_files,
     reading,
 )
+from convert.hf_index import find_tensors
 from convert.names import Name, all_names
 from convert.refusals import (
     ADAPTER,
     META,
     refuse_other_models,
-    refuse_other_weights,
     refuse_quantised,
 )
-from convert.safetensors import Entry, Spec, read_bytes, read_header
+from convert.safetensors import Entry, Spec, read_bytes
 from convert.source import Source, parse_config
 from jlora.config import LlamaConfig, unused_keys
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+from jlora.errors import CorruptError, UnsupportedError, UsageError
 
-MAX_INDEX_BYTES = 4 << 20  # a Llama of a thousand layers takes 1 MB
-_MAX_NAME_BYTES = 255  # of most file systems
-_SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _log = logging.getLogger(__name__)
 
 
@@ -53,7 +44,7 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
     unused = unused_keys(hf_config)
     if unused:
         _log.info("%s: keys of config.json that are not used: %s", folder, unused)
-    entries = _find_tensors(folder)
+    entries = find_tensors(folder)
     names = {name.path: name for name in all_names(config)}
     stored = _match(folder, entries, config, list(names.values()))
     _check_dtype(folder, hf_config, {stored[n.key].dtype for n in names.values()})
@@ -157,117 +148,6 @@ def _require_config(folder: Path) -> None:
             "model here and this folder as the adapter"
         )
     raise UsageError(f"{folder}: holds no config.json, so it is not a model folder")
-
-
-def _find_tensors(folder: Path) -> dict[str, Entry]:
-    """Returns every stored tensor: the index decides, else model.safetensors."""
-    if (folder / INDEX).exists():
-        return _read_index(folder)
-    if (folder / SINGLE).exists():
-        return read_header(inside_folder(folder, SINGLE))
-    files = sorted(path.name for path in folder.iterdir())
-    if any(_SHARD.fullmatch(name) for name in files):
-        raise CorruptError(
-            f"{folder}: safetensors shards without {INDEX}; download it as well"
-        )
-    refuse_other_weights(folder, files)
-    raise UsageError(f"{folder}: holds no weights; expected {SINGLE} or {INDEX}")
-
-
-def _read_index(folder: Path) -> dict[str, Entry]:
-    index = read_json(folder, INDEX, MAX_INDEX_BYTES)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptError(f"{folder / INDEX}: expected a non-empty weight_map")
-    refuse_quantised(f"{folder / INDEX}", weight_map)
-    refuse_other_models(f"{folder / INDEX}", weight_map)
-    bad = sorted(
-        {repr(name) for name in weight_map.values() if not _is_plain_name(name)}
-    )
-    if bad:
-        raise CorruptError(
-            f"{folder / INDEX}: not plain .safetensors file names: {listing(bad)}"
-        )
-    shards = sorted(set(weight_map.values()))
-    problems = []
-    missing = sorted({*shards} - set(_existing(folder, shards)) | _gaps(shards))
-    if missing:
-        problems.append(f"missing files: {listing(missing)}")
-    entries: dict[str, Entry] = {}
-    for shard in _existing(folder, shards):
-        tensors = read_header(inside_folder(folder, shard))
-        twice = [
-            f"{key} ({entries[key].file.name} and {shard})"
-            for key in tensors
-            if key in entries
-        ]
-        unlisted = sorted(key for key in tensors if key not in weight_map)
-        absent = sorted(
-            key
-            for key, file in weight_map.items()
-            if file == shard and key not in tensors
-        )
-        for text, keys in (
-            ("tensors in two shards", twice),
-            (f"tensors of {shard} that the index does not name", unlisted),
-            (f"tensors the index expects in {shard}", absent),
-        ):
-            if keys:
-                problems.append(f"{text}: {listing(keys)}")
-        entries.update(tensors)
-    if problems:
-        raise CorruptError(
-            f"{folder}: {INDEX} and the shards disagree; {'; '.join(problems)}; "
-            "download the model again"
-        )
-    _check_total_size(folder, index, entries)
-    return entries
-
-
-def _is_plain_name(name: Any) -> bool:
-    return (
-        isinstance(name, str)
-        and name.endswith(".safetensors")
-        and not name.startswith(".")
-        and name.isprintable()
-        and not set(name) & set("/\\:")
-        and len(name.encode()) <= _MAX_NAME_BYTES
-    )
-
-
-def _existing(folder: Path, names: list[str]) -> list[str]:
-    return [name for name in names if (folder / name).exists()]
-
-
-def _gaps(shards: list[str]) -> set[str]:
-    """Returns names that the numbering of the shards implies and that are not there.
-
-    A few of each numbering: a wild total, or many of them, must not fill the memory.
-    """
-    present = set(shards)
-    gaps: set[str] = set()
-    numberings = {(m[1], m[3]) for m in filter(None, map(_SHARD.fullmatch, shards))}
-    for stem, total in numberings:
-        implied = (
-            f"{stem}-{i:05d}-of-{total}.safetensors" for i in range(1, int(total) + 1)
-        )
-        gaps.update(itertools.islice((n for n in implied if n not in present), 13))
-    return gaps
-
-
-def _check_total_size(
-    folder: Path, index: dict[str, Any], entries: dict[str, Entry]
-) -> None:
-    metadata = index.get("metadata")
-    declared = metadata.get("total_size") if isinstance(metadata, dict) else None
-    total = sum(entry.nbytes for entry in entries.values())
-    if declared is not None and declared != total:
-        _log.warning(
-            "%s: total_size is %s, the tensors take %d bytes",
-            folder / INDEX,
-            declared,
-            total,
-        )
 
 
 def _match(

@@ -590,6 +590,14 @@ FAULTS = [
         sharded(lambda folder, _: [p.unlink() for p in folder.glob("model-*")]),
     ),
     Fault(
+        "two cut shards",
+        4,
+        "again; model/model-00002-of-00002.safetensors: cut",
+        sharded(
+            lambda folder, _: [os.truncate(p, 900) for p in folder.glob("model-*")]
+        ),
+    ),
+    Fault(
         "a gap in the numbering",
         4,
         "model-00002-of-00004.safetensors, model-00004-of-00004.safetensors",
