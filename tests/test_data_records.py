@@ -348,7 +348,16 @@ def test_refusal_names_the_way_to_skip(tmp_path):
     assert "data.on_bad_row=skip" in refusal(tmp_path, [GOOD, {"text": ""}])
 
 
-def test_only_bad_rows_are_refused_even_if_they_may_be_skipped(tmp_path):
-    path = write_rows(tmp_path / "data.jsonl", ["{", "["])
-    with pytest.raises(CorruptError, match="2 of 2 records"):
+@pytest.mark.parametrize("rows", [["{", "["], [{"text": ""}, {"text": None}]])
+def test_only_bad_rows_are_a_usage_error_if_they_may_be_skipped(tmp_path, rows):
+    path = write_rows(tmp_path / "data.jsonl", rows)
+    with pytest.raises(UsageError, match=r"nothing .*to learn") as error:
         load(path, on_bad_row="skip")
+    assert "line 2" in str(error.value) or "1, 2" in str(error.value)
+    assert "on_bad_row=skip" not in str(error.value)
+
+
+def test_only_bad_rows_above_the_cap_are_corrupt(tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", ["{"] * 9)
+    with pytest.raises(CorruptError, match=r"more than data\.max_bad_rows=8 .*9 of 9"):
+        load(path, on_bad_row="skip", max_bad_rows=8)

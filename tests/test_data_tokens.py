@@ -167,6 +167,22 @@ def test_template_that_writes_bos_twice_is_refused(tmp_path):
         learn(tmp_path, chat("a", "b"), template=template, train_on="all")
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "<s><s>the sum"},
+        {"prompt": "<s><s>the", "completion": " sum"},
+        {"prompt": "<s>", "completion": "<s>the sum"},
+    ],
+)
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_text_with_bos_twice_is_a_bad_line(tmp_path, row, adds_bos):
+    tokenizer = make_tokenizer("llama2", add_bos_token=adds_bos)
+    path = write_rows(tmp_path / "data.jsonl", [row])
+    with pytest.raises(CorruptError, match="line 1: the text begins with the BOS"):
+        load(path, tokenizer)
+
+
 def test_prompt_and_completion_that_share_a_token_are_encoded_apart(tmp_path):
     row = {"prompt": "the s", "completion": "um"}
     tokenizer = make_tokenizer()

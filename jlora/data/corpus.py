@@ -37,7 +37,7 @@ def open_source(
             return reading, itertools.chain(begin, chunks)
         if len(begin) == _MAX_SKIPPED_CHUNKS:
             break  # not a file of records, whatever its end may hold
-    raise _empty(source, begin)
+    raise _empty(source, begin, config)
 
 
 def _chunks(source: Source, columns: frozenset[str]) -> Iterator[Chunk]:
@@ -63,10 +63,10 @@ def _find_reading(
     return Reading(layout, resolve_train_on(layout, config.train_on, source.name))
 
 
-def _empty(source: Source, chunks: Sequence[Chunk]) -> JloraError:
+def _empty(source: Source, chunks: Sequence[Chunk], config: DataConfig) -> JloraError:
     bad = [problem for chunk in chunks for problem in parse_rows(chunk)[1]]
     if bad:
-        return CorruptError(_list_bad(source.name, bad, len(bad), len(bad)))
+        return _bad_rows(source.name, bad, len(bad), len(bad), config)
     return UsageError(
         f"{source.name}: no records; expected one JSON object per line, "
         "or a Parquet or Arrow file with rows"
@@ -80,28 +80,29 @@ def check_bad_rows(accounts: Sequence[Account], config: DataConfig) -> None:
         CorruptError: bad rows, and they are to stop the run or are too many.
     """
     total = sum(account.num_bad for account in accounts)
-    if not total:
-        return
     limit = config.max_bad_rows if config.on_bad_row == "skip" else 0
     if total <= limit:
         return
     listed = [problem for account in accounts for problem in account.bad]
     rows = sum(account.rows for account in accounts)
     name = listing([a.source.name for a in accounts if a.num_bad], limit=3)
-    message = _list_bad(name, listed, total, rows)
-    if limit:
-        message = f"more than data.max_bad_rows={limit} bad rows: {message}"
-    raise CorruptError(message)
+    raise _bad_rows(name, listed, total, rows, config)
 
 
-def _list_bad(name: str, problems: Sequence[Problem], count: int, rows: int) -> str:
+def _bad_rows(
+    name: str, problems: Sequence[Problem], count: int, rows: int, config: DataConfig
+) -> JloraError:
     lines = "".join(f"\n  {problem}" for problem in problems[:MAX_LISTED])
     rest = count - min(len(problems), MAX_LISTED)
-    more = f"\n  and {rest} more" if rest > 0 else ""
-    return (
-        f"{name}: {count} of {counted(rows, 'record')} cannot be used; correct or remove them, or "
-        f"leave them out with data.on_bad_row=skip:{lines}{more}"
-    )
+    more = f"\n  and {rest:,} more" if rest > 0 else ""
+    what = f"{name}: {count:,} of {counted(rows, 'record')} cannot be used"
+    if config.on_bad_row == "fail":
+        what += "; correct or remove them, or leave them out with data.on_bad_row=skip"
+    elif count > config.max_bad_rows:
+        what = f"more than data.max_bad_rows={config.max_bad_rows} bad rows: {what}"
+    else:
+        return UsageError(f"{what}, so nothing is left to learn from:{lines}{more}")
+    return CorruptError(f"{what}:{lines}{more}")
 
 
 def fit(

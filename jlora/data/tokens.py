@@ -153,6 +153,10 @@ def _tokenize_texts(
                 continue
             result.encoded_apart.append(record.number)
         tokens = tokenizer.with_bos(ids)
+        if tokenizer.bos_id is not None and tokens[:2] == [tokenizer.bos_id] * 2:
+            reason = "the text begins with the BOS token twice"
+            result.problems.append(Problem(chunk.path, record.number, reason))
+            continue
         start = len(head) + len(tokens) - len(ids)
         if tokens[-1:] != [tokenizer.eos_id]:
             tokens = [*tokens, tokenizer.eos_id]
