@@ -112,6 +112,16 @@ def test_what_is_told_does_not_depend_on_the_cache(path):
     assert first.accounts == second.accounts
 
 
+def test_progress_is_told_in_tokens_per_second(path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "_TELL_EVERY_S", -1)
+    monkeypatch.setattr("jlora.data.files.CHUNK_ROWS", 25)
+    tokens = load(path).num_tokens
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"tokenising {path}: 25 records, ")
+    assert f": 40 records, {tokens / 1e6:,.1f}M tokens, " in last
+    assert last.endswith(" tokens/s")
+
+
 def test_bad_rows_are_refused_from_the_cache_too(path):
     write_rows(path, [*ROWS, "{broken"])
     messages = []

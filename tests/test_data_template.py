@@ -89,6 +89,8 @@ def test_syntax_error_names_the_line():
         "{{ raise_exception.__globals__ }}",
         "{% set ns = namespace() %}{% set ns._a = 1 %}",
         "{{ namespace(__class__=1) }}",
+        "{% for m in messages %}{{ loop._iterator }}{% endfor %}",
+        "{% for m in messages %}{{ loop.__init__ }}{% endfor %}",
     ],
 )
 def test_reaching_for_internals_is_a_security_error(template):
@@ -173,6 +175,8 @@ def test_what_a_template_costs_does_not_add_up_over_records(monkeypatch):
     [
         "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
         "{{ loop.revindex }}{{ loop.nextitem }}{{ loop.previtem }}{% endfor %}",
+        "{% for m in messages %}{{ loop.first }}{{ loop.index0 }}{{ loop.none }}"
+        "{{ loop['first'] }}{{ loop.changed(m) }}{% endfor %}",
         "{% for a, b in {'x': 1, 'y': 2}.items() if b > 1 %}{{ a ~ b }}{% endfor %}",
         "{% for x in missing %}{% else %}none{% endfor %}",
         "{% for x in [[1, [2]], [3]] recursive %}{% if x is number %}{{ x }}"
