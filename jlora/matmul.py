@@ -15,7 +15,7 @@ def matmul(x: Array, w: Array, dtype: Any) -> Array:
     """
     dtype = jnp.dtype(dtype)
     x, w = x.astype(dtype), w.astype(dtype)
-    if dtype == jnp.float32:
+    if dtype.itemsize > 2:
         return jnp.matmul(x, w, precision=lax.Precision.HIGHEST)
     if jax.default_backend() == "cpu":
         return _rounded_after(x, w)

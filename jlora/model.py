@@ -283,10 +283,24 @@ class _Layers(nn.Module):
         layer: Any = DecoderLayer
         if self.options.remat == "full":
             layer = nn.remat(DecoderLayer)
+
+        def run(leaves: Any, rngs: Any, x: Array, call: _Call, past: Any) -> Any:
+            one = layer(self.config, self.options, parent=None)
+            return one.apply({"params": leaves}, x, call, past, rngs=rngs)
+
+        # One function for all layers, so that JAX traces and lowers it once; XLA puts it
+        # into every place again. Outside of a trace it would be compiled at every call.
+        run = jax.jit(run) if isinstance(x, jax.core.Tracer) else run
         remembered = []
         for i in range(self.config.num_hidden_layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
-            x, kv = layer(self.config, self.options, name=str(i))(x, call, past)
+            if self.is_initializing():
+                x, kv = layer(self.config, self.options, name=str(i))(x, call, past)
+            else:
+                drops = self.has_rng("dropout")
+                rngs = {"dropout": self.make_rng("dropout")} if drops else None
+                leaves = self.variables["params"][str(i)]
+                x, kv = run(leaves, rngs, x, call, past)
             remembered.append(kv)
         if cache is None:
             return x, None

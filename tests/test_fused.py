@@ -1,6 +1,5 @@
 """The fused projections against plain ones: the algebra in float32, the kernels simulated."""
 
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +15,13 @@ from jlora.errors import UsageError
 from jlora.fused import Leaves
 from jlora.lora import is_trainable, join, split, trainable_mask
 from jlora.model import Llama
-from tests.training_cases import ALL_LINEAR, adapted_params, llama_config, moved
+from tests.training_cases import (
+    ALL_LINEAR,
+    adapted_params,
+    equations,
+    llama_config,
+    moved,
+)
 
 D, F, K = 24, 40, 12
 
@@ -241,7 +246,9 @@ def test_model_with_fused_projections_equals_the_plain_model(
         strict=True,
     ):
         if is_trainable(path[-1].key):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+            # Some masks leave sums that cancel: 1.4e-5 of the largest over six keys.
+            atol = 2e-5 * np.abs(b).max() if rate else 1e-5
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -267,9 +274,10 @@ def test_no_kernel_runs_twice_in_a_gradient(remat: str, use_dora: bool) -> None:
         logits: Any = model.apply({"params": join(trainable, frozen)}, tokens)
         return logits.sum()
 
-    text = str(jax.make_jaxpr(jax.grad(total))(trainable))
-    assert len(re.findall(r"name=(sum_of_products|swiglu)\b", text)) == 16
-    assert text.count("name=swiglu_backward") == (0 if use_dora else 2)
+    jaxpr = jax.make_jaxpr(jax.grad(total))(trainable).jaxpr
+    names = [str(e.params.get("name")) for e in equations(jaxpr)]
+    assert names.count("sum_of_products") + names.count("swiglu") == 16
+    assert names.count("swiglu_backward") == (0 if use_dora else 2)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

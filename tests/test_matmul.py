@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from training_cases import equations
 
 from jlora.matmul import matmul
 
@@ -35,14 +35,6 @@ def test_bfloat16_product_and_gradients_are_rounded_once():
         np.testing.assert_allclose(np.asarray(found, np.float32), right, rtol=2**-7)
 
 
-def dots(jaxpr):
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            yield eqn
-        for inner in jaxprs_in_params(eqn.params):
-            yield from dots(inner)
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_every_product_on_a_cpu_has_a_float32_sum_of_like_operands(dtype):
     x, w, dy = operands(dtype)
@@ -51,7 +43,8 @@ def test_every_product_on_a_cpu_has_a_float32_sum_of_like_operands(dtype):
         y, pull = jax.vjp(lambda x, w: matmul(x, w, dtype), x, w)
         return y, pull(dy)
 
-    found = list(dots(jax.make_jaxpr(both)(x, w, dy).jaxpr))
+    jaxpr = jax.make_jaxpr(both)(x, w, dy).jaxpr
+    found = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
     assert len(found) == 3
     for eqn in found:
         assert {v.aval.dtype for v in eqn.invars} == {jnp.dtype(dtype)}

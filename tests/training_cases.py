@@ -1,5 +1,6 @@
 """A tiny random Llama with adapters, ragged batches and runs of the train step."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -156,3 +157,14 @@ class Run:
             self.state, found = self.step(self.state, self.frozen, batch)
             metrics.append({name: value.item() for name, value in found.items()})
         return metrics
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Yields every equation under a jaxpr once per place where it runs."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
