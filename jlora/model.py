@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jlora import fused
@@ -290,7 +291,7 @@ class _Layers(nn.Module):
 
         # One function for all layers, so that JAX traces and lowers it once; XLA puts it
         # into every place again. Outside of a trace it would be compiled at every call.
-        run = jax.jit(run) if isinstance(x, jax.core.Tracer) else run
+        run = jax.jit(run) if isinstance(x, Tracer) else run
         remembered = []
         for i in range(self.config.num_hidden_layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
