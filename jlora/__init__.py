@@ -5,6 +5,7 @@ settings) does not wait for it.
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"jlora.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+    if name in _MODULES:
+        value = getattr(importlib.import_module(f"jlora.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+    if importlib.util.find_spec(f"jlora.{name}"):
+        return importlib.import_module(f"jlora.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

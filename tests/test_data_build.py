@@ -172,6 +172,17 @@ def test_an_error_in_a_worker_is_the_users_message(path, two_workers):
         load(write_rows(path, [chat("a", "b", "c", "d")] * 40), tokenizer)
 
 
+def test_names_and_modules_of_the_library_load_when_asked_for():
+    code = (
+        "import jlora; print(jlora.merge.__name__, jlora.training.make_train_step"
+        ".__name__, hasattr(jlora, 'nothing'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["merge", "make_train_step", "False"]
+
+
 def test_what_a_worker_imports_has_no_jax():
     code = (
         "import sys, jlora.data.build; print({'jax', 'flax', 'optax'} & {*sys.modules})"
