@@ -201,6 +201,12 @@ def _yarn(settings: _Settings) -> RopeParameters:
         factor = settings.factor()
     elif group["factor"] is None:
         factor = settings.max_positions / original
+        if factor < 1:
+            fields.problems.append(
+                "factor is null, which means max_position_embeddings / "
+                f"original_max_position_embeddings = {settings.max_positions} / "
+                f"{original}, expected at least 1"
+            )
     else:
         factor = settings.factor()
     fast, slow = _beta(settings, "beta_fast", 32.0), _beta(settings, "beta_slow", 1.0)
@@ -246,7 +252,8 @@ def _longrope(settings: _Settings) -> RopeParameters:
     # The logarithm of the original context is divided by.
     original = settings.original(default=settings.max_positions, least=2)
     if settings.group.get("factor") is None:
-        factor = settings.max_positions / original
+        # Below 1 it has no effect, and would be refused where it is written out.
+        factor = max(settings.max_positions / original, 1.0)
     else:
         factor = settings.factor()
     attention = 1.0

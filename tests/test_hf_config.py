@@ -56,6 +56,16 @@ def test_defaults_are_written_out_as_numbers(name, export):
     assert isinstance(exported["original_max_position_embeddings"], int)
 
 
+def test_a_longrope_within_its_original_context_is_read_again(export):
+    changes = scaled("longrope")
+    changes["rope_scaling"] = changes["rope_scaling"] | {
+        "original_max_position_embeddings": 65
+    }
+    exported = export(changes)
+    assert exported["rope_scaling"]["factor"] == 1
+    assert LlamaConfig.from_hf(exported) == LlamaConfig.from_hf(SMALL | changes)
+
+
 @pytest.mark.parametrize(
     ("name", "original", "is_written"),
     [

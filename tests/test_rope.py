@@ -154,6 +154,11 @@ def test_an_absent_original_context_of_llama3_is_refused():
         ("yarn", {"attention_factor": -1}, "attention_factor=-1"),
         ("yarn", {"mscale": [1]}, "mscale"),
         ("yarn", {"original_max_position_embeddings": 0}, "original_max"),
+        (
+            "yarn",
+            {"factor": None, "original_max_position_embeddings": 10**6},
+            r"factor is null, .*/ 1000000, expected at least 1",
+        ),
         ("longrope", {"short_factor": None}, "short_factor=None.*8 numbers"),
         ("longrope", {"long_factor": [1.0] * 7}, "a list of 7.*8 numbers"),
         ("longrope", {"long_factor": [1.0] * 7 + [0]}, "long_factor"),
