@@ -1,7 +1,8 @@
 """Causal grouped-query attention behind one function, with segment ids throughout.
 
-`xla` is the reference, with float32 scores, and runs everywhere. `cudnn` is the flash
-kernel on NVIDIA GPUs, `splash` that of TPUs, both for dense rows and for packed ones.
+`xla` is the reference, with float32 scores, and runs everywhere, on a CPU in the order of
+`jlora.blocks`. `cudnn` is the flash kernel on NVIDIA GPUs, `splash` that of TPUs, both for
+dense rows and for packed ones.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora.blocks import block_attend
 from jlora.errors import UsageError
 from jlora.splash import splash_attend
 
@@ -44,6 +46,8 @@ def attend(
     Raises:
         UsageError: cudnn in float32, or with segments whose number it is not told.
     """
+    if implementation == "xla" and offset is None and jax.default_backend() == "cpu":
+        return block_attend(q, k, v, segment_ids)
     if implementation == "xla" or offset is not None:
         return _reference(q, k, v, segment_ids, offset)
     if implementation == "splash":

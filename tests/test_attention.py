@@ -46,6 +46,21 @@ def test_attention_equals_loops_over_heads(kv_heads, segment_ids):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("segment_ids", [None, SEGMENTS])
+def test_blocks_of_queries_and_the_reference_elsewhere_equal_loops_over_heads(
+    monkeypatch, segment_ids
+):
+    arrays = case()
+    given = None if segment_ids is None else jnp.asarray(segment_ids)
+    expected = by_hand(*arrays, segment_ids=segment_ids)
+    monkeypatch.setattr("jlora.blocks._QUERIES", 3)  # 3, 3 and 2 of 8
+    found = attend(*map(jnp.asarray, arrays), segment_ids=given)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = attend(*map(jnp.asarray, arrays), segment_ids=given)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("offset", [0, 3, 5])
 def test_queries_after_a_cache_see_what_lies_before_them(offset):
     q, k, v = case(queries=3)

@@ -14,7 +14,7 @@ ROWS = (
     {"config"},
     {"settings"},
     {"rope", "sharding", "targets", "quantize", "hopper", "dropout"},
-    {"splash", "hopper_dropout", "hopper_swiglu"},
+    {"splash", "blocks", "hopper_dropout", "hopper_swiglu"},
     {"attention", "narrow"},
     {"fused"},
     {"lora"},
