@@ -5,7 +5,7 @@
 writes a checkpoint of Llama-3-8B's shapes with a few layers (two: 3 GB, of which the
 embedding and the head are 2.1) into a temporary folder, and prints a JSON line for every
 way to read it: MB of the source's files per second, the ratio to plain sequential reads
-of the same files (into one buffer, and into memory that is kept), and the peak of the
+of the same files by one thread (into one buffer, and into memory that is kept), and the peak of the
 process's memory above what it keeps, in units of the largest tensor. Each is a process
 of its own, run several times; the best time counts, and plain reads are timed beside
 every one, as other work on the machine comes and goes.
