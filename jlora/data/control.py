@@ -37,6 +37,10 @@ class Rendered:
     cuts: tuple[int, ...] = ()
     """Borders that no control token may cross: where a mark was removed."""
 
+    def __hash__(self) -> int:
+        """Returns the text's hash, which is computed once."""
+        return hash(self.text)
+
 
 @dataclass(frozen=True)
 class Encoded:

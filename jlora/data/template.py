@@ -112,12 +112,13 @@ class ChatTemplate:
 
     def _stream(self, variables: dict[str, Any]) -> str:
         parts: list[str] = []
+        spend = self._budget.spend
         self._budget.restart()
         try:
             context = self._template.new_context(variables)
             for part in self._template.root_render_func(context):
                 parts.append(part)
-                self._budget.spend(len(part))
+                spend(len(part))
         except (SecurityError, OverflowError, MemoryError, RecursionError) as error:
             raise CorruptError(
                 f"chat template: stopped by the sandbox, {type(error).__name__}: "
