@@ -32,10 +32,10 @@ from jlora.settings import DataConfig
 SEQ_LEN = 4096
 
 
-def library_texts(size: int) -> Iterator[str]:
-    """Yields pieces of 3000 characters of the standard library, `size` in all."""
+def library_texts() -> Iterator[str]:
+    """Yields pieces of 3000 characters of the standard library, without end."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    done = turn = 0
+    turn = 0
     while True:  # a second time through, the pieces begin elsewhere
         for file in sorted(root.rglob("*.py")):
             if "site-packages" in file.parts:
@@ -43,9 +43,6 @@ def library_texts(size: int) -> Iterator[str]:
             text = file.read_text("utf-8", errors="replace")
             for start in range(turn * 137, len(text), 3000):
                 yield text[start : start + 3000]
-                done += 3000
-                if done >= size:
-                    return
         turn += 1
 
 
@@ -78,9 +75,11 @@ def measure(kind: str, size: int, tokenizer: Tokenizer, folder: Path) -> dict[st
     """Returns the figures of one kind of data."""
     path = folder / "data.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for text in library_texts(size):
+        for text in library_texts():
             if row := KINDS[kind](text):
-                file.write(json.dumps(row) + "\n")
+                size -= file.write(json.dumps(row) + "\n")
+            if size <= 0:
+                break
 
     def load() -> Any:
         return load_dataset(
