@@ -292,10 +292,13 @@ class _Layers(nn.Module):
         # One function for all layers, so that JAX traces and lowers it once; XLA puts it
         # into every place again. Outside of a trace it would be compiled at every call.
         run = jax.jit(run) if isinstance(x, Tracer) else run
+        # What is to be captured has to be made in the modules' own places.
+        captures = self.is_mutable_collection("intermediates")
+        own_scopes = captures or self.is_initializing()
         remembered = []
         for i in range(self.config.num_hidden_layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
-            if self.is_initializing():
+            if own_scopes:
                 x, kv = layer(self.config, self.options, name=str(i))(x, call, past)
             else:
                 drops = self.has_rng("dropout")
