@@ -292,7 +292,8 @@ class _Layers(nn.Module):
         # One function for all layers, so that JAX traces and lowers it once; XLA puts it
         # into every place again. Outside of a trace it would be compiled at every call.
         run = jax.jit(run) if isinstance(x, Tracer) else run
-        # What is to be captured has to be made in the modules' own places.
+        # What is to be captured has to be made in the modules' own places; dropout's keys
+        # are others there.
         captures = self.is_mutable_collection("intermediates")
         own_scopes = captures or self.is_initializing()
         remembered = []
