@@ -32,7 +32,7 @@ from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.processes import is_first, to_host
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Parts of a run's identity whose values say nothing to a reader.
 DIGESTS = ("base", "tokenizer", "data")
 # What an adapter says of where its base is found; training does not depend on it.
@@ -355,7 +355,8 @@ def _load(path: Path, step: int) -> Saved:
     if meta.get("schema") != SCHEMA_VERSION:
         raise UnsupportedError(
             f"{path}: written with checkpoint schema {meta.get('schema')!r}; "
-            f"this jlora reads schema {SCHEMA_VERSION}"
+            f"this jlora reads schema {SCHEMA_VERSION}; finish the run with the jlora that "
+            "began it, or begin it again in another output_dir"
         )
     leaves = restore_tree(path / "state")
     digests = meta.get("sha256", {})

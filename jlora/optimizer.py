@@ -5,7 +5,8 @@
 gradients only, and the state holds moments of the adapter's leaves only.
 
 Inside the mask every trainable leaf belongs to one of `settings.DECAY_GROUPS`, which has
-its learning rate (LoRA+) and its weight decay.
+its learning rate (LoRA+) and its weight decay. The layers are stacked there: an update of
+each of some hundred small leaves is what a compiler would spend most of its time on.
 """
 
 import math
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
+from jaxtyping import Array
 
 from jlora.lora import Params, map_leaves, trainable_mask
 from jlora.settings import DECAY_GROUPS, OptimConfig
@@ -103,9 +105,10 @@ def make_optimizer(
     given = Numbers.of(config) if numbers is None else numbers
 
     def move(group: str) -> optax.GradientTransformation:
-        rate = given.rates[group]
+        rate, decay = given.rates[group], given.decays[group]
+        stays = isinstance(decay, float) and decay == 0
         return optax.chain(
-            optax.add_decayed_weights(given.decays[group]),
+            optax.identity() if stays else optax.add_decayed_weights(decay),
             optax.scale_by_learning_rate(lambda count: rate * schedule(count)),
         )
 
@@ -118,4 +121,80 @@ def make_optimizer(
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
         optax.partition({group: move(group) for group in DECAY_GROUPS}, groups),
     )
-    return optax.partition({True: adapter, False: optax.set_to_zero()}, trainable_mask)
+    return optax.partition(
+        {True: _across_layers(adapter), False: optax.set_to_zero()}, trainable_mask
+    )
+
+
+def _across_layers(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformation:
+    """Returns `inner` for layers that are stacked, so that each leaf is one of them all.
+
+    What it computes element by element, or from all elements, stays the same.
+    """
+
+    def init(params: Params) -> optax.OptState:
+        return inner.init(stack_layers(params))
+
+    def update(
+        updates: Params, state: optax.OptState, params: Params | None = None
+    ) -> tuple[Params, optax.OptState]:
+        moved, state = inner.update(
+            stack_layers(updates),
+            state,
+            None if params is None else stack_layers(params),
+        )
+        # Or XLA would weigh whether to make all of an update again in each of its parts.
+        moved = jax.lax.optimization_barrier(moved)
+        return _unstacked(moved, updates), state
+
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+
+
+def stack_layers(tree: Params) -> Params:
+    """Returns the tree with one layer of each kind, whose leaves are [layers, ...].
+
+    It has the name of its first. Where ranks differ, zeros fill up the smaller ones.
+    """
+    if "layers" not in tree:
+        return tree
+    layers = tree["layers"]
+    kinds = {
+        names[0]: jax.tree.map(_stack, *[layers[name] for name in names])
+        for names in _kinds(layers)
+    }
+    return tree | {"layers": kinds}
+
+
+def _unstacked(tree: Params, like: Params) -> Params:
+    """Returns the layers of `like` from the tree that `stack_layers` made of them."""
+    if "layers" not in like:
+        return tree
+    layers = {
+        name: jax.tree.map(
+            lambda leaf, own, i=i: leaf[(i, *map(slice, own.shape))],
+            tree["layers"][names[0]],
+            like["layers"][name],
+        )
+        for names in _kinds(like["layers"])
+        for i, name in enumerate(names)
+    }
+    return tree | {"layers": layers}
+
+
+def _kinds(layers: Params) -> list[list[str]]:
+    """Returns the names of the layers, those with the same leaves together."""
+    kinds: dict[Any, list[str]] = {}
+    for name, layer in layers.items():
+        kinds.setdefault(jax.tree.structure(layer), []).append(name)
+    return list(kinds.values())
+
+
+def _stack(*leaves: Array) -> Array:
+    shape = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
+
+    def grown(x: Array) -> Array:
+        return jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
+
+    return jnp.stack([grown(x) if list(x.shape) != shape else x for x in leaves])

@@ -153,7 +153,8 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     """Returns the sharding of every leaf of parameters, or of a state that holds some.
 
     A leaf belongs to the parameter that the dictionary keys of its path name, so moments
-    live beside their weights; scalars are replicated.
+    live beside their weights, also those of several layers along a first axis; scalars
+    are replicated.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -161,7 +162,10 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         keys = [e.key for e in path if isinstance(e, jax.tree_util.DictKey)]
         # The optimizer's state has the labels of its partition, True and False, as keys.
-        return parameter_sharding(mesh, tuple(k for k in keys if isinstance(k, str)))
+        path = tuple(k for k in keys if isinstance(k, str))
+        spec = parameter_sharding(mesh, path).spec
+        more = leaf.ndim - len(logical_axes(path))
+        return NamedSharding(mesh, PartitionSpec(*[None] * more, *spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)
 

@@ -18,6 +18,7 @@ from jlora.dropout import drop
 from jlora.lora import Params, head_parameters, join, split, trainable_mask
 from jlora.loss import cross_entropy
 from jlora.model import Llama
+from jlora.optimizer import stack_layers
 from jlora.prefetch import Prefetch
 from jlora.sharding import batch_sharding, tree_shardings, use_mesh
 
@@ -161,9 +162,12 @@ def step_function(
         supervised = jnp.sum(batch["loss_mask"])
         share = 1 / jnp.maximum(supervised, 1)
         gradients = jax.tree.map(lambda g: g * share, gradients)
+        # What follows reads them several times.
+        gradients = jax.lax.optimization_barrier(gradients)
         metrics = {
             "loss": total * share,
-            "grad_norm": optax.tree.norm(gradients),
+            # Of the same arrays as the optimizer's clipping, so that it is made once.
+            "grad_norm": optax.tree.norm(stack_layers(gradients)),
             "supervised_tokens": supervised.astype(jnp.int32),
             "tokens": jnp.sum(batch["segment_ids"] > 0).astype(jnp.int32),
         }

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from training_cases import adapted_params, llama_config
 
+from jlora.config import LoraConfig
 from jlora.errors import UsageError
 from jlora.lora import trainable_mask
 from jlora.optimizer import Numbers, group_of, make_optimizer, make_schedule
@@ -21,7 +22,13 @@ def named(tree):
 
 
 def adapted():
-    params = adapted_params(llama_config(num_hidden_layers=1))
+    """Layers of two kinds, and of one kind with two ranks: the optimizer stacks them."""
+    lora = LoraConfig(
+        r=4,
+        target_modules=r"model\.layers\.(\d\.self_attn\.q|[02]\.mlp\.up)_proj",
+        rank_pattern={r"layers\.2\.mlp\.up_proj": 2},
+    )
+    params = adapted_params(llama_config(num_hidden_layers=3), lora)
     mask = trainable_mask(params)
     return params, [name for name, trains in named(mask).items() if trains]
 
@@ -113,6 +120,24 @@ def test_five_steps_equal_adamw_in_float64(changes, b_rate, a_decay, b_decay, ma
 )
 def test_every_leaf_that_can_train_has_a_group(path, group):
     assert group_of(tuple(path.split("."))) == group
+
+
+def test_layers_with_the_same_leaves_share_one_update():
+    params, _ = adapted()
+    optimizer = make_optimizer(OptimConfig(), make_schedule(OptimConfig(), STEPS))
+    moments = {
+        tuple(entry.key for entry in path if hasattr(entry, "key"))[-4:]: leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(optimizer.init(params))
+        if any(getattr(entry, "name", "") == "mu" for entry in path)
+    }
+    assert moments == {  # of layers 0 and 2, with up's larger rank, and of layer 1
+        ("0", "self_attn", "q_proj", "lora_A"): (2, 32, 4),
+        ("0", "self_attn", "q_proj", "lora_B"): (2, 4, 64),
+        ("0", "mlp", "up_proj", "lora_A"): (2, 32, 4),
+        ("0", "mlp", "up_proj", "lora_B"): (2, 4, 48),
+        ("1", "self_attn", "q_proj", "lora_A"): (1, 32, 4),
+        ("1", "self_attn", "q_proj", "lora_B"): (1, 4, 64),
+    }
 
 
 def test_lora_plus_gives_pefts_rates_to_the_groups():

@@ -132,7 +132,7 @@ def test_frozen_weights_are_split(run, name, spec):
     assert flatten(run.frozen)[name].sharding.spec == PartitionSpec(*spec)
 
 
-@pytest.mark.parametrize("part", ["", "mu.", "nu."])
+@pytest.mark.parametrize("part", ["trainable.", "mu.", "nu."])
 def test_adapters_and_their_moments_live_where_their_kernel_does(run, part):
     leaves = {
         name: leaf
@@ -140,8 +140,9 @@ def test_adapters_and_their_moments_live_where_their_kernel_does(run, part):
         if f"{part}layers.0.self_attn.q_proj.lora_" in name
     }
     specs = {name.rsplit(".")[-1]: leaf.sharding.spec for name, leaf in leaves.items()}
-    assert specs["lora_A"] == PartitionSpec("fsdp", None)
-    assert specs["lora_B"] == PartitionSpec(None, "tensor")
+    layers = () if part == "trainable." else (None,)  # moments: of all layers
+    assert specs["lora_A"] == PartitionSpec(*layers, "fsdp", None)
+    assert specs["lora_B"] == PartitionSpec(*layers, None, "tensor")
 
 
 def test_a_step_keeps_every_leaf_where_it_was(run):
