@@ -5,8 +5,11 @@ their product. So a mask is never stored, a kernel makes its own part of it, and
 same however an array is sharded or tiled.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
@@ -62,3 +65,32 @@ def is_kept(
     Closest-Pair Problem" (1997), multiplicative hashing.
     """
     return rows * columns >= limit
+
+
+def axis_codes(
+    seeds: Sequence[UInt32[Array, "2"]], shape: Sequence[int]
+) -> list[UInt32[Array, "masks _"]]:
+    """Returns the codes of all rows and of all columns, of which kernels make masks."""
+    return [
+        jnp.stack([codes(jnp.arange(size), seed[axis]) for seed in seeds])
+        for axis, size in enumerate(shape)
+    ]
+
+
+def tile_mask(
+    rows: UInt32[Array, " M"], columns: UInt32[Array, " N"], rate: float
+) -> Bool[Array, "M N"]:
+    """Returns a tile's mask by the codes of its rows and columns, inside a kernel."""
+    shape = rows.size, columns.size
+    with jax.ensure_compile_time_eval():
+        limit = threshold(rate)
+    rows, columns = (
+        lax.broadcast_in_dim(words, shape, (axis,))
+        for axis, words in enumerate((rows, columns))
+    )
+    return is_kept(rows, columns, jnp.uint32(int(limit)))
+
+
+def kept(keep: Bool[Array, "..."], values: Array) -> Array:
+    """Returns the values, zero where they are not kept."""
+    return jnp.where(keep, values, jnp.zeros_like(values))

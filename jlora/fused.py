@@ -19,7 +19,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jlora import hopper, hopper_dropout, hopper_swiglu, narrow
-from jlora.dropout import drop_by
 from jlora.narrow import Adapter, Adapters, Dropout, placed
 
 Leaves = Mapping[str, Any]
@@ -154,18 +153,14 @@ def _swiglu_backward(rate: float, residuals: Any, dy: Array) -> tuple[Any, ...]:
     x, s, gate, up, s_act, kernels, pairs = residuals
     first, last = pairs[:2], pairs[2:]
     ds_act = _d_down([dy], last)
+    # What comes through down's adapter is added where its mask is made.
     d_act = _dx([dy], None if rate else ds_act, kernels[2:], last)
-    if rate and ds_act is not None:
-        sent = _dot(ds_act, narrow.joined_a(last, dy.dtype), transposed=True)
-        d_act += drop_by(sent, last[0].seeds, rate)
-    if rate or not _streams(pairs):
+    if _streams(pairs):
+        dys, ds, d_b, d_a_last = _stream(gate, up, d_act, s, ds_act, pairs, rate)
+    else:
         act, *dys = _swiglu_gradients(gate, up, d_act)
-        if rate and ds_act is not None:
-            act = drop_by(act, last[0].seeds, rate)
         d_a_last = None if ds_act is None else _outer(act, ds_act)
         ds, d_b = _d_down(dys, first), _d_b(s, dys, first)
-    else:
-        dys, ds, d_b, d_a_last = _stream(gate, up, d_act, s, ds_act, pairs)
     d_last = _joined_gradients(last, [d_a_last], _d_b(s_act, [dy], last))
     dx, d_a = _d_input(x, dys, ds, kernels[:2], first, rate)
     d_first = _joined_gradients(first, d_a, d_b)
@@ -176,7 +171,10 @@ _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _streams(pairs: Adapters) -> bool:
-    """Returns whether gate, up or down has an adapter, and none is too wide."""
+    """Returns whether gate, up or down has an adapter, and none is too wide.
+
+    With dropout none is: `can_fuse`.
+    """
     return 0 < max(narrow.ranks(pairs)) <= hopper_swiglu.WIDEST
 
 
@@ -187,6 +185,7 @@ def _stream(
     s: Array | None,
     ds_act: Array | None,
     pairs: Adapters,
+    rate: float,
 ) -> tuple[list[Array], Array | None, list[Array | None], Array | None]:
     """Returns the gradients of gate and up, of their S, of their s B, and of down's A.
 
@@ -207,7 +206,13 @@ def _stream(
         else jnp.pad(b, ((0, width - b.shape[0]), (0, 0)))
         for b in narrow.wide_b(pairs[:2], gate.dtype)
     ]
-    made = hopper_swiglu.swiglu_backward(gate, up, d_act, thin, wide_b)
+    dropout, dropped = _dropout(pairs[2:], rate), None
+    if dropout is not None:
+        (a,) = narrow.wide_a(pairs[2:], gate.dtype)
+        dropped = hopper_swiglu.Dropped(columns(a, 0, width), *dropout.seeds)
+    made = hopper_swiglu.swiglu_backward(
+        gate, up, d_act, thin, wide_b, dropped, rate=rate if dropped else 0.0
+    )
     d_s = [
         found[:, :size].astype(gate.dtype)
         for found, (_, size) in zip((made.s_gate, made.s_up), places, strict=True)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
 from jlora import hopper
-from jlora.dropout import codes, is_kept, threshold
+from jlora.dropout import axis_codes, kept, tile_mask
 
 # The widest adapter: its sums stay in registers.
 WIDEST = 32
@@ -98,14 +98,14 @@ def down(
                 tile = x_ring[slot, own]
                 operands = []
                 for i in range(count):
-                    kept = _kept(_keep(words[i], code_ring[slot, i], rate), tile)
+                    operand = kept(tile_mask(words[i], code_ring[slot, i], rate), tile)
                     if stand_in:
-                        stand_in[0][warpgroup, i] = kept
-                        kept = stand_in[0].at[warpgroup, i]
-                    operands.append(kept)
-                for i, (total, kept) in enumerate(zip(sums, operands, strict=True)):
+                        stand_in[0][warpgroup, i] = operand
+                        operand = stand_in[0].at[warpgroup, i]
+                    operands.append(operand)
+                for i, (total, operand) in enumerate(zip(sums, operands, strict=True)):
                     w = w_ring.at[slot, pl.ds(i * size, size)]
-                    plgpu.wgmma(total, kept, hopper.transposed_view(w))
+                    plgpu.wgmma(total, operand, hopper.transposed_view(w))
                 plgpu.wgmma_wait(0)
 
             ring.use(use)
@@ -138,7 +138,9 @@ def down(
         _DOWN_GROUPS,
         interpret,
     )
-    sums = kernel(x, jnp.concatenate([w.T for w in weights]), *_codes(seeds, x.shape))
+    sums = kernel(
+        x, jnp.concatenate([w.T for w in weights]), *axis_codes(seeds, x.shape)
+    )
     made = (sums.sum(0) * (1 / (1 - rate))).astype(x.dtype)
     return jnp.pad(made, ((0, 0), (0, width - made.shape[1])))
 
@@ -216,10 +218,10 @@ def through_dropout(
                     tile = x_ring[slot, warpgroup]
                     total = jnp.zeros((_SIDE, _SIDE), jnp.float32)
                     for i, acc in enumerate(sent):
-                        keep = _keep(code_ring[slot, i], words[i], rate)
+                        keep = tile_mask(code_ring[slot, i], words[i], rate)
                         values = acc[...]
-                        total += _kept(keep, values)
-                        dropped[warpgroup, i] = _kept(keep, tile)
+                        total += kept(keep, values)
+                        dropped[warpgroup, i] = kept(keep, tile)
                     plgpu.commit_smem()
                     for i, acc in enumerate(sums):
                         narrow = ds_ring.at[slot, pl.ds(i * size, size)]
@@ -272,7 +274,7 @@ def through_dropout(
         _BACK_GROUPS,
         interpret,
     )
-    sent, sums = kernel(x, ds.T, _in_groups(weights), *_codes(seeds, x.shape))
+    sent, sums = kernel(x, ds.T, _in_groups(weights), *axis_codes(seeds, x.shape))
     return sent, jnp.split(sums.sum(0) * (1 / (1 - rate)), count, axis=1)
 
 
@@ -293,30 +295,6 @@ def _split(tiles: int, blocks: int) -> tuple[int, int]:
     most = max(1, hopper.multiprocessors() // blocks)
     parts = max(n for n in range(1, most + 1) if tiles % n == 0)
     return tiles // parts, parts
-
-
-def _codes(seeds: Sequence[Array], shape: tuple[int, ...]) -> list[Array]:
-    """Returns the random words of the rows and of the columns: [masks, rows or columns]."""
-    return [
-        jnp.stack([codes(jnp.arange(size), seed[axis]) for seed in seeds])
-        for axis, size in enumerate(shape)
-    ]
-
-
-def _keep(rows: Array, columns: Array, rate: float) -> Array:
-    """Returns the mask of a tile by the words of its rows and columns."""
-    shape = rows.size, columns.size
-    with jax.ensure_compile_time_eval():
-        limit = threshold(rate)
-    rows, columns = (
-        lax.broadcast_in_dim(words, shape, (axis,))
-        for axis, words in enumerate((rows, columns))
-    )
-    return is_kept(rows, columns, jnp.uint32(int(limit)))
-
-
-def _kept(keep: Array, values: Array) -> Array:
-    return jnp.where(keep, values, jnp.zeros_like(values))
 
 
 def _warpgroups(

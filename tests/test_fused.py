@@ -48,13 +48,23 @@ def plain_swiglu(x: jax.Array, gate: Leaves, up: Leaves, down: Leaves) -> jax.Ar
 
 
 def plain_swiglu_backward(
-    gate: jax.Array, up: jax.Array, d_act: jax.Array, narrow: Any, b: Any
+    gate: jax.Array,
+    up: jax.Array,
+    d_act: jax.Array,
+    narrow: Any,
+    b: Any,
+    dropped: hopper_swiglu.Dropped | None = None,
+    *,
+    rate: float = 0.0,
 ) -> hopper_swiglu.Gradients:
     """What the kernel makes; the gradients are rounded once, to the dtype of gate."""
     wide = [x.astype(jnp.float32) for x in (gate, up)]
     act, back = jax.vjp(lambda g, u: jax.nn.silu(g) * u, *wide)
-    dys = [y.astype(gate.dtype) for y in back(d_act.astype(jnp.float32))]
-    act = act.astype(gate.dtype)
+    d_act, act = d_act.astype(jnp.float32), act.astype(gate.dtype)
+    if dropped is not None:
+        d_act += drop_by(dot(narrow[2], dropped.a.T), dropped.seeds, rate)
+        act = drop_by(act.astype(jnp.float32), dropped.seeds, rate)
+    dys = [y.astype(gate.dtype) for y in back(d_act)]
     return hopper_swiglu.Gradients(
         gate=dys[0],
         up=dys[1],
@@ -62,7 +72,7 @@ def plain_swiglu_backward(
         s_up=dot(dys[1], b[1].T),
         b_gate=dot(narrow[0].T, dys[0]),
         b_up=dot(narrow[1].T, dys[1]),
-        a_down=dot(act.T, narrow[2]),
+        a_down=dot(act.T, narrow[2].astype(act.dtype)),
     )
 
 
@@ -196,15 +206,14 @@ def test_grouped_projections_with_dropout_equal_single_ones() -> None:
 
 
 @pytest.mark.usefixtures("_products_without_a_gpu")
-def test_fused_swiglu_with_dropout_equals_the_plain_block() -> None:
+@pytest.mark.parametrize("ranks", [(2, 0, 4), (20, 3, 1), (0, 5, 0), (0, 0, 0)])
+def test_fused_swiglu_with_dropout_equals_the_plain_block(ranks) -> None:
     x = 0.3 * jax.random.normal(jax.random.key(9), (2, 5, D))
     keys = [jax.random.key(i) for i in (5, 6, 7)]
     dropout = narrow.Dropout(RATE, [seeds(key) for key in keys])
     layers = [
         leaves(i, *size, r)
-        for i, (size, r) in enumerate(
-            zip(((D, F), (D, F), (F, D)), (2, 0, 4), strict=True)
-        )
+        for i, (size, r) in enumerate(zip(((D, F), (D, F), (F, D)), ranks, strict=True))
     ]
 
     def block(x: jax.Array, layers: Any) -> list[jax.Array]:
@@ -251,9 +260,13 @@ def test_model_with_fused_projections_equals_the_plain_model(
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol)
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize(
+    ("use_dora", "rate"), [(False, 0.0), (True, 0.0), (False, 0.1)]
+)
 @pytest.mark.parametrize("remat", ["none", "minimal"])
-def test_no_kernel_runs_twice_in_a_gradient(remat: str, use_dora: bool) -> None:
+def test_no_kernel_runs_twice_in_a_gradient(
+    remat: str, use_dora: bool, rate: float
+) -> None:
     # A layer has 4 forward and 4 backward; the first layer's input needs no gradient,
     # but that product is dropped by the compiler only.
     config = llama_config(
@@ -267,11 +280,14 @@ def test_no_kernel_runs_twice_in_a_gradient(remat: str, use_dora: bool) -> None:
         config, replace(ALL_LINEAR, use_dora=use_dora), dtype=jnp.bfloat16
     )
     trainable, frozen = split(params, trainable_mask(params))
-    model = Llama(config, jnp.bfloat16, remat=remat, kernels="hopper")
+    model = Llama(
+        config, jnp.bfloat16, remat=remat, lora_dropout=rate, kernels="hopper"
+    )
 
     def total(trainable: Any) -> jax.Array:
         tokens = jnp.zeros((1, 256), jnp.int32)
-        logits: Any = model.apply({"params": join(trainable, frozen)}, tokens)
+        params, rngs = join(trainable, frozen), {"dropout": jax.random.key(2)}
+        logits: Any = model.apply({"params": params}, tokens, rngs=rngs)
         return logits.sum()
 
     jaxpr = jax.make_jaxpr(jax.grad(total))(trainable).jaxpr
@@ -315,25 +331,27 @@ def test_simulated_kernels_equal_products_in_float32(
     jax.__version_info__ < (0, 11), reason="jax 0.10 cannot simulate the kernel"
 )
 @pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_simulated_swiglu_backward_equals_the_plain_one(
-    monkeypatch: pytest.MonkeyPatch, width: int
+    monkeypatch: pytest.MonkeyPatch, width: int, rate: float
 ) -> None:
     params = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 4)
     rows, columns = 192, 512  # two bands of columns, two ranges of rows of unequal size
     shapes = [(rows, columns)] * 3 + [(rows, width)] * 3 + [(width, columns)] * 2
+    shapes.append((columns, width))
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    gate, up, d_act, *thin = (
+    gate, up, d_act, *thin, a = (
         jax.random.normal(key, shape, jnp.bfloat16)
         for key, shape in zip(keys, shapes, strict=True)
     )
-    arguments = gate, up, d_act, thin[:3], thin[3:]
+    dropped = hopper_swiglu.Dropped(a, seeds(keys[0])) if rate else None
+    arguments = gate, up, d_act, thin[:3], thin[3:], dropped
     found = hopper_swiglu.swiglu_backward(
-        *arguments, interpret=params.InterpretGPUParams()
+        *arguments, rate=rate, interpret=params.InterpretGPUParams()
     )
-    for name, a, b in zip(
-        found._fields, found, plain_swiglu_backward(*arguments), strict=True
-    ):
+    expected = plain_swiglu_backward(*arguments, rate=rate)
+    for name, a, b in zip(found._fields, found, expected, strict=True):
         a, b = (np.asarray(x, np.float32) for x in (a, b))
         # Now and then a gradient is rounded the other way, by one step.
         assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b), name
