@@ -25,9 +25,12 @@ _GUARD = "\ufdd0\ufdd1\ufdd0"
 Span = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rendered:
-    """A conversation as text, with character spans of what came from where."""
+    """A conversation as text, with character spans of what came from where.
+
+    Each is equal to itself alone, so that looking one up does not read its text.
+    """
 
     text: str
     generated: tuple[Span, ...] = ()
@@ -36,10 +39,6 @@ class Rendered:
     """Control strings that came from the data."""
     cuts: tuple[int, ...] = ()
     """Borders that no control token may cross: where a mark was removed."""
-
-    def __hash__(self) -> int:
-        """Returns the text's hash, which is computed once."""
-        return hash(self.text)
 
 
 @dataclass(frozen=True)

@@ -26,16 +26,16 @@ def encode_beginnings(
     places = {
         whole: _places(whole, encoded, tokenizer) for whole, encoded in wholes.items()
     }
-    split: dict[Rendered, tuple[int, Rendered]] = {}
+    split: dict[Rendered, tuple[int, str]] = {}
     for text, whole in beginnings.items():
         index = start = 0
         if whole in places and whole.text.startswith(text.text):
             index, start = places[whole].last_before(len(text.text))
-        split[text] = index, Rendered(text.text[start:])
+        split[text] = index, text.text[start:]
     unique = list(dict.fromkeys(rest for _, rest in split.values()))
-    tails = dict(zip(unique, tokenizer.encode_rendered(unique), strict=True))
+    tails = dict(zip(unique, tokenizer.encode_many(unique), strict=True))
     return {
-        text: Encoded(tails[rest].ids, [], shared=index)
+        text: Encoded(tails[rest], [], shared=index)
         for text, (index, rest) in split.items()
     }
 

@@ -42,6 +42,8 @@ class ChatTemplate:
         self._budget = environment.budget
         try:
             self._template = environment.from_string(source)
+            # A dictionary, as each rendering copies them, which a ChainMap does slowly.
+            self._template.globals = dict(self._template.globals)
             tree = environment.parse(source)
         except (jinja2.TemplateSyntaxError, RecursionError) as error:
             line = getattr(error, "lineno", None)

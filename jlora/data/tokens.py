@@ -201,10 +201,12 @@ def _tokenize_chats(
 
 def _encode_all(plans: Sequence[Plan], tokenizer: Tokenizer) -> dict[Rendered, Encoded]:
     """Encodes every text once; the last answer's end is the end of the whole."""
-    unique = list(dict.fromkeys(p.whole for p in plans if not p.whole.cuts))
+    plain = [plan.whole for plan in plans if not plan.whole.cuts]
+    unique = {whole.text: whole for whole in plain}
     with_offsets = any(plan.marked for plan in plans)
-    encoded = tokenizer.encode_rendered(unique, with_offsets=with_offsets)
-    wholes = dict(zip(unique, encoded, strict=True))
+    encoded = tokenizer.encode_rendered([*unique.values()], with_offsets=with_offsets)
+    by_text = dict(zip(unique, encoded, strict=True))
+    wholes = {whole: by_text[whole.text] for whole in plain}
     beginnings = {
         text: plan.whole
         for plan in plans
