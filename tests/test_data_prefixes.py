@@ -1,7 +1,7 @@
 import itertools
 
 import pytest
-from data_cases import TEMPLATES, chat, make_tokenizer
+from data_cases import CONFIG, TEMPLATES, chat, make_tokenizer
 
 from jlora.data.control import Rendered
 from jlora.data.prefixes import encode_beginnings
@@ -46,18 +46,22 @@ def test_ids_of_every_beginning_are_those_of_encoding_it(name):
             assert encoded.ids[: rest.shared] + rest.ids == alone.ids
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_id_is_known_as_a_control_token_or_as_none(name):
+    tokenizer = make_tokenizer(name)
+    ids = range(2 * CONFIG.vocab_size)
+    found = tokenizer.is_control.take(ids, mode="clip")
+    assert found.tolist() == [index in tokenizer.control_ids for index in ids]
+
+
 def test_only_what_follows_the_last_control_token_is_encoded(monkeypatch):
     tokenizer = make_tokenizer()
     whole = tokenizer.template().render(chat("a" * 50, "b" * 50, "c", "d")["messages"])
     [encoded] = tokenizer.encode_rendered([whole])
     asked: list[str] = []
-    encode = tokenizer.encode_rendered
+    encode = tokenizer.encode_many
     monkeypatch.setattr(
-        tokenizer,
-        "encode_rendered",
-        lambda texts, **more: (
-            asked.extend(text.text for text in texts) or encode(texts, **more)
-        ),
+        tokenizer, "encode_many", lambda texts: asked.extend(texts) or encode(texts)
     )
     end = whole.text.index("c<|im_end|>")
     text = Rendered(whole.text[:end])

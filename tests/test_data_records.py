@@ -361,3 +361,14 @@ def test_only_bad_rows_above_the_cap_are_corrupt(tmp_path):
     path = write_rows(tmp_path / "data.jsonl", ["{"] * 9)
     with pytest.raises(CorruptError, match=r"more than data\.max_bad_rows=8 .*9 of 9"):
         load(path, on_bad_row="skip", max_bad_rows=8)
+
+
+@pytest.mark.parametrize("bad", [8191, 8192])
+def test_a_file_that_begins_with_8192_bad_rows_is_given_up(tmp_path, bad):
+    path = write_rows(tmp_path / "data.jsonl", ["{"] * bad + [GOOD])
+    if bad == 8192:
+        with pytest.raises(UsageError, match="8,192 of 8,192 records cannot be used"):
+            load(path, on_bad_row="skip", max_bad_rows=10_000)
+    else:
+        data = load(path, on_bad_row="skip", max_bad_rows=10_000)
+        assert data.num_records == 1

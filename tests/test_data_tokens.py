@@ -229,6 +229,19 @@ def test_conversation_that_the_template_refuses_is_a_bad_line(tmp_path):
         learn(tmp_path, {"messages": [USER, USER, ANSWER]}, "llama2")
 
 
+def test_a_conversation_that_comes_twice_is_encoded_once(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    asked: list[str] = []
+    encode = tokenizer.encode_many
+    monkeypatch.setattr(
+        tokenizer, "encode_many", lambda texts: asked.extend(texts) or encode(texts)
+    )
+    path = write_rows(tmp_path / "data.jsonl", [TWO_TURNS, chat("a", "b"), TWO_TURNS])
+    data = load(path, tokenizer)
+    assert sum("And of two and three?" in text for text in asked) == 1
+    assert learnt(data, tokenizer)[:2] == learnt(data, tokenizer)[-2:]
+
+
 def test_answer_without_end_is_learnt_whole_and_reported(tmp_path):
     template = NO_END.replace(
         "{% endfor %}", "{{ '<|im_end|>' if m.end }}{% endfor %}", 1

@@ -9,8 +9,10 @@ import json
 import re
 from collections.abc import Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from jlora.data.jsonl import RowError
@@ -49,6 +51,11 @@ class Encoded:
     offsets: list[Span]
     shared: int = 0
     """Ids before these, left out because they are the first ones of the whole text."""
+
+    @cached_property
+    def array(self) -> np.ndarray:
+        """The ids, int32 [n]."""
+        return np.array(self.ids, np.int32)
 
 
 def check_text(text: str) -> None:

@@ -16,7 +16,7 @@ from jlora.data.tokens import Reading, resolve_train_on
 from jlora.errors import CorruptError, JloraError, UsageError, counted, listing
 from jlora.settings import DataConfig
 
-_MAX_SKIPPED_CHUNKS = 8
+_MAX_SKIPPED_CHUNKS = 32  # of bad rows alone, 8192
 
 
 def open_source(

@@ -12,8 +12,9 @@ from jlora.data import columnar
 from jlora.errors import CorruptError, UnsupportedError
 
 MAX_LINE_BYTES = 16 << 20
-CHUNK_ROWS = 1024
-CHUNK_BYTES = 4 << 20
+# A fraction of a second's work, so that all cores end at about the same time.
+CHUNK_ROWS = 256
+CHUNK_BYTES = 1 << 20
 # gzip can reach 1000 to 1 and zstd far more, text hardly 30 to 1: what unpacks to more
 # than this is a trap, not data.
 MAX_RATIO = 200

@@ -75,8 +75,8 @@ def plan_conversation(
 
 def find_spans(
     plan: Plan, tokenizer: Tokenizer, encoded: Callable[[Rendered], Encoded]
-) -> tuple[list[int], list[Span], bool]:
-    """Returns ids, spans of tokens to learn, and whether a token ends every answer.
+) -> tuple[Encoded, list[Span], bool]:
+    """Returns the whole, spans of tokens to learn, and whether a token ends every answer.
 
     Raises:
         RowError: an answer shares a token with its surroundings, or BOS comes twice.
@@ -86,12 +86,12 @@ def find_spans(
     if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
         raise RowError("the chat template writes the BOS token twice")
     if plan.everything:
-        return ids, [(0, len(ids))], True
+        return whole, [(0, len(ids))], True
     if plan.marked:
         spans = _to_tokens(plan.marked, whole.offsets)
         ends = tokenizer.control_ids
         all_end = all(not ends.isdisjoint(ids[start:end]) for start, end in spans)
-        return ids, spans, all_end
+        return whole, spans, all_end
     spans, all_end = [], True
     for turn in plan.turns:
         pair = encoded(turn.head), encoded(turn.upto)
@@ -110,7 +110,7 @@ def find_spans(
             )
         spans.append((first + len(head), first + end))
         all_end = all_end and has_end
-    return ids, spans, all_end
+    return whole, spans, all_end
 
 
 def _turn(conversation: Conversation, whole: Rendered, index: int, where: str) -> Turn:

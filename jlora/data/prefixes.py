@@ -9,6 +9,8 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from jlora.data.control import Encoded, Rendered
 from jlora.data.tokenizer import Tokenizer
 
@@ -62,10 +64,9 @@ class _Places:
 def _places(whole: Rendered, encoded: Encoded, tokenizer: Tokenizer) -> _Places:
     """Returns nothing where text and ids do not tell of the same control tokens."""
     matches = list(tokenizer.control_pattern.finditer(whole.text))
-    inside = list(filter(tokenizer.control_ids.__contains__, encoded.ids))
-    if [tokenizer.token(index) for index in inside] != [m[0] for m in matches]:
+    is_control = tokenizer.is_control.take(encoded.array, mode="clip")
+    indices = np.flatnonzero(is_control).tolist()
+    inside = [tokenizer.token(encoded.ids[index]) for index in indices]
+    if inside != [match[0] for match in matches]:
         return _Places([], [], [])
-    indices: list[int] = []
-    for index in inside:
-        indices.append(encoded.ids.index(index, indices[-1] + 1 if indices else 0))
     return _Places([m.start() for m in matches], [m.end() for m in matches], indices)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import tokenizers
 
 from jlora.config import LlamaConfig
@@ -226,6 +227,13 @@ class Tokenizer:
         texts = set().union(*(t.controls for t in self._templates.values()))
         ids = (self._backend.token_to_id(text) for text in texts)
         return frozenset(index for index in ids if index is not None)
+
+    @cached_property
+    def is_control(self) -> np.ndarray:
+        """Whether each id up to one above the `control_ids` is one of them."""
+        table = np.zeros(max(self.control_ids, default=-1) + 2, bool)
+        table[list(self.control_ids)] = True
+        return table
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:

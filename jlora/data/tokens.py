@@ -116,10 +116,9 @@ def tokenize(chunk: Chunk, reading: Reading, tokenizer: Tokenizer) -> Tokenized:
 
 
 def _example(
-    path: Path, number: int, ids: Sequence[int], spans: Iterable[Span]
+    path: Path, number: int, tokens: np.ndarray, spans: Iterable[Span]
 ) -> Example:
-    tokens = np.array(ids, np.int32)
-    loss_mask = np.zeros(len(ids), np.uint8)
+    loss_mask = np.zeros(len(tokens), np.uint8)
     for start, end in spans:
         loss_mask[start:end] = 1
     loss_mask[:1] = 0  # nothing comes before the first token to predict it from
@@ -161,7 +160,8 @@ def _tokenize_texts(
         if tokens[-1:] != [tokenizer.eos_id]:
             tokens = [*tokens, tokenizer.eos_id]
         span = (0 if reading.train_on == "all" else start, len(tokens))
-        result.examples.append(_example(chunk.path, record.number, tokens, [span]))
+        array = np.array(tokens, np.int32)
+        result.examples.append(_example(chunk.path, record.number, array, [span]))
 
 
 def _tokenize_chats(
@@ -190,11 +190,11 @@ def _tokenize_chats(
 
     for plan in plans:
         try:
-            ids, spans, all_end = find_spans(plan, tokenizer, lookup)
+            whole, spans, all_end = find_spans(plan, tokenizer, lookup)
         except RowError as error:
             result.problems.append(Problem(chunk.path, plan.number, str(error)))
             continue
-        result.examples.append(_example(chunk.path, plan.number, ids, spans))
+        result.examples.append(_example(chunk.path, plan.number, whole.array, spans))
         if not all_end:
             result.without_end.append(plan.number)
 

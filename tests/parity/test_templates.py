@@ -105,7 +105,7 @@ def test_mask_is_what_transformers_renders_between_two_prefixes(name):
             return ours.encode_rendered([rendered], with_offsets=True)[0]
 
         found, spans, all_end = find_spans(plan, ours, encoded)
-        mask = np.zeros(len(found), int)
+        mask = np.zeros(len(found.ids), int)
         for start, end in spans:
             mask[start:end] = 1
         assert mask.tolist() == expected.tolist(), json.dumps(messages)
