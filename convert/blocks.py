@@ -19,14 +19,16 @@ import jax
 import numpy as np
 
 BLOCK_BYTES = 8 << 20
-BLOCK_ROWS = 256  # of a matrix that is transposed: 512 bytes of a row of the result
+BLOCK_ROWS = 512  # of a matrix that is transposed: 1024 bytes of a row of the result
 MAX_BUFFER_BYTES = 16 << 20  # a chunk of a converted base
 THREADS = min(4, os.cpu_count() or 1)
 Index = tuple[slice, ...]
 """A box of an array: one slice with start and stop, and no step, per axis."""
-_TILE_BYTES = 1 << 20  # what is transposed at a time, and held once more
+_TILE_BYTES = 2 << 20  # what is transposed at a time, and held once more
 # Rows that are a power of two apart would share a few places of the processor's cache.
 _PADDING = 64
+_PAGE_BYTES = 4096  # at least one byte of each is written, where pages are larger too
+_TOUCHED_BYTES = 32 << 20  # a multiple of huge pages, at a multiple of it
 _buffers = threading.local()
 
 
@@ -59,6 +61,21 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def touch(array: np.ndarray) -> None:
+    """Has the system provide the memory of a new contiguous array, from a few threads.
+
+    Threads that write the columns of an array all come to the same huge page at once;
+    each would clear one, and all but one would be thrown away.
+    """
+    memory = array.reshape(-1).view(np.uint8)
+    start = -memory.ctypes.data % _TOUCHED_BYTES
+
+    def write(first: int) -> None:
+        memory[max(0, first) : max(0, first + _TOUCHED_BYTES) : _PAGE_BYTES] = 0
+
+    for_each(write, range(start - _TOUCHED_BYTES, memory.size, _TOUCHED_BYTES))
 
 
 def for_each(function: Callable[[Any], None], items: Iterable[Any]) -> None:
@@ -107,13 +124,21 @@ def read_into(memory: np.ndarray, descriptor: int, offset: int) -> bool:
 def read_rows(rows: np.ndarray, descriptor: int, offset: int) -> bool:
     """Fills the rows of a matrix, which may lie apart; False if the file ends before."""
     items = rows.view(np.uint8)
-    count = os.preadv(descriptor, [row.data for row in items], offset)
+    count = os.preadv(descriptor, _views(items), offset)
     row_bytes = items.shape[1]
     # A read may end early, as at a signal; what is left is read row by row.
     return all(
         read_into(items[i], descriptor, offset + i * row_bytes)
         for i in range(count // row_bytes, len(items))
     )
+
+
+def _views(rows: np.ndarray) -> list[memoryview]:
+    """Returns the memory of every row; made once for the blocks that a thread reuses."""
+    place = (rows.ctypes.data, rows.shape, rows.strides)
+    if getattr(_buffers, "place", None) != place:
+        _buffers.place, _buffers.views = place, [row.data for row in rows]
+    return _buffers.views
 
 
 def row_blocks(
@@ -141,21 +166,25 @@ def copy_transposed(target: np.ndarray, block: np.ndarray) -> None:
     """
     bits = np.dtype(f"u{block.itemsize}")
     target, block = target.view(bits), block.view(bits)
-    device = None if block.itemsize > 4 else _host_device()
+    host = None if block.itemsize > 4 else _host()
     columns = max(1, _TILE_BYTES // max(1, block.shape[0] * block.itemsize))
     for left in range(0, block.shape[1], columns):
         tile = block[:, left : left + columns].T
-        target[left : left + columns] = (
-            tile if device is None else np.asarray(jax.device_put(tile, device))
-        )
+        target[left : left + columns] = tile if host is None else _turned(tile, host)
+
+
+def _turned(tile: np.ndarray, host: jax.sharding.Sharding) -> np.ndarray:
+    # device_put does the same with four times as much Python, which two threads share.
+    return np.asarray(jax.make_array_from_callback(tile.shape, host, lambda _: tile))
 
 
 @functools.cache
-def _host_device() -> Any:
+def _host() -> jax.sharding.Sharding | None:
     try:
-        return jax.local_devices(backend="cpu")[0]
+        device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # the user chose other platforms only
         return None
+    return jax.sharding.SingleDeviceSharding(device)
 
 
 def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
@@ -167,6 +196,7 @@ def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
         block[...] = part
         copy_transposed(target[:, slice(*rows)], block)
 
+    touch(target)
     row_bytes = array.shape[1] * array.itemsize
     for_each(copy, row_blocks(0, array.shape[0], row_bytes, BLOCK_ROWS))
 
@@ -205,6 +235,8 @@ def read_box(
     row = shape[1:]
     row_bytes = int(np.prod(row, dtype=np.int64)) * dtype.itemsize
     result = empty(box_shape(box)[:: -1 if transposed else 1], dtype)
+    if transposed:
+        touch(result)
     full_rows = box[1:] == whole(row)
     cut = []
     descriptor = open_file(file)

@@ -68,14 +68,18 @@ def first_non_finite(array: np.ndarray) -> tuple[int, ...] | None:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; two passes over the bits, no temporaries.
+    """Whether no value is NaN or infinite; passes over the bits, no temporaries.
 
-    The bits of all finite values are below those of infinity: read as signed numbers if
-    positive, as unsigned ones if negative.
+    One pass is enough if no value is 2 or more, as weights are: then none has the
+    exponent's highest bit. Otherwise, the bits of all finite values are below those of
+    infinity: read as signed numbers if positive, as unsigned ones if negative.
     """
     if not array.size:
         return True
     signed, unsigned = (np.dtype(f"{kind}{array.itemsize}") for kind in "iu")
+    highest = 1 << (8 * array.itemsize - 2)
+    if not int(np.bitwise_or.reduce(array.view(unsigned), axis=None)) & highest:
+        return True
     infinity, minus_infinity = np.array([np.inf, -np.inf], array.dtype)
     return bool(
         array.view(signed).max() < infinity.view(signed)

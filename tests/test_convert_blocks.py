@@ -107,3 +107,26 @@ def test_the_first_index_is_told_in_row_major_order_whatever_the_layout():
     assert first_non_finite(array) == (1, 3)
     assert first_non_finite(array[:, :3]) == (2, 0)
     assert first_non_finite(array[:0]) is None
+
+
+@pytest.mark.parametrize("share", [640, 4096, 32 << 20])
+def test_matrices_of_one_shape_and_of_others_in_turn_keep_their_values(
+    tmp_path, monkeypatch, share
+):
+    monkeypatch.setattr(blocks, "_TOUCHED_BYTES", share)
+    rng = np.random.default_rng(0)
+    for name, shape in enumerate([(1100, 30), (1100, 30), (40, 70), (1100, 30)]):
+        array = rng.normal(size=shape).astype(np.float32)
+        file = tmp_path / str(name)
+        file.write_bytes(array.tobytes())
+        found = read_box(
+            file,
+            0,
+            shape,
+            array.dtype,
+            whole(shape),
+            transposed=True,
+            check=lambda block, first: None,
+        )
+        assert found is not None
+        assert np.array_equal(found, array.T)
