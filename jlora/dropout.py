@@ -5,6 +5,7 @@ their product. So a mask is never stored, a kernel makes its own part of it, and
 same however an array is sharded or tiled.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -71,8 +72,9 @@ def axis_codes(
     seeds: Sequence[UInt32[Array, "2"]], shape: Sequence[int]
 ) -> list[UInt32[Array, "masks _"]]:
     """Returns the codes of all rows and of all columns, of which kernels make masks."""
+    words = jnp.stack(seeds)
     return [
-        jnp.stack([codes(jnp.arange(size), seed[axis]) for seed in seeds])
+        jax.vmap(functools.partial(codes, jnp.arange(size)))(words[:, axis])
         for axis, size in enumerate(shape)
     ]
 

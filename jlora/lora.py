@@ -26,10 +26,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jlora import fused
-from jlora.dropout import drop, seeds
+from jlora.dropout import drop_by, seeds
 from jlora.errors import CorruptError
 from jlora.matmul import matmul
 from jlora.narrow import Dropout
@@ -282,7 +282,8 @@ def norm_squared(weight: Array) -> Float[Array, " D_out"]:
 class LoRADense(nn.Module):
     """A dense layer, with an adapter where the tree has one; see `linear`.
 
-    Dropout acts on the adapter's input only, when a "dropout" rng is given.
+    Dropout acts on the adapter's input only, when a "dropout" rng is given, or its seeds
+    as the variable "seeds" of a collection of that name.
     `kernels` is xla or hopper; the latter matters to `project` and the model's MLP.
     `keep`: whether the gradient of what follows reads the product, see `linear`.
     """
@@ -304,9 +305,19 @@ class LoRADense(nn.Module):
             self.param("bias", nn.initializers.zeros_init(), (self.features,))
         leaves = self.variables["params"]
         dropped = None
-        if "lora_A" in leaves and self.has_rng("dropout"):
-            dropped = drop(x, self.make_rng("dropout"), self.dropout)
+        if "lora_A" in leaves and self.drops():
+            dropped = drop_by(x, self.seeds(), self.dropout)
         return linear(x, leaves, self.dtype, dropped=dropped, keep=self.keep)
+
+    def drops(self) -> bool:
+        """Returns whether seeds of dropout are given, or a key to make them of."""
+        return self.has_variable("dropout", "seeds") or self.has_rng("dropout")
+
+    def seeds(self) -> UInt32[Array, "2"]:
+        """Returns what the dropout of the adapter's input depends on."""
+        if self.has_variable("dropout", "seeds"):
+            return self.get_variable("dropout", "seeds")
+        return seeds(self.make_rng("dropout"))
 
 
 def to_fuse(
@@ -320,7 +331,7 @@ def to_fuse(
         return None
     leaves = [dict(layer.variables["params"]) for layer in layers]
     rate = layers[0].dropout
-    drops = layers[0].has_rng("dropout") and (isinstance(rate, Array) or rate > 0)
+    drops = layers[0].drops() and (isinstance(rate, Array) or rate > 0)
     # A rate that is an array is not known here; DoRA drops another product, too.
     if drops and (
         isinstance(rate, Array) or any("lora_magnitude" in y for y in leaves)
@@ -333,8 +344,7 @@ def to_fuse(
         return None
     if not drops:
         return leaves, None
-    keys = [seeds(layer.make_rng("dropout")) for layer in layers]
-    return leaves, Dropout(float(rate), keys)
+    return leaves, Dropout(float(rate), [layer.seeds() for layer in layers])
 
 
 def _without_dora(layers: Sequence[Leaves]) -> list[Leaves]:

@@ -9,6 +9,7 @@ a transpose and one `LoRADense` serves all seven projections.
 Source: transformers `models/llama/modeling_llama.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,8 @@ from jlora.rope import apply_rope, rope_angles
 # inputs and outputs: every matmul's output, so that only norms, RoPE and SwiGLU are
 # computed again.
 SAVED_NAMES = ("residual", fused.PRODUCT_NAME, fused.DOWN_NAME, NORM_NAME)
+# Of a layer: q, k, v, o, gate, up and down.
+_PROJECTIONS = 7
 
 
 def compute_dtype(wanted: str) -> Any:
@@ -271,6 +274,15 @@ class DecoderLayer(nn.Module):
         return after(self, x, out), (k, v)
 
 
+def _seeds(layer: Mapping[str, Any], words: Array) -> dict[str, Any]:
+    """Returns the collection "dropout" of a layer: seeds for each of its projections."""
+    each = iter(words)
+    return {
+        block: {name: {"seeds": next(each)} for name in sorted(layer[block])}
+        for block in ("self_attn", "mlp")
+    }
+
+
 class _Layers(nn.Module):
     """The decoder stack; its children are named "0", "1", ... as in HF."""
 
@@ -285,9 +297,10 @@ class _Layers(nn.Module):
         if self.options.remat == "full":
             layer = nn.remat(DecoderLayer)
 
-        def run(leaves: Any, rngs: Any, x: Array, call: _Call, past: Any) -> Any:
+        def run(leaves: Any, words: Any, x: Array, call: _Call, past: Any) -> Any:
             one = layer(self.config, self.options, parent=None)
-            return one.apply({"params": leaves}, x, call, past, rngs=rngs)
+            seeds = {} if words is None else {"dropout": _seeds(leaves, words)}
+            return one.apply({"params": leaves, **seeds}, x, call, past)
 
         # One function for all layers, so that JAX traces and lowers it once; XLA puts it
         # into every place again. Outside of a trace it would be compiled at every call.
@@ -297,15 +310,20 @@ class _Layers(nn.Module):
         captures = self.is_mutable_collection("intermediates")
         own_scopes = captures or self.is_initializing()
         remembered = []
-        for i in range(self.config.num_hidden_layers):
+        layers = self.config.num_hidden_layers
+        words: Any = [None] * layers
+        if self.has_rng("dropout") and not own_scopes:
+            # All at once: a key for each would be some hundred instructions each.
+            words = jax.random.bits(
+                self.make_rng("dropout"), (layers, _PROJECTIONS, 2), jnp.uint32
+            )
+        for i in range(layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
             if own_scopes:
                 x, kv = layer(self.config, self.options, name=str(i))(x, call, past)
             else:
-                drops = self.has_rng("dropout")
-                rngs = {"dropout": self.make_rng("dropout")} if drops else None
                 leaves = self.variables["params"][str(i)]
-                x, kv = run(leaves, rngs, x, call, past)
+                x, kv = run(leaves, words[i], x, call, past)
             remembered.append(kv)
         if cache is None:
             return x, None

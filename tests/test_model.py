@@ -7,6 +7,7 @@ import pytest
 from training_cases import (
     ALL_LINEAR,
     adapted_params,
+    equations,
     llama_config,
     logits_of,
     ragged_batch,
@@ -14,6 +15,7 @@ from training_cases import (
     random_tokens,
 )
 
+from jlora.dropout import drop_by
 from jlora.errors import UsageError
 from jlora.lora import join, split, trainable_mask
 from jlora.model import KVCache, Llama
@@ -246,3 +248,39 @@ def test_bfloat16_compute_is_close_to_float32(config, params, logits):
     # bfloat16 keeps 8 bits; two layers add a few of its roundings up.
     error = np.abs(found - expected).max() / np.abs(expected).max()
     assert error < 0.05
+
+
+def masks_seeds(monkeypatch, config, key):
+    """The seeds of every adapter's dropout in one pass, in their order."""
+    found = []
+
+    def record(x, seeds, rate):
+        found.append(tuple(np.asarray(seeds).tolist()))
+        return drop_by(x, seeds, rate)
+
+    monkeypatch.setattr("jlora.lora.drop_by", record)
+    model = Llama(config, lora_dropout=0.5)
+    variables = {"params": adapted_params(config)}
+    model.apply(variables, random_tokens(1, 4), rngs={"dropout": key})
+    return found
+
+
+def test_every_adapter_of_every_layer_has_a_mask_of_its_own(monkeypatch, config):
+    first = masks_seeds(monkeypatch, config, jax.random.key(0))
+    assert len(set(first)) == 7 * config.num_hidden_layers
+    assert masks_seeds(monkeypatch, config, jax.random.key(0)) == first
+    assert not set(masks_seeds(monkeypatch, config, jax.random.key(1))) & set(first)
+
+
+def test_all_seeds_are_drawn_at_once(config):
+    model = Llama(config, lora_dropout=0.5)
+    params, tokens = adapted_params(config), random_tokens(1, 4)
+
+    def apply(key):
+        return model.apply({"params": params}, tokens, rngs={"dropout": key})
+
+    found = [
+        e.primitive.name
+        for e in equations(jax.make_jaxpr(apply)(jax.random.key(0)).jaxpr)
+    ]
+    assert found.count("random_bits") == 1
