@@ -6,6 +6,7 @@ NumPy, zlib and the system let go of the interpreter meanwhile. Files are read, 
 mapped: a mapped file that becomes shorter kills the process (SIGBUS).
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -29,6 +30,8 @@ _TILE_BYTES = 2 << 20  # what is transposed at a time, and held once more
 _PADDING = 64
 _PAGE_BYTES = 4096  # at least one byte of each is written, where pages are larger too
 _TOUCHED_BYTES = 32 << 20  # a multiple of huge pages, at a multiple of it
+_AHEAD_BYTES = 64 << 20  # of a file, which the system reads while blocks are turned
+_ASKED_BYTES = 1 << 20  # Linux cuts requests that are much longer short
 _buffers = threading.local()
 
 
@@ -206,6 +209,16 @@ def open_file(path: Path) -> int:
     return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
 
 
+def _ask_for(descriptor: int, start: int, stop: int) -> None:
+    """Asks the system to read this part of a file meanwhile; it may do so or not."""
+    if not hasattr(os, "posix_fadvise"):  # macOS
+        return
+    for first in range(start, stop, _ASKED_BYTES):
+        size = min(_ASKED_BYTES, stop - first)
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(descriptor, first, size, os.POSIX_FADV_WILLNEED)
+
+
 def read_box(
     file: Path,
     offset: int,
@@ -235,16 +248,17 @@ def read_box(
     row = shape[1:]
     row_bytes = int(np.prod(row, dtype=np.int64)) * dtype.itemsize
     result = empty(box_shape(box)[:: -1 if transposed else 1], dtype)
-    if transposed:
-        touch(result)
     full_rows = box[1:] == whole(row)
     cut = []
     descriptor = open_file(file)
+    stop = offset + box[0].stop * row_bytes
 
     def copy(rows: tuple[int, int]) -> None:
         first, end = rows
         columns = slice(first - box[0].start, end - box[0].start)
         start = offset + first * row_bytes
+        ahead = start + _AHEAD_BYTES
+        _ask_for(descriptor, ahead, min(ahead + (end - first) * row_bytes, stop))
         if transposed:
             block = _row_buffer(end - first, row[0], dtype)
             is_whole = read_rows(block, descriptor, start)
@@ -267,6 +281,10 @@ def read_box(
 
     most = BLOCK_ROWS if transposed else sys.maxsize
     try:
+        start = offset + box[0].start * row_bytes
+        _ask_for(descriptor, start, min(start + _AHEAD_BYTES, stop))
+        if transposed:
+            touch(result)
         for_each(copy, row_blocks(box[0].start, box[0].stop, row_bytes, most))
     finally:
         os.close(descriptor)

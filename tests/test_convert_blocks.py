@@ -130,3 +130,18 @@ def test_matrices_of_one_shape_and_of_others_in_turn_keep_their_values(
         )
         assert found is not None
         assert np.array_equal(found, array.T)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_the_system_is_asked_once_for_every_byte_and_for_no_other(
+    stored, monkeypatch, transposed
+):
+    file, array = stored
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *part: asked.append(part[:2]))
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64 * array.strides[0])
+    monkeypatch.setattr(blocks, "_AHEAD_BYTES", 100_000)
+    monkeypatch.setattr(blocks, "_ASKED_BYTES", 30_000)
+    read(file, transposed=transposed)
+    found = sorted(i for start, size in asked for i in range(start, start + size))
+    assert found == list(range(5, 5 + array.nbytes))
