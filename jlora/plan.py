@@ -17,7 +17,7 @@ from jlora.lora import Params, is_adapter, is_trainable, modules
 from jlora.model import compute_dtype
 from jlora.quantize import SCALES, is_quantized, kernel_shape, num_weights
 from jlora.settings import ComputeConfig
-from jlora.training import LOSS_CHUNK_TOKENS
+from jlora.training import loss_chunk_tokens
 
 # Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.
 PEAK_FLOPS = {
@@ -118,7 +118,7 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
         "adapter": adapter,
         "optimizer and gradients": 3 * trained,
         "activations": _activation_bytes(work) + _dora_bytes(params, work),
-        "logits": 3 * 4 * LOSS_CHUNK_TOKENS * work.config.vocab_size,
+        "logits": 3 * 4 * loss_chunk_tokens() * work.config.vocab_size,
     }
 
 

@@ -8,6 +8,7 @@ Source: "RoFormer" (Su et al., 2021); transformers `modeling_rope_utils`.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -104,7 +105,18 @@ def rope_angles(
     frequencies = jnp.asarray(rope_frequencies(config, length))
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     factor = jnp.float32(config.rope_parameters.attention_factor)
-    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
+    return (_kept(cos), _kept(sin)) if jax.default_backend() == "cpu" else (cos, sin)
+
+
+def _kept(x: Array) -> Array:
+    """Returns x by a product with the identity, which XLA on a CPU makes once.
+
+    It would compute cos and sin for every head of every layer instead, and drops
+    barriers before it decides so.
+    """
+    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return jnp.matmul(x, identity, precision=jax.lax.Precision.HIGHEST)
 
 
 def apply_rope(

@@ -27,10 +27,10 @@ from jlora.settings import OptimConfig
 from jlora.sharding import batch_sharding, tree_shardings
 from jlora.sweep_file import check_same_parts
 from jlora.training import (
-    LOSS_CHUNK_TOKENS,
     Batch,
     TrainState,
     compiler_options,
+    loss_chunk_tokens,
     make_train_step,
     step_function,
 )
@@ -163,7 +163,7 @@ class Sweep:
                 mesh,
                 packed=packed,
                 grad_accum_steps=grad_accum_steps,
-                chunk_tokens=max(1, LOSS_CHUNK_TOKENS // len(members)),
+                chunk_tokens=max(1, loss_chunk_tokens() // len(members)),
             )
             return step(state, frozen, batch, varied.key)
 

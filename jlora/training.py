@@ -24,8 +24,6 @@ from jlora.sharding import batch_sharding, tree_shardings, use_mesh
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
-# Tokens per device whose logits exist at one time: large enough for full-speed matmuls.
-LOSS_CHUNK_TOKENS = 1024
 # cuBLASLt adds an adapter's product while it writes the layer's; Triton's matmuls,
 # which XLA prefers for narrow ones, need a pass of their own.
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
@@ -118,13 +116,14 @@ def step_function(
     *,
     packed: bool,
     grad_accum_steps: int,
-    chunk_tokens: int = LOSS_CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Any:
     """Returns the step (state, frozen, batch, key) -> (state, metrics), not yet jitted.
 
     Arguments and results are those of `make_train_step`; the key is dropout's, from which
-    each step derives its own.
+    each step derives its own. `chunk_tokens`: see `loss_chunk_tokens`, the default.
     """
+    chunk_tokens = loss_chunk_tokens() if chunk_tokens is None else chunk_tokens
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     # A sweep has an array here; a rate that is plainly 0 costs no random numbers.
     drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
@@ -235,11 +234,12 @@ def make_eval_step(
 ) -> Any:
     """Returns the jitted (params, batch) -> (summed loss in nats, supervised tokens)."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    tokens = loss_chunk_tokens()
 
     def step(params: Params, batch: Batch) -> tuple[Array, Array]:
         with use_mesh(mesh):
             total = summed_loss(
-                model, params, batch, packed=packed, chunk=_chunk(batch, shards)
+                model, params, batch, packed=packed, chunk=_chunk(batch, shards, tokens)
             )
         return total, jnp.sum(batch["loss_mask"])
 
@@ -256,6 +256,15 @@ def compiler_options(mesh: Mesh) -> Any:
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
+def loss_chunk_tokens() -> int:
+    """Returns the tokens per device whose logits exist at one time.
+
+    Enough for full-speed matmuls; on a CPU, where memory comes from the system anew in
+    every step, a page at a time, no more than that.
+    """
+    return 256 if jax.default_backend() == "cpu" else 1024
+
+
 def evaluate(
     step: Any, params: Params, dataset: Dataset, mesh: Mesh
 ) -> tuple[float, int]:
@@ -268,7 +277,7 @@ def evaluate(
     return total / count, int(count)
 
 
-def _chunk(batch: Batch, shards: int, tokens: int = LOSS_CHUNK_TOKENS) -> int:
+def _chunk(batch: Batch, shards: int, tokens: int) -> int:
     """Returns the positions per row that make so many tokens on one device."""
     return max(1, tokens * shards // batch["tokens"].shape[0])
 

@@ -61,6 +61,25 @@ def test_blocks_of_queries_and_the_reference_elsewhere_equal_loops_over_heads(
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("segment_ids", [None, SEGMENTS])
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 1e-2)])
+def test_gradients_of_blocks_are_those_of_the_reference(
+    monkeypatch, segment_ids, dtype, bound
+):
+    arrays = [jnp.asarray(x, dtype) for x in case()]
+    exact = [x.astype(jnp.float32) for x in arrays]
+    d_out = jnp.asarray(random_heads(8, 6, 3), dtype)
+    given = None if segment_ids is None else jnp.asarray(segment_ids)
+    monkeypatch.setattr("jlora.blocks._QUERIES", 3)  # 3, 3 and 2 of 8
+    found = jax.vjp(lambda *x: attend(*x, segment_ids=given), *arrays)[1](d_out)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    pull = jax.vjp(lambda *x: attend(*x, segment_ids=given), *exact)[1]
+    for ours, expected in zip(found, pull(d_out.astype(jnp.float32)), strict=True):
+        assert ours.dtype == dtype
+        error = jnp.linalg.norm(ours.astype(jnp.float32) - expected)
+        assert error < bound * jnp.linalg.norm(expected)  # a rounding of bfloat16: 4e-3
+
+
 @pytest.mark.parametrize("offset", [0, 3, 5])
 def test_queries_after_a_cache_see_what_lies_before_them(offset):
     q, k, v = case(queries=3)
@@ -79,9 +98,13 @@ def test_scores_of_any_size_stay_finite():
     assert np.isfinite(gradient).all()
 
 
-def test_bfloat16_scores_are_summed_in_float32():
+def test_bfloat16_scores_are_summed_in_float32(monkeypatch):
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in case()]
-    jaxpr = jax.make_jaxpr(attend)(*arrays)
+    blocks = str(jax.make_jaxpr(attend)(*arrays))
+    assert blocks.count("dot_general[") == 2
+    assert blocks.count("preferred_element_type=float32") == 2
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jaxpr = jax.make_jaxpr(lambda *x: attend(*x))(*arrays)
     scores, _ = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
     assert str(scores.outvars[0].aval.dtype) == "float32"  # type: ignore[attr-defined]
 

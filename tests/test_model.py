@@ -203,14 +203,14 @@ def count_dots(config, remat, **options):
 def test_remat_recomputes_what_it_says():
     config = llama_config(num_hidden_layers=1)
     none, minimal, full = (count_dots(config, r) for r in ("none", "minimal", "full"))
-    # Minimal: the scores, and x A of each adapter. Full: both products of attention, and
+    # Minimal: both products of attention, and x A of each adapter. Full: these, and
     # of each linear but the last, whose output the backward pass does not read, x W and
     # (x A) B.
-    assert minimal - none == 1 + 7
+    assert minimal - none == 2 + 7
     assert full - none == 2 + 7 + 6 + 6
 
 
-@pytest.mark.parametrize(("dropout", "again"), [(0.0, 1 + 7), (0.2, 1 + 7 + 7 + 2)])
+@pytest.mark.parametrize(("dropout", "again"), [(0.0, 2 + 7), (0.2, 2 + 7 + 7 + 2)])
 def test_remat_minimal_keeps_the_products_that_dora_scales(dropout, again):
     config = llama_config(num_hidden_layers=1)
     lora = replace(ALL_LINEAR, use_dora=True)

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from jlora.config import LlamaConfig
 from jlora.errors import CorruptError, UsageError
 from jlora.generation import generate_tokens
 from jlora.model import Llama
-from jlora.rope import rope_frequencies
+from jlora.rope import apply_rope, rope_angles, rope_frequencies
 
 # Made by tests/golden/make_rope_golden.py with Transformers.
 GOLDEN = Path(__file__).parent / "golden" / "rope"
@@ -184,6 +185,18 @@ def test_all_problems_of_the_settings_are_told_at_once():
         make(v5(settings) | {"vocab_size": "20"})
     for part in ("vocab_size='20'", "factor=0", "beta_fast='a'"):
         assert part in str(error.value)
+
+
+def test_angles_are_computed_once_for_all_layers():
+    def turn(x, positions):
+        cos, sin = rope_angles(make({}), positions, 8)
+        for _ in range(3):
+            x = jnp.cumsum(apply_rope(x, cos, sin), axis=1)  # not one fusion
+        return x
+
+    x = jnp.ones((1, 8, 4, make({}).head_dim))
+    program = jax.jit(turn).lower(x, jnp.arange(8)[None]).compile().as_text() or ""
+    assert program.count(" cosine(") == 1
 
 
 def test_dynamic_is_default_up_to_the_models_positions():

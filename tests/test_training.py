@@ -147,7 +147,8 @@ def test_the_whole_logits_never_exist():
     vocab = run.model.config.vocab_size
     rows = ragged_batch()["tokens"].shape[0]
     whole = f"{rows}x{LENGTH}x{vocab}x"
-    assert whole in text  # one chunk holds this small batch
+    assert whole not in text
+    assert f"{rows}x{LENGTH // 2}x{vocab}x" in text  # two chunks hold this small batch
     hidden = jnp.zeros((rows, LENGTH, run.model.config.hidden_size))
     batch = batch_of()
     chunked = jax.jit(
