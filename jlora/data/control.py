@@ -77,7 +77,9 @@ def mark(value: Any, pattern: re.Pattern[str]) -> Any:
     """Returns a fresh copy of plain JSON data with marks around control strings."""
     if isinstance(value, str):
         check_text(value)
-        return pattern.sub(f"{_START}\\g<0>{_END}", value)
+        # Searched first, as `sub` takes a while to begin and most texts hold none.
+        found = pattern.search(value)
+        return pattern.sub(f"{_START}\\g<0>{_END}", value) if found else value
     if isinstance(value, dict):
         return {str(key): mark(item, pattern) for key, item in value.items()}
     if isinstance(value, list | tuple):
