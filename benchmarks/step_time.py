@@ -219,7 +219,7 @@ def measure(name: str, work: Workload, *, steps: int = STEPS) -> dict[str, Any]:
         "mfu": round(flops * rate / peak, 4) if peak else None,
         "peak_gib": round(peak_memory_bytes() / 2**30, 2),
         "compile_s": round(compile_s, 1),
-        "first_step_s": round(first_step_s, 1),
+        "first_step_without_weights_s": round(first_step_s, 1),
         "loss": [round(losses[0], 4), round(losses[-1], 4)],
         "grad_norm": round(float(metrics["grad_norm"]), 5),
         **facts,

@@ -32,6 +32,7 @@ from jlora.config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.processes import is_first, to_host
 
+# 2: the moments of all layers together. What lies under "trainable" is as in 1.
 SCHEMA_VERSION = 2
 # Parts of a run's identity whose values say nothing to a reader.
 DIGESTS = ("base", "tokenizer", "data")
@@ -321,38 +322,44 @@ def saved_steps(folder: Path) -> list[int]:
     )
 
 
-def load_newest(folder: Path) -> tuple[Saved | None, list[str]]:
+def load_newest(
+    folder: Path, schemas: Sequence[int] = (SCHEMA_VERSION,)
+) -> tuple[Saved | None, list[str]]:
     """Returns the newest step that restores and verifies, and why newer ones did not.
 
     Raises:
         CorruptError: there are steps, and none is valid; nothing is deleted.
         UnsupportedError: a step was written by another schema of jlora.
     """
-    saved, problems = load_newest_common([folder])
+    saved, problems = load_newest_common([folder], schemas)
     return (saved[0] if saved else None), problems
 
 
-def load_newest_common(folders: Sequence[Path]) -> tuple[list[Saved], list[str]]:
+def load_newest_common(
+    folders: Sequence[Path], schemas: Sequence[int] = (SCHEMA_VERSION,)
+) -> tuple[list[Saved], list[str]]:
     """Returns the newest step that is valid in every folder, else nothing; as above."""
     problems = []
     shared = set.intersection(*(set(saved_steps(folder)) for folder in folders))
     for step in sorted(shared, reverse=True):
         try:
-            return [_load(folder / str(step), step) for folder in folders], problems
+            found = [_load(folder / str(step), step, schemas) for folder in folders]
         except CorruptError as error:
             problems.append(str(error))
+        else:
+            return found, problems
     if problems:
         raise CorruptError(f"{folders[0]}: no valid checkpoint: {listing(problems, 3)}")
     return [], []
 
 
-def _load(path: Path, step: int) -> Saved:
+def _load(path: Path, step: int, schemas: Sequence[int]) -> Saved:
     try:
         text = (path / "meta" / "metadata").read_text("utf-8")
         meta = json.loads(text)
     except (OSError, ValueError) as error:
         raise CorruptError(f"{path}: the checkpoint is incomplete") from error
-    if meta.get("schema") != SCHEMA_VERSION:
+    if meta.get("schema") not in schemas:
         raise UnsupportedError(
             f"{path}: written with checkpoint schema {meta.get('schema')!r}; "
             f"this jlora reads schema {SCHEMA_VERSION}; finish the run with the jlora that "
@@ -513,8 +520,9 @@ def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
     Raises:
         UsageError: the run has no checkpoint.
         CorruptError: it has some, and none is valid.
+        UnsupportedError: it is of a schema that is not known here.
     """
-    saved, _ = load_newest(run / "checkpoints")
+    saved, _ = load_newest(run / "checkpoints", (1, SCHEMA_VERSION))
     if saved is None:
         raise UsageError(f"{run}: neither an adapter/ folder nor a checkpoint in it")
     tree: Tree = {}

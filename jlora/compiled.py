@@ -6,11 +6,14 @@ from typing import Any
 
 import jax
 
-# With a limit, JAX also takes a lock, so that no process reads half a file. The programs
-# used least recently go first.
-_LIMIT = {"jax_compilation_cache_max_size": 4 * 2**30}
-# JAX's own threshold of a second leaves out dozens of small ones that add up.
-_THRESHOLD = {"jax_persistent_cache_min_compile_time_secs": 0}
+_SETTINGS = {
+    # With a limit, JAX also takes a lock, so that no process reads half a file. The
+    # programs used least recently go first.
+    "jax_compilation_cache_max_size": 4 * 2**30,
+    # JAX's own threshold of a second leaves out dozens of small ones that add up. Without
+    # any, files would: every write looks at all of them.
+    "jax_persistent_cache_min_compile_time_secs": 0.03,
+}
 
 
 def keep_compiled() -> None:
@@ -22,14 +25,15 @@ def keep_compiled() -> None:
     folder that they share: compiling takes them all, and only the first one writes.
     """
     config: Any = jax.config  # also set by JAX_COMPILATION_CACHE_DIR
-    settings = _THRESHOLD
-    if not config.jax_compilation_cache_dir:
-        if jax.process_count() > 1 or (folder := _own_folder()) is None:
-            return
-        settings = {**_THRESHOLD, **_LIMIT, "jax_compilation_cache_dir": str(folder)}
-    for name, value in settings.items():
+    if config.jax_compilation_cache_dir or jax.process_count() > 1:
+        return
+    folder = _own_folder()
+    if folder is None:
+        return
+    for name, value in _SETTINGS.items():
         if name.upper() not in os.environ:
             config.update(name, value)
+    config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _own_folder() -> Path | None:

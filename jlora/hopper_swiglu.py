@@ -11,8 +11,8 @@ warpgroups has a half of the band, whose sums of dB and dA over the rows stay in
 Sums over blocks are made afterwards, in one order: a result is the same every time.
 
 With dropout, down's mask is made again for each tile: what down's adapter sends to its
-input is added behind it, and dA is made of what it lets through. The length of the file
-is that of one kernel in two forms.
+input is added behind it, and dA is made of what it lets through. The file is as long as
+one kernel in these two forms.
 """
 
 import functools

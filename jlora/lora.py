@@ -306,14 +306,14 @@ class LoRADense(nn.Module):
         leaves = self.variables["params"]
         dropped = None
         if "lora_A" in leaves and self.drops():
-            dropped = drop_by(x, self.seeds(), self.dropout)
+            dropped = drop_by(x, self.dropout_seeds(), self.dropout)
         return linear(x, leaves, self.dtype, dropped=dropped, keep=self.keep)
 
     def drops(self) -> bool:
         """Returns whether seeds of dropout are given, or a key to make them of."""
         return self.has_variable("dropout", "seeds") or self.has_rng("dropout")
 
-    def seeds(self) -> UInt32[Array, "2"]:
+    def dropout_seeds(self) -> UInt32[Array, "2"]:
         """Returns what the dropout of the adapter's input depends on."""
         if self.has_variable("dropout", "seeds"):
             return self.get_variable("dropout", "seeds")
@@ -344,7 +344,7 @@ def to_fuse(
         return None
     if not drops:
         return leaves, None
-    return leaves, Dropout(float(rate), [layer.seeds() for layer in layers])
+    return leaves, Dropout(float(rate), [layer.dropout_seeds() for layer in layers])
 
 
 def _without_dora(layers: Sequence[Leaves]) -> list[Leaves]:

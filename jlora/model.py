@@ -9,7 +9,6 @@ a transpose and one `LoRADense` serves all seven projections.
 Source: transformers `models/llama/modeling_llama.py`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from jlora import fused
 from jlora.attention import attend
@@ -41,8 +40,11 @@ from jlora.rope import apply_rope, rope_angles
 # inputs and outputs: every matmul's output, so that only norms, RoPE and SwiGLU are
 # computed again.
 SAVED_NAMES = ("residual", fused.PRODUCT_NAME, fused.DOWN_NAME, NORM_NAME)
-# Of a layer: q, k, v, o, gate, up and down.
-_PROJECTIONS = 7
+# The projections of a layer, in the order in which dropout's seeds are drawn for them.
+_PROJECTIONS = (
+    *(("self_attn", f"{name}_proj") for name in "qkvo"),
+    *(("mlp", f"{name}_proj") for name in ("gate", "up", "down")),
+)
 
 
 def compute_dtype(wanted: str) -> Any:
@@ -274,13 +276,12 @@ class DecoderLayer(nn.Module):
         return after(self, x, out), (k, v)
 
 
-def _seeds(layer: Mapping[str, Any], words: Array) -> dict[str, Any]:
+def _seeds(words: UInt32[Array, "projections 2"]) -> dict[str, Any]:
     """Returns the collection "dropout" of a layer: seeds for each of its projections."""
-    each = iter(words)
-    return {
-        block: {name: {"seeds": next(each)} for name in sorted(layer[block])}
-        for block in ("self_attn", "mlp")
-    }
+    found: dict[str, Any] = {}
+    for (block, name), seeds in zip(_PROJECTIONS, words, strict=True):
+        found.setdefault(block, {})[name] = {"seeds": seeds}
+    return found
 
 
 class _Layers(nn.Module):
@@ -299,7 +300,7 @@ class _Layers(nn.Module):
 
         def run(leaves: Any, words: Any, x: Array, call: _Call, past: Any) -> Any:
             one = layer(self.config, self.options, parent=None)
-            seeds = {} if words is None else {"dropout": _seeds(leaves, words)}
+            seeds = {} if words is None else {"dropout": _seeds(words)}
             return one.apply({"params": leaves, **seeds}, x, call, past)
 
         # One function for all layers, so that JAX traces and lowers it once; XLA puts it
@@ -315,7 +316,7 @@ class _Layers(nn.Module):
         if self.has_rng("dropout") and not own_scopes:
             # All at once: a key for each would be some hundred instructions each.
             words = jax.random.bits(
-                self.make_rng("dropout"), (layers, _PROJECTIONS, 2), jnp.uint32
+                self.make_rng("dropout"), (layers, len(_PROJECTIONS), 2), jnp.uint32
             )
         for i in range(layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])

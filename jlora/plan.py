@@ -13,8 +13,16 @@ from jax.sharding import Mesh
 from jlora.attention import choose_attention
 from jlora.config import LlamaConfig
 from jlora.hopper import choose_kernels
-from jlora.lora import Params, is_adapter, is_trainable, modules
+from jlora.lora import (
+    Params,
+    is_adapter,
+    is_trainable,
+    modules,
+    split,
+    trainable_mask,
+)
 from jlora.model import compute_dtype
+from jlora.optimizer import stack_layers
 from jlora.quantize import SCALES, is_quantized, kernel_shape, num_weights
 from jlora.settings import ComputeConfig
 from jlora.training import loss_chunk_tokens
@@ -104,6 +112,9 @@ def plan_workload(
 def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
     """Returns the estimated bytes per device of each part of a training step."""
     weights = adapter = trained = 0
+    trainable, _ = split(params, trainable_mask(params))
+    moments = jax.tree.leaves(jax.eval_shape(stack_layers, trainable))
+    stacked = sum(math.prod(x.shape) * x.dtype.itemsize for x in moments)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if is_adapter(path[-1].key):
@@ -116,7 +127,7 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
         "frozen weights": weights // work.weight_shards,
         **({"dequantised weights": dequantised} if dequantised else {}),
         "adapter": adapter,
-        "optimizer and gradients": 3 * trained,
+        "optimizer and gradients": trained + 2 * stacked,
         "activations": _activation_bytes(work) + _dora_bytes(params, work),
         "logits": 3 * 4 * loss_chunk_tokens() * work.config.vocab_size,
     }
@@ -136,7 +147,8 @@ def _activation_bytes(work: Workload) -> int:
         "none": (8 * d + 2 * q + 2 * kv + 5 * f) * size + 8 * d,
     }[work.remat]
     scores = 0
-    if work.attention == "xla":  # float32 scores and weights, of one layer or of all
+    # Float32 scores and weights, of one layer or of all: more than blocks on a CPU keep.
+    if work.attention == "xla":
         per_layer = 2 * 4 * c.num_attention_heads * work.length
         scores = per_layer * (c.num_hidden_layers if work.remat == "none" else 1)
     return work.rows * work.length * (c.num_hidden_layers * kept + scores)

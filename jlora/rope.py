@@ -106,10 +106,14 @@ def rope_angles(
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     factor = jnp.float32(config.rope_parameters.attention_factor)
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    return (_kept(cos), _kept(sin)) if jax.default_backend() == "cpu" else (cos, sin)
+    return (
+        (_made_once(cos), _made_once(sin))
+        if jax.default_backend() == "cpu"
+        else (cos, sin)
+    )
 
 
-def _kept(x: Array) -> Array:
+def _made_once(x: Array) -> Array:
     """Returns x by a product with the identity, which XLA on a CPU makes once.
 
     It would compute cos and sin for every head of every layer instead, and drops

@@ -162,9 +162,9 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         keys = [e.key for e in path if isinstance(e, jax.tree_util.DictKey)]
         # The optimizer's state has the labels of its partition, True and False, as keys.
-        path = tuple(k for k in keys if isinstance(k, str))
-        spec = parameter_sharding(mesh, path).spec
-        more = leaf.ndim - len(logical_axes(path))
+        names = tuple(k for k in keys if isinstance(k, str))
+        spec = parameter_sharding(mesh, names).spec
+        more = leaf.ndim - len(logical_axes(names))
         return NamedSharding(mesh, PartitionSpec(*[None] * more, *spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -13,6 +13,7 @@ from jlora.compiled import keep_compiled
 hits = []
 jax.monitoring.register_event_listener(lambda event: hits.append("cache_hits" in event))
 keep_compiled()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 print(jax.jit(lambda x: x * 3 + 1)(2.0), sum(hits))
 """
 

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from jlora.checkpoint import (
     RunCheckpoints,
     fingerprint,
     load_newest,
+    newest_adapter,
     restore_into,
     resume,
 )
@@ -326,6 +328,16 @@ def test_a_checkpoint_of_another_schema_is_refused_with_both_numbers(saved_run):
     file.write_text(file.read_text().replace('"schema": 2', '"schema": 7'))
     with pytest.raises(UnsupportedError, match=r"schema 7.*schema 2; finish"):
         load_newest(saved_run / "checkpoints")
+
+
+def test_the_adapter_of_a_run_of_the_schema_before_can_be_read(saved_run):
+    file = saved_run / "checkpoints" / "2" / "meta" / "metadata"
+    meta = json.loads(file.read_text())
+    lora = asdict(LoraConfig(r=2))
+    file.write_text(json.dumps(meta | {"schema": 1, "settings": {"lora": lora}}))
+    run = Run()
+    run.train(2)
+    assert_same_bits(newest_adapter(saved_run)[1], run.state.trainable)
 
 
 def test_resuming_with_other_settings_names_what_differs(saved_run):
