@@ -41,10 +41,10 @@ from jlora.rope import apply_rope, rope_angles
 # computed again.
 SAVED_NAMES = ("residual", fused.PRODUCT_NAME, fused.DOWN_NAME, NORM_NAME)
 # The projections of a layer, in the order in which dropout's seeds are drawn for them.
-_PROJECTIONS = (
-    *(("self_attn", f"{name}_proj") for name in "qkvo"),
-    *(("mlp", f"{name}_proj") for name in ("gate", "up", "down")),
-)
+_PROJECTIONS = [
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ["gate", "up", "down"]),
+]
 
 
 def compute_dtype(wanted: str) -> Any:
@@ -279,7 +279,8 @@ class DecoderLayer(nn.Module):
 def _seeds(words: UInt32[Array, "projections 2"]) -> dict[str, Any]:
     """Returns the collection "dropout" of a layer: seeds for each of its projections."""
     found: dict[str, Any] = {}
-    for (block, name), seeds in zip(_PROJECTIONS, words, strict=True):
+    for path, seeds in zip(_PROJECTIONS, words, strict=True):
+        block, name = path.split(".")
         found.setdefault(block, {})[name] = {"seeds": seeds}
     return found
 
