@@ -362,8 +362,8 @@ def _load(path: Path, step: int, schemas: Sequence[int]) -> Saved:
     if meta.get("schema") not in schemas:
         raise UnsupportedError(
             f"{path}: written with checkpoint schema {meta.get('schema')!r}; "
-            f"this jlora reads schema {SCHEMA_VERSION}; finish the run with the jlora that "
-            "began it, or begin it again in another output_dir"
+            f"this jlora reads schema {max(schemas)}; use the jlora that wrote it, or begin "
+            "the run again in another output_dir"
         )
     leaves = restore_tree(path / "state")
     digests = meta.get("sha256", {})

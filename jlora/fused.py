@@ -6,7 +6,9 @@ rank, and the gradients that q, k and v (or gate and up) send to their common in
 one sum. The frozen kernels get no gradient here.
 
 With dropout each adapter has a mask of its own for the common input, so that s becomes
-drop(x) A and its gradient reaches x through that mask; `jlora.hopper_dropout` does both.
+drop(x) A and its gradient reaches x through that mask; `jlora.hopper_dropout` does both,
+but for down's gradient, which `jlora.hopper_swiglu` has at hand. The file is long because
+the two custom gradients, of a group and of the MLP, share all their parts.
 """
 
 import functools

@@ -8,7 +8,8 @@ input, and makes silu(gate) * up while both are at hand.
 The scheme is the usual one of this chip: one warpgroup copies tiles into a ring of
 shared-memory buffers, two multiply them, and a block of threads stays on its
 multiprocessor for all its tiles. Source: CUTLASS, "Efficient GEMM in CUDA", sections
-on warp specialization and persistent kernels.
+on warp specialization and persistent kernels. The file is long because its two products
+share one such kernel.
 """
 
 import functools

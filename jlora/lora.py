@@ -17,6 +17,8 @@ tree. An embedding [V, D] is a layer that maps one-hot tokens, so its leaves are
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021); "DoRA:
 Weight-Decomposed Low-Rank Adaptation" (Liu et al., 2024); PEFT's `tuners/lora/layer.py`
 and `tuners/lora/dora.py` for names and formulas.
+
+Above 300 lines, as all that reads or splits these leaves is here and nowhere else.
 """
 
 from collections.abc import Callable, Mapping, Sequence

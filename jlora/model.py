@@ -6,7 +6,8 @@ N query heads, K key-value heads, H head_dim, V vocab_size.
 Parameter paths are HF's names. Kernels are 2-D [in, out], so converting a checkpoint is
 a transpose and one `LoRADense` serves all seven projections.
 
-Source: transformers `models/llama/modeling_llama.py`.
+Source: transformers `models/llama/modeling_llama.py`. Above 300 lines, to be read top to
+bottom: the whole forward pass is here.
 """
 
 from dataclasses import dataclass, replace

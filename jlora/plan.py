@@ -127,7 +127,7 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
         "frozen weights": weights // work.weight_shards,
         **({"dequantised weights": dequantised} if dequantised else {}),
         "adapter": adapter,
-        "optimizer and gradients": trained + 2 * stacked,
+        "optimizer and gradients": work.adapters * (trained + 2 * stacked),
         "activations": _activation_bytes(work) + _dora_bytes(params, work),
         "logits": 3 * 4 * loss_chunk_tokens() * work.config.vocab_size,
     }

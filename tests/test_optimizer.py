@@ -6,9 +6,11 @@ from training_cases import adapted_params, llama_config
 
 from jlora.config import LoraConfig
 from jlora.errors import UsageError
-from jlora.lora import trainable_mask
+from jlora.lora import split, trainable_mask
 from jlora.optimizer import Numbers, group_of, make_optimizer, make_schedule
-from jlora.settings import OptimConfig
+from jlora.plan import memory_bytes, plan_workload
+from jlora.settings import ComputeConfig, MeshConfig, OptimConfig
+from jlora.sharding import make_mesh
 
 STEPS, RATE = 5, 1e-2
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -138,6 +140,26 @@ def test_layers_with_the_same_leaves_share_one_update():
         ("1", "self_attn", "q_proj", "lora_A"): (1, 32, 4),
         ("1", "self_attn", "q_proj", "lora_B"): (1, 4, 64),
     }
+
+
+def test_the_plan_counts_the_gradient_and_the_moments_of_every_adapter():
+    params, _ = adapted()
+    trainable, _ = split(params, trainable_mask(params))
+    optimizer = make_optimizer(OptimConfig(), make_schedule(OptimConfig(), STEPS))
+    sizes = [4 * x.size for x in jax.tree.leaves(trainable)]
+    moments = [4 * x.size for x in jax.tree.leaves(optimizer.init(params)) if x.ndim]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    work = plan_workload(
+        llama_config(num_hidden_layers=3),
+        params,
+        mesh,
+        compute=ComputeConfig(),
+        rows=1,
+        length=8,
+        adapters=3,
+    )
+    found = memory_bytes(params, work)["optimizer and gradients"]
+    assert found == 3 * (sum(sizes) + sum(moments))
 
 
 def test_lora_plus_gives_pefts_rates_to_the_groups():

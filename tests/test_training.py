@@ -326,7 +326,7 @@ def test_without_a_valid_checkpoint_nothing_is_deleted(saved_run):
 def test_a_checkpoint_of_another_schema_is_refused_with_both_numbers(saved_run):
     file = saved_run / "checkpoints" / "2" / "meta" / "metadata"
     file.write_text(file.read_text().replace('"schema": 2', '"schema": 7'))
-    with pytest.raises(UnsupportedError, match=r"schema 7.*schema 2; finish"):
+    with pytest.raises(UnsupportedError, match=r"schema 7.*schema 2; use the"):
         load_newest(saved_run / "checkpoints")
 
 

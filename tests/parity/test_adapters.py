@@ -314,7 +314,7 @@ def test_an_exported_adapter_on_a_tied_base_gives_the_same_logits_in_peft(
     ours = apply(model, params, tokens)
     # Normal factors on the embedding make logits of several hundreds, of which every
     # logit is a sum: float32's rounding goes with the largest.
-    tolerance = 1e-4 + 1e-6 * np.abs(expected).max()
+    tolerance = 1e-4 + 1e-6 * float(np.abs(expected).max())
     np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance)
 
 

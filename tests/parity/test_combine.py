@@ -74,8 +74,8 @@ def test_the_combination_equals_add_weighted_adapter(how, count, rank, tmp_path)
     for path, pair in made.tensors.items():
         ours = made.scalings[path] * (pair["lora_A"] @ pair["lora_B"]).T
         # PEFT decomposes in float32, where errors go with the largest singular value.
-        tolerance = 1e-6 * np.linalg.norm(expected[path], 2) if how == "svd" else 1e-6
-        np.testing.assert_allclose(ours, expected[path], rtol=0, atol=tolerance)
+        scale = float(np.linalg.norm(expected[path], 2)) if how == "svd" else 1.0
+        np.testing.assert_allclose(ours, expected[path], rtol=0, atol=1e-6 * scale)
     assert made.config.r == model.peft_config["all"].r
 
 
