@@ -111,7 +111,7 @@ def run_command(
         first = str(error).splitlines()[0]
         return _fail(
             f"out of device memory ({first}); use fewer rows at a time "
-            "(train.grad_accum_steps), a shorter data.seq_len or compute.remat full",
+            "(train.grad_accum_steps), a shorter data.seq_len or compute.remat offload",
             ResourceError.exit_status,
         )
     return 0

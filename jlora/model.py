@@ -35,6 +35,7 @@ from jlora.lora import (
     project,
     to_fuse,
 )
+from jlora.offload import run_offloaded
 from jlora.rope import apply_rope, rope_angles
 
 # What a layer's halves keep for their backward pass under remat "minimal", besides their
@@ -78,12 +79,15 @@ class KVCache:
 
 @dataclass(frozen=True)
 class _Call:
-    """What every layer of one forward pass shares."""
+    """What every layer of one forward pass shares.
 
-    cos: Array
-    sin: Array
-    segment_ids: Array | None
-    offset: Array | None
+    Not typed as arrays, because JAX makes trees of this form that hold other things.
+    """
+
+    cos: Any
+    sin: Any
+    segment_ids: Any
+    offset: Any
 
 
 jax.tree_util.register_dataclass(_Call)
@@ -320,6 +324,13 @@ class _Layers(nn.Module):
             words = jax.random.bits(
                 self.make_rng("dropout"), (layers, len(_PROJECTIONS), 2), jnp.uint32
             )
+        if self.options.remat == "offload" and cache is None and not own_scopes:
+            every = [self.variables["params"][str(i)] for i in range(layers)]
+
+            def alone(leaves: Any, words: Any, x: Array, call: _Call) -> Array:
+                return run(leaves, words, x, call, None)[0]
+
+            return run_offloaded(alone, every, list(words), x, call), None
         for i in range(layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
             if own_scopes:
@@ -351,7 +362,7 @@ class Llama(nn.Module):
         config: the architecture.
         dtype: of activations and matmuls.
         attention: implementation, see `jlora.attention`.
-        remat: none, minimal or full; see `SAVED_NAMES`.
+        remat: none, minimal, full or offload; see `SAVED_NAMES` and `jlora.offload`.
         lora_dropout: on the input of every lora_A, when a "dropout" rng is given.
         max_segments: most documents in a row; cudnn needs it for packed rows.
         kernels: of the projections, xla or hopper; see `jlora.fused`.

@@ -41,7 +41,7 @@ PEAK_FLOPS = {
 USABLE_SHARE = 0.9
 SAVERS = (
     "use fewer rows at a time (train.grad_accum_steps), a shorter data.seq_len, "
-    "compute.remat full or more devices"
+    "compute.remat offload or more devices"
 )
 
 
@@ -77,7 +77,7 @@ def plan_workload(
     """Returns the workload of one device for a part of the batch of `rows` rows.
 
     With several adapters these are rows of each. remat auto becomes the least
-    recomputation that is estimated to fit.
+    recomputation that is estimated to fit, and offload where none is.
 
     Raises:
         UsageError: an attention implementation or kernels that cannot run here.
@@ -100,13 +100,15 @@ def plan_workload(
     )
     if work.remat != "auto":
         return work
-    for remat in ("none", "minimal"):
+    for remat in ("none", "minimal", "full"):
         tried = replace(work, remat=remat)
         if sum(memory_bytes(params, tried).values()) <= (
             USABLE_SHARE * device_memory_bytes()
         ):
             return tried
-    return replace(work, remat="full")
+    # On a CPU the host's memory is the device's.
+    on_cpu = jax.default_backend() == "cpu"
+    return replace(work, remat="full" if on_cpu else "offload")
 
 
 def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
@@ -134,24 +136,36 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
 
 
 def _activation_bytes(work: Workload) -> int:
-    """Returns the bytes kept for the backward pass; see `model.SAVED_NAMES`."""
+    """Returns the bytes kept for the backward pass; see `model.SAVED_NAMES`.
+
+    Of the inputs that remat "offload" keeps on the host, two are on the device at a time.
+    """
     c, size = work.config, jnp.dtype(work.dtype).itemsize
     d, f = c.hidden_size, c.intermediate_size
     q, kv = (
         heads * c.head_dim for heads in (c.num_attention_heads, c.num_key_value_heads)
     )
+    layers = c.num_hidden_layers
     kept = {
-        "full": d * size,
-        "minimal": (2 * d + 2 * q + 2 * kv + 2 * f) * size,
+        "offload": 2 * d * size,
+        "full": layers * d * size,
+        "minimal": layers * (2 * d + 2 * q + 2 * kv + 2 * f) * size,
         # Without remat the norms' float32 inputs and SwiGLU's parts stay as well.
-        "none": (8 * d + 2 * q + 2 * kv + 5 * f) * size + 8 * d,
+        "none": layers * ((8 * d + 2 * q + 2 * kv + 5 * f) * size + 8 * d),
     }[work.remat]
     scores = 0
     # Float32 scores and weights, of one layer or of all: more than blocks on a CPU keep.
     if work.attention == "xla":
         per_layer = 2 * 4 * c.num_attention_heads * work.length
-        scores = per_layer * (c.num_hidden_layers if work.remat == "none" else 1)
-    return work.rows * work.length * (c.num_hidden_layers * kept + scores)
+        scores = per_layer * (layers if work.remat == "none" else 1)
+    return work.rows * work.length * (kept + scores)
+
+
+def host_bytes(work: Workload) -> int:
+    """Returns the bytes per device that remat "offload" keeps in the host's memory."""
+    per_token = work.config.hidden_size * jnp.dtype(work.dtype).itemsize
+    layers = work.config.num_hidden_layers if work.remat == "offload" else 0
+    return work.rows * work.length * layers * per_token
 
 
 def _dequantised_bytes(params: Params, work: Workload) -> int:
@@ -179,15 +193,18 @@ def _dora_bytes(params: Params, work: Workload) -> int:
         and not name.endswith(("gate_proj", "up_proj"))
         and "lora_magnitude" in leaves
     ]
-    tokens = 0 if work.remat == "full" else work.rows * work.length
+    tokens = 0 if work.remat in ("full", "offload") else work.rows * work.length
     return tokens * sum(sizes) * jnp.dtype(work.dtype).itemsize
 
 
 def device_memory_bytes() -> int:
     """Returns the memory one device offers; on CPU, that of the machine."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+    return stats.get("bytes_limit", host_memory_bytes())
+
+
+def host_memory_bytes() -> int:
+    """Returns the memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -204,11 +221,14 @@ def memory_table(params: Params, work: Workload) -> list[str]:
     parts = memory_bytes(params, work)
     lines = [f"  {name:<24} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
     total, limit = sum(parts.values()) / 2**30, device_memory_bytes() / 2**30
+    kept = jax.local_device_count() * host_bytes(work) / 2**30
+    on_host = f"{kept:.2f} GiB of {host_memory_bytes() / 2**30:.2f} GiB"
     return [
         "memory per device:",
         *lines,
         f"  {'sum (estimate)':<24} {total:8.2f} GiB of {limit:.2f} GiB: "
         + ("fits" if total <= USABLE_SHARE * limit else f"does not fit; {SAVERS}"),
+        *[f"layer inputs, on the host: {on_host}"] * bool(kept),
     ]
 
 

@@ -197,8 +197,9 @@ class ComputeConfig:
     base_dtype: Literal["keep", "float32", "bfloat16", "fp8", "int8", "nf4"] = "keep"
     """Storage of the frozen weights; keep: as in the checkpoint; fp8, int8, nf4: the seven
     projections' only, quantised while they are read."""
-    remat: Literal["auto", "none", "minimal", "full"] = "auto"
-    """What the backward pass recomputes to save memory."""
+    remat: Literal["auto", "none", "minimal", "full", "offload"] = "auto"
+    """What the backward pass recomputes to save memory; offload: as full, and the layers'
+    inputs wait in the host's memory; auto: the first that fits."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto: cudnn on GPU where it applies, else xla; splash: on TPU."""
     kernels: Literal["auto", "xla", "hopper"] = "auto"

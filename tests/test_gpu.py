@@ -132,7 +132,7 @@ def test_flash_attention_runs_once_forward_in_a_train_step() -> None:
 @pytest.mark.parametrize(
     ("use_dora", "rate"), [(False, 0.0), (True, 0.0), (False, 0.2)]
 )
-@pytest.mark.parametrize("remat", ["minimal", "full"])
+@pytest.mark.parametrize("remat", ["minimal", "full", "offload"])
 def test_fused_kernels_err_no_more_than_plain_bfloat16(
     remat: str, use_dora: bool, rate: float
 ) -> None:
@@ -166,7 +166,7 @@ def test_fused_kernels_err_no_more_than_plain_bfloat16(
         assert relative_error(found, exact) < allowed
 
 
-@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
+@pytest.mark.parametrize("remat", ["none", "minimal", "full", "offload"])
 def test_bfloat16_train_step_lowers_the_loss_and_keeps_the_base(remat: str) -> None:
     config = LlamaConfig(
         vocab_size=1024,

@@ -18,6 +18,7 @@ ROWS = (
     {"attention", "narrow"},
     {"fused"},
     {"lora"},
+    {"offload"},
     {"lora_init", "merging", "model"},
     {"loss", "optimizer", "checkpoint", "data", "report", "cli", "generation"},
     {"prefetch", "sweep_file"},

@@ -183,7 +183,7 @@ def plain_gradients():
     return config, jax.jit(jax.grad(loss))(trainable)
 
 
-@pytest.mark.parametrize("remat", ["minimal", "full"])
+@pytest.mark.parametrize("remat", ["minimal", "full", "offload"])
 def test_remat_gives_the_same_gradients(plain_gradients, remat):
     config, expected = plain_gradients
     loss, trainable = loss_of(config, remat)

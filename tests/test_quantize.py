@@ -226,7 +226,8 @@ def test_logits_count_and_merge_are_those_of_the_dequantised_model(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "remat"), [("fp8", "none"), ("int8", "minimal"), ("nf4", "full")]
+    ("name", "remat"),
+    [("fp8", "none"), ("int8", "minimal"), ("nf4", "full"), ("nf4", "offload")],
 )
 def test_training_follows_the_dequantised_model_and_leaves_the_base(name, remat):
     config = llama_config(num_hidden_layers=1)
