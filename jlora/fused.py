@@ -155,13 +155,14 @@ def _swiglu_backward(rate: float, residuals: Any, dy: Array) -> tuple[Any, ...]:
     x, s, gate, up, s_act, kernels, pairs = residuals
     first, last = pairs[:2], pairs[2:]
     ds_act = _d_down([dy], last)
-    # What comes through down's adapter is added where its mask is made.
-    d_act = _dx([dy], None if rate else ds_act, kernels[2:], last)
     if _streams(pairs):
+        # What comes through down's adapter is added where its mask is made.
+        d_act = _dx([dy], None if rate else ds_act, kernels[2:], last)
         dys, ds, d_b, d_a_last = _stream(gate, up, d_act, s, ds_act, pairs, rate)
     else:
-        act, *dys = _swiglu_gradients(gate, up, d_act)
-        d_a_last = None if ds_act is None else _outer(act, ds_act)
+        d_a_last = None if ds_act is None else _outer(_act(gate, up), ds_act)
+        terms = _back_terms([dy], ds_act, kernels[2:], last)
+        dys = hopper.swiglu_gradients(*terms, gate, up)
         ds, d_b = _d_down(dys, first), _d_b(s, dys, first)
     d_last = _joined_gradients(last, [d_a_last], _d_b(s_act, [dy], last))
     dx, d_a = _d_input(x, dys, ds, kernels[:2], first, rate)
@@ -224,13 +225,10 @@ def _stream(
     return [made.gate, made.up], ds, d_b, made.a_down
 
 
-def _swiglu_gradients(gate: Array, up: Array, d_act: Array) -> tuple[Array, ...]:
-    """Returns silu(gate) * up and the gradients of gate and up, summed in float32."""
-    g, u, d = (x.astype(jnp.float32) for x in (gate, up, d_act))
-    share = jax.nn.sigmoid(g)
-    d_gate = d * u * share * (1 + g * (1 - share))
-    results = (g * share * u, d_gate, d * g * share)
-    return tuple(x.astype(gate.dtype) for x in results)
+def _act(gate: Array, up: Array) -> Array:
+    """Returns silu(gate) * up, computed in float32."""
+    g, u = (x.astype(jnp.float32) for x in (gate, up))
+    return (jax.nn.silu(g) * u).astype(gate.dtype)
 
 
 def _dropout(pairs: Adapters, rate: float) -> Dropout | None:
@@ -281,11 +279,17 @@ def _dx(
     pairs: Adapters,
     addend: Array | None = None,
 ) -> Array:
-    xs, weights = list(dys), list(kernels)
-    if ds is not None:
-        xs.append(ds)
-        weights.append(narrow.joined_a(pairs, ds.dtype))
+    xs, weights = _back_terms(dys, ds, kernels, pairs)
     return hopper.sum_of_products(xs, [weights], addend, transposed=True)[0]
+
+
+def _back_terms(
+    dys: list[Array], ds: Array | None, kernels: list[Array], pairs: Adapters
+) -> tuple[list[Array], list[Array]]:
+    """Returns what to multiply for the input's gradient: [dy..., dS] and [W..., A]."""
+    if ds is None:
+        return dys, kernels
+    return [*dys, ds], [*kernels, narrow.joined_a(pairs, ds.dtype)]
 
 
 def _d_input(

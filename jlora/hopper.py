@@ -3,19 +3,19 @@
 A layer's x W + s B is summed in the accumulators of the tensor cores: an adapter costs
 one more step of the inner loop, where a second matmul would read and write the whole
 output again. The same kernel sums the input gradients of layers that share their
-input, and makes silu(gate) * up while both are at hand.
+input, makes silu(gate) * up while both are at hand, and its gradients from the sum for it.
 
 The scheme is the usual one of this chip: one warpgroup copies tiles into a ring of
 shared-memory buffers, two multiply them, and a block of threads stays on its
 multiprocessor for all its tiles. Source: CUTLASS, "Efficient GEMM in CUDA", sections
-on warp specialization and persistent kernels. The file is long because its two products
+on warp specialization and persistent kernels. The file is long because its three products
 share one such kernel.
 """
 
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,9 @@ _STAGES = 4
 _PART = 64
 # Registers of a thread that copies, and of one that multiplies.
 COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 232
+
+# For the columns of a tile that come at a time: a warpgroup's rows of other arrays, float32.
+Parts = Iterator[tuple[slice, list[Array]]]
 
 
 def choose_kernels(wanted: str, *, dtype: Any, devices: Sequence[Any]) -> str:
@@ -108,15 +111,17 @@ def sum_of_products(
             @pl.when((n >= start) & (n < start + size))
             def _(w: Any = group[term], start: int = start) -> None:
                 along = pl.ds(pl.multiple_of(n - start, COLUMNS), COLUMNS)
-                block = w.at[along, k] if transposed else w.at[k, along]
-                plgpu.copy_gmem_to_smem(
-                    block, buffer.at[0], done, collective_axes="member"
-                )
+                tile = w.at[along, k] if transposed else w.at[k, along]
+                _copy_to_both(tile, buffer.at[0], done)
 
-    def store(made: list[Array], outs: Any, m: Any, n: Any, buffers: Any) -> None:
+    def store(
+        made: list[Array], more: Parts, outs: Any, m: Any, n: Any, buffers: Any
+    ) -> None:
         (sums,) = made
         if addend is not None:
-            _store_sum(sums, outs[0].at[m, n], outs[-1].at[m, n], buffers)
+            out = outs[0].at[m, n]
+            totals = ((at, sums[:, at] + own) for at, (own,) in more)
+            _store(((x.astype(out.dtype), out.at[:, at]) for at, x in totals), buffers)
             return
         for out, start, size in zip(outs, starts, sizes, strict=True):
 
@@ -125,10 +130,6 @@ def sum_of_products(
                 place = out.at[m, pl.ds(n.start - start, n.size)]
                 _store([(sums.astype(out.dtype), place)], buffers)
 
-    def prepare(outs: Any, m: Any, n: Any, buffers: Any) -> None:
-        if addend is not None:
-            _fetch_first(outs[-1].at[m, n], buffers)
-
     return _launch(
         xs,
         weights,
@@ -136,8 +137,7 @@ def sum_of_products(
         grid=(rows // ROWS, sum(sizes) // COLUMNS),
         load=load,
         store=store,
-        prepare=prepare,
-        addend=addend,
+        more=[] if addend is None else [addend],
         pieces=1,
         transposed=transposed,
         interpret=interpret,
@@ -166,11 +166,11 @@ def swiglu(
     def load(groups: Any, term: int, n: Any, k: Any, buffer: Any, done: Any) -> None:
         for i, group in enumerate(groups):
             along = pl.ds(pl.multiple_of(lax.div(n, 2), half), half)
-            plgpu.copy_gmem_to_smem(
-                group[term].at[k, along], buffer.at[i], done, collective_axes="member"
-            )
+            _copy_to_both(group[term].at[k, along], buffer.at[i], done)
 
-    def store(sums: list[Array], outs: Any, m: Any, n: Any, buffers: Any) -> None:
+    def store(
+        sums: list[Array], _: Parts, outs: Any, m: Any, n: Any, buffers: Any
+    ) -> None:
         at = pl.ds(pl.multiple_of(lax.div(n.start, 2), half), half)
         g, u = (x.astype(outs[0].dtype) for x in sums)
         wide = g.astype(jnp.float32)
@@ -186,12 +186,74 @@ def swiglu(
         grid=(rows // ROWS, size // half),
         load=load,
         store=store,
-        prepare=lambda *_: None,
-        addend=None,
+        more=[],
         pieces=2,
         transposed=False,
         interpret=interpret,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def swiglu_gradients(
+    xs: Sequence[Float[Array, "M _"]],
+    weights: Sequence[Float[Array, "F _"]],
+    gate: Float[Array, "M F"],
+    up: Float[Array, "M F"],
+    *,
+    interpret: Any = None,
+) -> list[Float[Array, "M F"]]:
+    """Returns the gradients of gate and up, where that of silu(gate) * up is x @ w^T.
+
+    The latter, summed over xs in float32, is not rounded in between.
+
+    Args:
+        xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
+        weights: a w [F, K] for each x; F is a multiple of 256.
+        gate: bfloat16, as `swiglu` returned it.
+        up: likewise.
+        interpret: simulates the GPU where there is none, for tests.
+    """
+    rows, size = gate.shape
+
+    def load(groups: Any, term: int, n: Any, k: Any, buffer: Any, done: Any) -> None:
+        tile = groups[0][term].at[pl.ds(pl.multiple_of(n, COLUMNS), COLUMNS), k]
+        _copy_to_both(tile, buffer.at[0], done)
+
+    def store(
+        sums: list[Array], more: Parts, outs: Any, m: Any, n: Any, buffers: Any
+    ) -> None:
+        def pairs() -> Iterator[tuple[Array, Any]]:
+            for at, (g, u) in more:
+                *made, _ = through_swiglu(sums[0][:, at], g, u)
+                for values, out in zip(made, outs, strict=True):
+                    yield values.astype(out.dtype), out.at[m, n].at[:, at]
+
+        _store(pairs(), buffers)
+
+    return _launch(
+        xs,
+        [weights],
+        outputs=[(rows, size)] * 2,
+        grid=(rows // ROWS, size // COLUMNS),
+        load=load,
+        store=store,
+        more=[gate, up],
+        pieces=1,
+        transposed=True,
+        interpret=interpret,
+    )
+
+
+def _copy_to_both(tile: Any, buffer: Any, done: Any) -> None:
+    """Copies a tile of the weights, a half by each of the two blocks that need it."""
+    plgpu.copy_gmem_to_smem(tile, buffer, done, collective_axes="member")
+
+
+def through_swiglu(d_act: Array, gate: Array, up: Array) -> tuple[Array, Array, Array]:
+    """Returns the gradients of gate and up, and silu(gate) * up, of float32 tiles."""
+    share = 1 / (1 + jnp.exp(-gate))
+    silu = gate * share
+    return d_act * up * share * (1 + gate - silu), d_act * silu, silu * up
 
 
 def _launch(
@@ -202,8 +264,7 @@ def _launch(
     grid: tuple[int, int],
     load: Callable[..., None],
     store: Callable[..., None],
-    prepare: Callable[..., None],
-    addend: Array | None,
+    more: Sequence[Array],
     pieces: int,
     transposed: bool,
     interpret: Any,
@@ -211,23 +272,24 @@ def _launch(
     """Runs the kernel: `load` copies a tile of the weights, `store` writes the sums.
 
     A tile's columns may come in several pieces, each with weights and sums of its own.
-    `prepare` runs before a tile's products; an addend follows the outputs.
+    `store` also gets the tile's `Parts` of `more`, one array, or two where the weights
+    are transposed: they come through the ring, behind the tile's last product.
     """
     blocks = multiprocessors() // 2
     rows = ROWS // 2
     depths = [x.shape[1] // DEPTH for x in xs]
     piece = COLUMNS // pieces
     mine = rows // 2  # rows of a warpgroup
+    parts_of_more = range(0, COLUMNS if more else 0, _PART)
 
     def body(*refs: Any) -> None:
         x_refs, refs = refs[: len(xs)], refs[len(xs) :]
         groups = [
             refs[i : i + len(xs)] for i in range(0, len(weights) * len(xs), len(xs))
         ]
-        outs, (a_ring, b_ring, parts, arrived, ready, consumed) = refs[:-6], refs[-6:]
-        outs = outs[len(weights) * len(xs) :]
-        if addend is not None:  # inputs come before outputs
-            outs = (*outs[1:], outs[0])
+        refs, (a_ring, b_ring, parts, arrived, ready, consumed) = refs[:-6], refs[-6:]
+        refs = refs[len(weights) * len(xs) :]
+        more_refs, outs = refs[: len(more)], refs[len(more) :]
         warpgroup = lax.axis_index("warpgroup")
         count = (math.prod(grid) - 1 - lax.axis_index("block")) // blocks + 1
 
@@ -235,6 +297,9 @@ def _launch(
             index = lax.axis_index("block") + i * blocks
             m, n = plgpu.planar_snake(index, grid, 0, _BAND)
             return m * ROWS + lax.axis_index("member") * rows, n * COLUMNS
+
+        def place_of_more(slot: Any, i: int) -> Any:
+            return b_ring.at[slot, 0, pl.ds(0, rows)] if i else a_ring.at[slot]
 
         def copy() -> None:
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
@@ -256,6 +321,15 @@ def _launch(
                         return step + 1
 
                     step = lax.fori_loop(0, depth, fetch, step)
+                for part in parts_of_more:
+                    slot = lax.rem(step, _STAGES)
+                    plgpu.barrier_wait(consumed.at[slot])
+                    for i, ref in enumerate(more_refs):
+                        tile = ref.at[pl.ds(m, rows), pl.ds(n + part, _PART)]
+                        plgpu.copy_gmem_to_smem(
+                            tile, place_of_more(slot, i), arrived.at[slot]
+                        )
+                    step += 1
                 return step
 
             step = lax.fori_loop(0, count, tile, jnp.int32(0))
@@ -284,14 +358,24 @@ def _launch(
             for slot in range(_STAGES):
                 plgpu.barrier_arrive(consumed.at[slot])
 
-            buffers = [
-                (parts.at[warpgroup, i], arrived.at[2 * warpgroup + i]) for i in (0, 1)
-            ]
+            buffers = [parts.at[warpgroup, i] for i in (0, 1)]
+
+            def own_parts(step: Any) -> Parts:
+                for i, part in enumerate(parts_of_more):
+                    slot = lax.rem(step + i, _STAGES)
+                    plgpu.barrier_wait(arrived.at[slot])
+                    tiles = [
+                        place_of_more(slot, j)[pl.ds(offset, mine)]
+                        for j in range(len(more))
+                    ]
+                    at = slice(part, part + _PART)
+                    yield at, [tile.astype(jnp.float32) for tile in tiles]
+                    # All threads have read them: they met in `_store` since then.
+                    plgpu.barrier_arrive(consumed.at[slot])
 
             def tile(i: Any, step: Any) -> Any:
                 m, n = corner(i)
                 at = pl.ds(m + offset, mine), pl.ds(n, COLUMNS)
-                prepare(outs, *at, buffers)
 
                 def with_sums(*accs: Any) -> None:
                     def one(k: Any, step: Any) -> Any:
@@ -301,11 +385,11 @@ def _launch(
                     sums = [acc[...] for acc in accs]
                     last = lax.rem(end + _STAGES - 1, _STAGES)
                     plgpu.barrier_arrive(consumed.at[last])
-                    store(sums, outs, *at, buffers)
+                    store(sums, own_parts(end), outs, *at, buffers)
 
                 accs = [plgpu.ACC((mine, piece), jnp.float32)] * pieces
                 pl.run_scoped(with_sums, *accs)
-                return step + sum(depths)
+                return step + sum(depths) + len(parts_of_more)
 
             lax.fori_loop(0, count, tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -326,7 +410,7 @@ def _launch(
             shared((_STAGES, rows, DEPTH)),
             shared((_STAGES, pieces, *b_shape)),
             shared((2, 2, _PART, _PART)),
-            plgpu.Barrier(num_barriers=4),
+            plgpu.Barrier(num_arrivals=len(more) or 1, num_barriers=_STAGES),
             plgpu.Barrier(num_arrivals=1 + pieces, num_barriers=_STAGES),
             plgpu.ClusterBarrier(
                 collective_axes=("member",), num_arrivals=2, num_barriers=_STAGES
@@ -339,12 +423,11 @@ def _launch(
         num_threads=3,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True
         ),
         interpret=interpret,
     )
-    extra = [] if addend is None else [addend]
-    return list(kernel(*xs, *(w for group in weights for w in group), *extra))
+    return list(kernel(*xs, *(w for group in weights for w in group), *more))
 
 
 def multiprocessors() -> int:
@@ -360,37 +443,13 @@ def _parts(shape: tuple[int, ...]) -> list[tuple[slice, slice]]:
     ]
 
 
-def _store(pairs: Sequence[tuple[Array, Any]], buffers: Any) -> None:
+def _store(pairs: Iterable[tuple[Array, Any]], buffers: Any) -> None:
     """Copies tiles of a warpgroup to their places, through two small buffers in turn."""
     turn = 0
     for values, out in pairs:
         for part in _parts(values.shape):
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            _put(values[part], out.at[part], buffers[turn][0])
+            buffers[turn][...] = values[part]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(buffers[turn], out.at[part])
             turn = 1 - turn
-
-
-def _put(values: Array, out: Any, buffer: Any) -> None:
-    buffer[...] = values
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(buffer, out)
-
-
-def _fetch_first(addend: Any, buffers: Any) -> None:
-    """Starts to copy the first two parts of an addend's tile into the buffers."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for turn, part in enumerate(_parts(addend.shape)[:2]):
-        plgpu.copy_gmem_to_smem(addend.at[part], *buffers[turn])
-
-
-def _store_sum(sums: Array, out: Any, addend: Any, buffers: Any) -> None:
-    """Adds the addend to the sums and stores them; two parts of it are on their way."""
-    parts = _parts(sums.shape)
-    for i, part in enumerate(parts):
-        buffer, arrived = buffers[i % 2]
-        plgpu.barrier_wait(arrived)
-        total = sums[part] + buffer[...].astype(jnp.float32)
-        _put(total.astype(out.dtype), out.at[part], buffer)
-        if i + 2 < len(parts):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.copy_gmem_to_smem(addend.at[parts[i + 2]], buffer, arrived)

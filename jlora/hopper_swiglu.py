@@ -337,13 +337,11 @@ def _turn(tiles: list[Any], through_mask: tuple[Array, Array] | None) -> None:
         plgpu.layout_cast(tile[...], plgpu.Layout.WGMMA).astype(jnp.float32)
         for tile in tiles
     )
-    share = 1 / (1 + jnp.exp(-g))
-    silu = g * share
-    act = silu * u
     if through_mask is not None:
         keep, sent = through_mask
-        d, act = d + kept(keep, sent), kept(keep, act)
-    made = (d * u * share * (1 + g - silu), d * silu, act)
+        d += kept(keep, sent)
+    *made, act = hopper.through_swiglu(d, g, u)
+    made.append(act if through_mask is None else kept(through_mask[0], act))
     for tile, values in zip(tiles, made, strict=True):
         tile[...] = values.astype(dtype)
     plgpu.commit_smem()
