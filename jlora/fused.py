@@ -1,4 +1,4 @@
-"""The projections of a layer that share their input, as few kernels of `jlora.hopper`.
+"""The projections of a layer that share their input, as few kernels of `jlora.hopper_products`.
 
 The same sums as `LoRADense` makes one by one, grouped so that each large array is read
 and written once: x W + (x A) s B is one product whose inner length is longer by the
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jlora import hopper, hopper_dropout, hopper_swiglu, narrow
+from jlora import hopper, hopper_dropout, hopper_products, hopper_swiglu, narrow
 from jlora.narrow import Adapter, Adapters, Dropout, placed
 
 Leaves = Mapping[str, Any]
@@ -116,7 +116,7 @@ def _project_forward(
     residual: Array | None,
 ) -> tuple[list[Array], Any]:
     s = _down(x, pairs, rate)
-    outs = hopper.sum_of_products(*_terms(x, s, kernels, pairs), residual)
+    outs = hopper_products.sum_of_products(*_terms(x, s, kernels, pairs), residual)
     return outs, (x, s, kernels, pairs, residual is not None)
 
 
@@ -143,11 +143,11 @@ def _swiglu_forward(
 ) -> tuple[Array, Any]:
     s = _down(x, pairs[:2], rate)
     xs, (gates, ups) = _terms(x, s, kernels[:2], pairs[:2])
-    gate, up, act = hopper.swiglu(xs, gates, ups)
+    gate, up, act = hopper_products.swiglu(xs, gates, ups)
     gate, up = (checkpoint_name(y, PRODUCT_NAME) for y in (gate, up))
     s_act = _down(act, pairs[2:], rate)
     terms = _terms(act, s_act, kernels[2:], pairs[2:])
-    (out,) = hopper.sum_of_products(*terms, residual)
+    (out,) = hopper_products.sum_of_products(*terms, residual)
     return out, (x, s, gate, up, s_act, kernels, pairs)
 
 
@@ -162,7 +162,7 @@ def _swiglu_backward(rate: float, residuals: Any, dy: Array) -> tuple[Any, ...]:
     else:
         d_a_last = None if ds_act is None else _outer(_act(gate, up), ds_act)
         terms = _back_terms([dy], ds_act, kernels[2:], last)
-        dys = hopper.swiglu_gradients(*terms, gate, up)
+        dys = hopper_products.swiglu_gradients(*terms, gate, up)
         ds, d_b = _d_down(dys, first), _d_b(s, dys, first)
     d_last = _joined_gradients(last, [d_a_last], _d_b(s_act, [dy], last))
     dx, d_a = _d_input(x, dys, ds, kernels[:2], first, rate)
@@ -280,7 +280,7 @@ def _dx(
     addend: Array | None = None,
 ) -> Array:
     xs, weights = _back_terms(dys, ds, kernels, pairs)
-    return hopper.sum_of_products(xs, [weights], addend, transposed=True)[0]
+    return hopper_products.sum_of_products(xs, [weights], addend, transposed=True)[0]
 
 
 def _back_terms(

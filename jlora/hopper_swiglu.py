@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
-from jlora import hopper
+from jlora import hopper, hopper_products
 from jlora.dropout import axis_codes, kept, tile_mask
 
 # Rows and columns of a warpgroup's tile: one row of the 128-byte swizzle in bfloat16.
@@ -340,7 +340,7 @@ def _turn(tiles: list[Any], through_mask: tuple[Array, Array] | None) -> None:
     if through_mask is not None:
         keep, sent = through_mask
         d += kept(keep, sent)
-    *made, act = hopper.through_swiglu(d, g, u)
+    *made, act = hopper_products.through_swiglu(d, g, u)
     made.append(act if through_mask is None else kept(through_mask[0], act))
     for tile, values in zip(tiles, made, strict=True):
         tile[...] = values.astype(dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora import fused, hopper, hopper_dropout, hopper_swiglu, narrow
+from jlora import fused, hopper, hopper_dropout, hopper_products, hopper_swiglu, narrow
 from jlora.config import LoraConfig
 from jlora.dropout import drop, drop_by, seeds
 from jlora.errors import UsageError
@@ -123,9 +123,9 @@ def _products_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return [g, u, jax.nn.silu(g) * u]
 
     monkeypatch.setattr(hopper_swiglu, "swiglu_backward", plain_swiglu_backward)
-    monkeypatch.setattr(hopper, "sum_of_products", sum_of_products)
-    monkeypatch.setattr(hopper, "swiglu", swiglu)
-    monkeypatch.setattr(hopper, "swiglu_gradients", plain_swiglu_gradients)
+    monkeypatch.setattr(hopper_products, "sum_of_products", sum_of_products)
+    monkeypatch.setattr(hopper_products, "swiglu", swiglu)
+    monkeypatch.setattr(hopper_products, "swiglu_gradients", plain_swiglu_gradients)
     monkeypatch.setattr(hopper, "ROWS", 1)
     monkeypatch.setattr(hopper, "COLUMNS", 1)
     monkeypatch.setattr(hopper_dropout, "down", plain_down)
@@ -330,7 +330,7 @@ def test_simulated_kernels_equal_products_in_float32(
         for key, k in zip(keys[2:], (256, 64), strict=True)
     )
     try:
-        (found,) = hopper.sum_of_products(
+        (found,) = hopper_products.sum_of_products(
             [x, s],
             [[w.T, b.T] if transposed else [w, b]],
             2 * w,
@@ -358,7 +358,7 @@ def test_simulated_swiglu_gradients_equal_the_plain_ones(
     )
     arguments = [dy, ds], [w, a], gate, up  # four tiles for one pair of blocks
     try:
-        found = hopper.swiglu_gradients(
+        found = hopper_products.swiglu_gradients(
             *arguments, interpret=params.InterpretGPUParams()
         )
     except NotImplementedError:
