@@ -22,6 +22,7 @@ from jlora.data import Tokenizer, load_split, make_samples, plan_lines
 from jlora.fit import Entry, fit, write_settings
 from jlora.loop import stop_requests
 from jlora.lora import Params, count_parameters, format_parameter_count
+from jlora.memory import keep_freed_memory
 from jlora.model import Llama
 from jlora.plan import flops_per_token, memory_table, plan_workload
 from jlora.processes import check_agreement, joined_processes
@@ -81,6 +82,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     every = read_sweep(args)  # one run without a name, if it is no sweep
     for own in () if args.plan else every.values():
         check_run(Path(own.output_dir), args.resume)
+    keep_freed_memory()
     mesh = make_mesh(args.mesh)
     keep_compiled()
     source = open_source(args.model)

@@ -2,16 +2,20 @@
 
     python benchmarks/cpu_peer.py --steps 4
 
-Needs torch, transformers and peft. A step's CPU seconds are those of the whole process,
-so that other work on the machine disturbs them less than it disturbs wall seconds.
+Needs torch, transformers and peft. Every variant runs in a process of its own, as its users
+run it, so that none changes how another's memory is managed; all but one wait meanwhile. A
+step's CPU seconds are those of its whole process, so that other work on the machine
+disturbs them less than it disturbs wall seconds.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -19,15 +23,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import peers
-import step_time
-import torch
-
 PACKAGES = ("jax", "torch", "transformers", "peft")
 
 
 def jlora_step(name: str, layers: int) -> Callable[[], float]:
     """Returns a function that makes one step and returns its loss."""
+    import step_time
+
+    from jlora.memory import keep_freed_memory
+
+    keep_freed_memory()  # as train.py does
     work = step_time.WORKLOADS[name]
     config = replace(work.config, num_hidden_layers=layers)
     step, state, frozen, _ = step_time.prepare(replace(work, config=config))
@@ -43,6 +48,9 @@ def jlora_step(name: str, layers: int) -> Callable[[], float]:
 
 def peft_step(mixed: bool, layers: int) -> Callable[[], float]:
     """Returns a function that makes one step and returns its loss."""
+    import peers
+    import torch
+
     sizes, *rest = peers.WORKLOADS["E"]
     peers.WORKLOADS["E"] = ({**sizes, "num_hidden_layers": layers}, *rest)
     rows, length = rest[2:4]
@@ -60,36 +68,67 @@ def peft_step(mixed: bool, layers: int) -> Callable[[], float]:
     return run
 
 
+VARIANTS: dict[str, Callable[[int], Callable[[], float]]] = {
+    "jlora float32": partial(jlora_step, "E"),
+    "peft float32": partial(peft_step, False),
+    "jlora bfloat16": partial(jlora_step, "E-bfloat16"),
+    "peft bfloat16 autocast": partial(peft_step, True),
+}
+
+
+def serve(run: Callable[[], float]) -> None:
+    """Makes a step for every line that comes, and answers [CPU s, wall s, loss]."""
+    for _ in sys.stdin:
+        cpu, wall = time.process_time(), time.perf_counter()
+        loss = run()
+        times = time.process_time() - cpu, time.perf_counter() - wall
+        print(json.dumps([*times, loss]), flush=True)
+
+
+def start(name: str, layers: int) -> Any:
+    """Returns a process that serves this variant."""
+    command = [sys.executable, __file__, "--serve", name, "--layers", str(layers)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+
+
+def ask(process: Any) -> tuple[float, float, float]:
+    """Returns [CPU s, wall s, loss] of one step."""
+    print(file=process.stdin, flush=True)
+    return tuple(json.loads(process.stdout.readline()))
+
+
 def main() -> None:
     """Prints one JSON line per variant: median CPU and wall seconds of a step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    variants = {
-        "jlora float32": jlora_step("E", args.layers),
-        "peft float32": peft_step(mixed=False, layers=args.layers),
-        "jlora bfloat16": jlora_step("E-bfloat16", args.layers),
-        "peft bfloat16 autocast": peft_step(mixed=True, layers=args.layers),
-    }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    losses: dict[str, list[float]] = {name: [] for name in variants}
+    if args.serve:
+        serve(VARIANTS[args.serve](args.layers))
+        return
+    processes, found = {}, {}
+    for name in VARIANTS:
+        processes[name] = start(name, args.layers)
+        found[name] = [ask(processes[name])]  # compiles, while the others wait
     for _ in range(1 + args.steps):
-        for name, run in variants.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            losses[name].append(run())
-            times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    for name, pairs in times.items():
-        found: dict[str, Any] = {
+        for name, process in processes.items():
+            found[name].append(ask(process))
+    for name, process in processes.items():
+        process.stdin.close()
+        process.wait()
+        cpu, wall, losses = zip(*found[name], strict=True)
+        line = {
             "workload": "E",
             "what": name,
             "layers": args.layers,
-            "cpu_s": round(median(cpu for cpu, _ in pairs[1:]), 2),
-            "wall_s": round(median(wall for _, wall in pairs[1:]), 2),
-            "loss": [round(losses[name][0], 4), round(losses[name][-1], 4)],
+            "cpu_s": round(median(cpu[2:]), 2),
+            "wall_s": round(median(wall[2:]), 2),
+            "loss": [round(losses[0], 4), round(losses[-1], 4)],
             "versions": {package: version(package) for package in PACKAGES},
         }
-        print(json.dumps(found), flush=True)
+        print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

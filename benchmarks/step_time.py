@@ -29,6 +29,7 @@ import jlora
 from jlora.compiled import keep_compiled
 from jlora.config import LlamaConfig, LoraConfig
 from jlora.lora import Params
+from jlora.memory import keep_freed_memory
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import (
@@ -244,6 +245,7 @@ def main() -> None:
         for name in args.workloads:
             subprocess.run([sys.executable, __file__, *options, name], check=True)
         return
+    keep_freed_memory()  # as train.py does
     if args.cache:
         keep_compiled()
     (name,) = args.workloads

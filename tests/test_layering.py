@@ -9,7 +9,15 @@ COMMANDS = ("train", "generate", "evaluate")
 # A module may import rows above its own; `data` is a package whose files import each other.
 ROWS = (
     {"errors", "matmul"},
-    {"strict_json", "strict_yaml", "flags", "fields", "compiled", "processes"},
+    {
+        "strict_json",
+        "strict_yaml",
+        "flags",
+        "fields",
+        "compiled",
+        "memory",
+        "processes",
+    },
     {"architectures", "rope_config", "peft_fields"},
     {"config"},
     {"settings"},
