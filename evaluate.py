@@ -14,6 +14,7 @@ from jlora.cli import run_command
 from jlora.compiled import keep_compiled
 from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
+from jlora.memory import keep_freed_memory
 from jlora.model import Llama, compute_dtype
 from jlora.report import show_samples
 from jlora.settings import DataConfig, MeshConfig
@@ -92,6 +93,7 @@ def main(args: Arguments) -> None:
         print("\n".join([*data.summary, *plan_lines(data), ""]))
         show_samples(make_samples(data, tokenizer))
         return
+    keep_freed_memory()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     keep_compiled()
     check_divisible(mesh, config, args.batch_size)

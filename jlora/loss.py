@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlora.elementwise import negative_log_likelihood
 from jlora.lora import Params, head_logits, is_trainable
 
 
@@ -64,10 +65,7 @@ def _chunk_loss(
     head = {**trainable, **frozen}
     logits = head_logits(hidden, head, hidden.dtype, dropped=dropped)
     logits = logits.astype(jnp.float32)  # [B, size, V]
-    columns = jnp.arange(logits.shape[-1])
-    chosen = jnp.where(columns == targets[..., None], logits, 0).sum(-1)
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.sum(losses * weights)
+    return jnp.sum(negative_log_likelihood(logits, targets) * weights)
 
 
 @jax.custom_vjp

@@ -24,6 +24,7 @@ from jlora import fused
 from jlora.attention import attend
 from jlora.config import LlamaConfig
 from jlora.dropout import drop
+from jlora.elementwise import gated
 from jlora.errors import UsageError
 from jlora.lora import (
     NORM_NAME,
@@ -216,7 +217,7 @@ class MLP(nn.Module):
             nn.with_logical_constraint(y, ("batch", "length", "act_mlp"))
             for y in project(x, (self.gate_proj, self.up_proj))
         )
-        return add_projection(residual, jax.nn.silu(gate) * up, self.down_proj)
+        return add_projection(residual, gated(gate, up), self.down_proj)
 
 
 def _recomputed_attend(q: Array, k: Array, v: Array, **settings: Any) -> Array:

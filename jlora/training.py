@@ -25,8 +25,16 @@ from jlora.sharding import batch_sharding, tree_shardings, use_mesh
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
 # cuBLASLt adds an adapter's product while it writes the layer's; Triton's matmuls,
-# which XLA prefers for narrow ones, need a pass of their own.
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+# which XLA prefers for narrow ones, need a pass of their own. The library that multiplies
+# on a CPU is slower than XLA's own loops at the sums and scalings around a product, which
+# by default it is given, too.
+COMPILER_OPTIONS = {
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+    "cpu": {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
+        "LIBRARY_FUSION_TYPE_REDUCE"
+    },
+}
 
 
 @jax.tree_util.register_dataclass
@@ -259,10 +267,9 @@ def compiler_options(mesh: Mesh) -> Any:
 def loss_chunk_tokens() -> int:
     """Returns the tokens per device whose logits exist at one time.
 
-    Enough for full-speed matmuls; on a CPU, where memory comes from the system anew in
-    every step, a page at a time, no more than that.
+    Enough for full-speed matmuls; on a CPU no more, as softmax's passes go to memory.
     """
-    return 256 if jax.default_backend() == "cpu" else 1024
+    return 512 if jax.default_backend() == "cpu" else 1024
 
 
 def evaluate(

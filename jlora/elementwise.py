@@ -1,0 +1,77 @@
+"""Long elementwise passes, whose gradients are written by hand on a CPU.
+
+What autodiff keeps of them XLA stores on a CPU, array by array, and reads again; elsewhere
+it fuses them with what stands around them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def gated(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Array:
+    """Returns silu(gate) * up."""
+    if jax.default_backend() == "cpu":
+        return _gated(gate, up)
+    return jax.nn.silu(gate) * up
+
+
+def negative_log_likelihood(
+    logits: Float[Array, "... V"], targets: Int[Array, "..."]
+) -> Float[Array, "..."]:
+    """Returns -log softmax(logits)[target], in nats."""
+    if jax.default_backend() == "cpu":
+        return _negative_log_likelihood(logits, targets)
+    return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
+
+
+@jax.custom_vjp
+def _gated(gate: Array, up: Array) -> Array:
+    return jax.nn.silu(gate) * up
+
+
+def _gated_forward(gate: Array, up: Array) -> tuple[Array, Any]:
+    return _gated(gate, up), (gate, up)
+
+
+def _gated_backward(kept: Any, d_out: Array) -> tuple[Array, Array]:
+    gate, up, d = (x.astype(jnp.float32) for x in (*kept, d_out))
+    share = jax.nn.sigmoid(gate)
+    d_gate = d * up * share * (1 + gate * (1 - share))
+    return d_gate.astype(d_out.dtype), (d * gate * share).astype(d_out.dtype)
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _chosen(logits: Array, targets: Array) -> Array:
+    """Returns each target's logit; a sum, so that V may be cut over devices."""
+    return jnp.where(_is_target(logits, targets), logits, 0).sum(-1)
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+    return jnp.arange(logits.shape[-1]) == targets[..., None]
+
+
+@jax.custom_vjp
+def _negative_log_likelihood(logits: Array, targets: Array) -> Array:
+    return _likelihood_forward(logits, targets)[0]
+
+
+def _likelihood_forward(logits: Array, targets: Array) -> tuple[Array, Any]:
+    top = jnp.max(logits, axis=-1)
+    powers = jnp.exp(logits - top[..., None])
+    total = jnp.sum(powers, axis=-1)
+    losses = jnp.log(total) + top - _chosen(logits, targets)
+    return losses, (powers, total, targets)
+
+
+def _likelihood_backward(kept: Any, d_losses: Array) -> tuple[Array, None]:
+    powers, total, targets = kept
+    d_target = jnp.where(_is_target(powers, targets), d_losses[..., None], 0)
+    return powers * (d_losses / total)[..., None] - d_target, None
+
+
+_negative_log_likelihood.defvjp(_likelihood_forward, _likelihood_backward)

@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.elementwise import gated, negative_log_likelihood
+
+
+def drawn(shape, dtype, seed):
+    return (4 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+
+
+def assert_close(found, expected, bound):
+    assert found.dtype == expected.dtype
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    np.testing.assert_allclose(found, expected, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_gated_by_hand_is_what_autodiff_makes_of_it(monkeypatch, dtype, bound):
+    gate, up, d_out = (drawn((3, 5, 64), dtype, seed) for seed in range(3))
+    ours, pull = jax.vjp(gated, gate, up)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    expected, pull_plain = jax.vjp(gated, gate, up)
+    np.testing.assert_array_equal(ours, expected)
+    for found, right in zip(pull(d_out), pull_plain(d_out), strict=True):
+        assert_close(found, right, bound)
+
+
+def test_gradients_of_gated_are_rounded_once():
+    gate, up, d_out = (drawn((4096,), jnp.bfloat16, seed) for seed in range(3))
+    g, u, d = (np.asarray(x, np.float64) for x in (gate, up, d_out))
+    share = 1 / (1 + np.exp(-g))
+    exact = d * u * share * (1 + g * (1 - share)), d * g * share
+    for found, right in zip(jax.vjp(gated, gate, up)[1](d_out), exact, strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            np.asarray(found, np.float64), right, rtol=2**-8, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("shift", [0, 1e4])
+def test_likelihood_by_hand_is_what_autodiff_makes_of_it(monkeypatch, shift):
+    logits = drawn((2, 3, 40), jnp.float32, 0) + shift
+    targets = jnp.array([[0, 39, 7], [7, 7, 20]])
+    weights = jnp.array([[1, 0.5, 0], [2, 1, 1]])
+    ours, pull = jax.vjp(lambda x: negative_log_likelihood(x, targets), logits)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    expected, pull_plain = jax.vjp(
+        lambda x: negative_log_likelihood(x, targets), logits
+    )
+    # Logits near 1e4 are rounded to 1e-3.
+    assert_close(ours, expected, 2e-3 if shift else 1e-5)
+    assert_close(pull(weights)[0], pull_plain(weights)[0], 1e-5)
+    assert np.all(np.asarray(pull(weights)[0])[0, 2] == 0)
