@@ -6,32 +6,32 @@ NumPy, zlib and the system let go of the interpreter meanwhile. Files are read, 
 mapped: a mapped file that becomes shorter kills the process (SIGBUS).
 """
 
-import contextlib
 import functools
+import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from convert.read_ahead import AHEAD_BYTES, ask_for, open_file, open_probe
+
 BLOCK_BYTES = 8 << 20
-BLOCK_ROWS = 512  # of a matrix that is transposed: 1024 bytes of a row of the result
+# Of a matrix that is transposed: as much of a row of the result is written at a time.
+# A cache line of each, 40 KiB, stays in the processor while columns are gathered.
+BLOCK_ROWS = 640
 MAX_BUFFER_BYTES = 16 << 20  # a chunk of a converted base
 THREADS = min(4, os.cpu_count() or 1)
 Index = tuple[slice, ...]
 """A box of an array: one slice with start and stop, and no step, per axis."""
-_TILE_BYTES = 2 << 20  # what is transposed at a time, and held once more
 # Rows that are a power of two apart would share a few places of the processor's cache.
 _PADDING = 64
 _PAGE_BYTES = 4096  # at least one byte of each is written, where pages are larger too
-_TOUCHED_BYTES = 32 << 20  # a multiple of huge pages, at a multiple of it
-_AHEAD_BYTES = 64 << 20  # of a file, which the system reads while blocks are turned
-_ASKED_BYTES = 1 << 20  # Linux cuts requests that are much longer short
+_HUGE_PAGE_BYTES = 2 << 20
+_TOUCHED_BYTES = 32 << 20  # at a time, at most; some huge pages
 _buffers = threading.local()
 
 
@@ -73,12 +73,14 @@ def touch(array: np.ndarray) -> None:
     each would clear one, and all but one would be thrown away.
     """
     memory = array.reshape(-1).view(np.uint8)
-    start = -memory.ctypes.data % _TOUCHED_BYTES
+    before = memory.ctypes.data % _HUGE_PAGE_BYTES
+    pages = math.ceil((before + memory.size) / THREADS / _HUGE_PAGE_BYTES)
+    step = min(_TOUCHED_BYTES, max(1, pages) * _HUGE_PAGE_BYTES)
 
     def write(first: int) -> None:
-        memory[max(0, first) : max(0, first + _TOUCHED_BYTES) : _PAGE_BYTES] = 0
+        memory[max(0, first) : max(0, first + step) : _PAGE_BYTES] = 0
 
-    for_each(write, range(start - _TOUCHED_BYTES, memory.size, _TOUCHED_BYTES))
+    for_each(write, range(-before, memory.size, step))
 
 
 def for_each(function: Callable[[Any], None], items: Iterable[Any]) -> None:
@@ -138,19 +140,32 @@ def read_rows(rows: np.ndarray, descriptor: int, offset: int) -> bool:
 
 def _views(rows: np.ndarray) -> list[memoryview]:
     """Returns the memory of every row; made once for the blocks that a thread reuses."""
-    place = (rows.ctypes.data, rows.shape, rows.strides)
-    if getattr(_buffers, "place", None) != place:
+    place = (rows.ctypes.data, rows.shape[1:], rows.strides)
+    if getattr(_buffers, "place", None) != place or len(_buffers.views) < len(rows):
         _buffers.place, _buffers.views = place, [row.data for row in rows]
-    return _buffers.views
+    return _buffers.views[: len(rows)]
 
 
-def row_blocks(
-    start: int, stop: int, row_bytes: int, most: int = sys.maxsize
-) -> Iterator[tuple[int, int]]:
+def row_blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     """Yields (first, end) of rows that make a block together, by 64."""
-    rows = min(max(1, BLOCK_BYTES // max(1, row_bytes) // 64) * 64, most)
+    rows = max(1, BLOCK_BYTES // max(1, row_bytes) // 64) * 64
     for first in range(start, stop, rows):
         yield first, min(first + rows, stop)
+
+
+def turned_blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yields (first, end) of rows that are transposed together, as many per thread.
+
+    By 32: of items of two bytes, those begin with a cache line if rows of the result do.
+    """
+    most = min(BLOCK_ROWS, MAX_BUFFER_BYTES // (row_bytes + _PADDING))
+    lines = math.ceil((stop - start) / 32)
+    blocks = math.ceil(lines / max(1, most // 32))
+    blocks = max(1, math.ceil(blocks / THREADS)) * THREADS
+    for i in range(blocks):
+        first, end = (start + lines * k // blocks * 32 for k in (i, i + 1))
+        if first < end:
+            yield first, min(end, stop)
 
 
 def _row_buffer(rows: int, columns: int, dtype: np.dtype[Any]) -> np.ndarray:
@@ -163,31 +178,11 @@ def _row_buffer(rows: int, columns: int, dtype: np.dtype[Any]) -> np.ndarray:
 def copy_transposed(target: np.ndarray, block: np.ndarray) -> None:
     """Sets target [C, R] to the transpose of block [R, C].
 
-    JAX's CPU device does it, in vector registers: three times as fast as the best that
-    NumPy, which moves one item at a time, was brought to. NumPy does it where that device
-    is not there (JAX_PLATFORMS=cuda), and for 64-bit items, which JAX would narrow.
+    Row by row of the target: of `block`, the cache lines of one column hold the next few,
+    if the padding between its rows spreads them over the cache.
     """
-    bits = np.dtype(f"u{block.itemsize}")
-    target, block = target.view(bits), block.view(bits)
-    host = None if block.itemsize > 4 else _host()
-    columns = max(1, _TILE_BYTES // max(1, block.shape[0] * block.itemsize))
-    for left in range(0, block.shape[1], columns):
-        tile = block[:, left : left + columns].T
-        target[left : left + columns] = tile if host is None else _turned(tile, host)
-
-
-def _turned(tile: np.ndarray, host: jax.sharding.Sharding) -> np.ndarray:
-    # device_put does the same with four times as much Python, which two threads share.
-    return np.asarray(jax.make_array_from_callback(tile.shape, host, lambda _: tile))
-
-
-@functools.cache
-def _host() -> jax.sharding.Sharding | None:
-    try:
-        device = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # the user chose other platforms only
-        return None
-    return jax.sharding.SingleDeviceSharding(device)
+    bits = np.dtype(f"u{block.itemsize}")  # NumPy copies other libraries' items slowly
+    target.view(bits)[...] = block.view(bits).T
 
 
 def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
@@ -201,22 +196,7 @@ def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
 
     touch(target)
     row_bytes = array.shape[1] * array.itemsize
-    for_each(copy, row_blocks(0, array.shape[0], row_bytes, BLOCK_ROWS))
-
-
-def open_file(path: Path) -> int:
-    """Returns a descriptor of a file that is read from start to end."""
-    return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-
-
-def _ask_for(descriptor: int, start: int, stop: int) -> None:
-    """Asks the system to read this part of a file meanwhile; it may do so or not."""
-    if not hasattr(os, "posix_fadvise"):  # macOS
-        return
-    for first in range(start, stop, _ASKED_BYTES):
-        size = min(_ASKED_BYTES, stop - first)
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(descriptor, first, size, os.POSIX_FADV_WILLNEED)
+    for_each(copy, turned_blocks(0, array.shape[0], row_bytes))
 
 
 def read_box(
@@ -250,15 +230,15 @@ def read_box(
     result = empty(box_shape(box)[:: -1 if transposed else 1], dtype)
     full_rows = box[1:] == whole(row)
     cut = []
-    descriptor = open_file(file)
+    descriptor, probe = open_file(file), open_probe(file)
     stop = offset + box[0].stop * row_bytes
 
     def copy(rows: tuple[int, int]) -> None:
         first, end = rows
         columns = slice(first - box[0].start, end - box[0].start)
         start = offset + first * row_bytes
-        ahead = start + _AHEAD_BYTES
-        _ask_for(descriptor, ahead, min(ahead + (end - first) * row_bytes, stop))
+        ahead = start + AHEAD_BYTES
+        ask_for(descriptor, probe, ahead, min(ahead + (end - first) * row_bytes, stop))
         if transposed:
             block = _row_buffer(end - first, row[0], dtype)
             is_whole = read_rows(block, descriptor, start)
@@ -279,13 +259,14 @@ def read_box(
         elif not full_rows:
             result[columns] = block[:, *box[1:]]
 
-    most = BLOCK_ROWS if transposed else sys.maxsize
+    split = turned_blocks if transposed else row_blocks
     try:
         start = offset + box[0].start * row_bytes
-        _ask_for(descriptor, start, min(start + _AHEAD_BYTES, stop))
+        ask_for(descriptor, probe, start, min(start + AHEAD_BYTES, stop))
         if transposed:
             touch(result)
-        for_each(copy, row_blocks(box[0].start, box[0].stop, row_bytes, most))
+        for_each(copy, split(box[0].start, box[0].stop, row_bytes))
     finally:
         os.close(descriptor)
+        os.close(probe)
     return None if cut else result

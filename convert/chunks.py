@@ -19,10 +19,10 @@ from convert.blocks import (
     buffer,
     empty,
     for_each,
-    open_file,
     read_into,
 )
 from convert.files import reading
+from convert.read_ahead import open_file
 from convert.safetensors import Spec
 from jlora.checkpoint import chunk_files
 from jlora.errors import CorruptError

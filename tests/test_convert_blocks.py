@@ -1,12 +1,14 @@
+import errno
 import os
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
 from tiny import CONFIG, tensors, write_hf
 
-from convert import blocks
-from convert.blocks import read_box, whole
+from convert import blocks, read_ahead
+from convert.blocks import read_box, turned_blocks, whole
 from convert.checks import first_non_finite, is_finite
 from convert.loading import load_params
 from convert.source import open_source
@@ -40,13 +42,13 @@ def test_reads_that_end_early_are_taken_up_again(stored, monkeypatch, most):
     file, array = stored
     real = os.preadv
 
-    def early(descriptor, views, offset):
+    def early(descriptor, views, offset, *flags):
         views, left = list(views), most
         taken = []
         for view in views:
             taken.append(view[: max(0, left)])
             left -= len(view)
-        return real(descriptor, [view for view in taken if len(view)], offset)
+        return real(descriptor, [view for view in taken if len(view)], offset, *flags)
 
     monkeypatch.setattr(os, "preadv", early)
     found = read(file, transposed=True)
@@ -74,13 +76,36 @@ def test_a_file_that_becomes_shorter_after_its_header_was_read_is_told(tmp_path,
         load_params(source)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_blocks_and_tiles_of_any_size_give_the_transpose(monkeypatch, size):
-    monkeypatch.setattr(blocks, "_TILE_BYTES", 4096)
-    array = np.random.default_rng(0).integers(0, 100, SHAPE).astype(f"u{size}")
+@pytest.mark.parametrize("rows", [1, 64, 640])
+@pytest.mark.parametrize("dtype", ["u1", ml_dtypes.bfloat16, "u4", "u8"])
+def test_blocks_of_any_size_give_the_transpose(monkeypatch, rows, dtype):
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", rows)
+    bits = np.random.default_rng(0).bytes(
+        SHAPE[0] * SHAPE[1] * np.dtype(dtype).itemsize
+    )
+    array = np.frombuffer(bits, dtype).reshape(SHAPE)
     target = np.empty(SHAPE[::-1], array.dtype)
     blocks.transpose_into(target, array)
-    assert np.array_equal(target, array.T)
+    assert target.tobytes() == array.T.tobytes()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("row_bytes", [0, 2, 8192, 28672, 1 << 20, 1 << 30])
+@pytest.mark.parametrize("rows", [0, 1, 31, 640, 641, 14336])
+def test_threads_get_as_many_blocks_of_whole_cache_lines(
+    monkeypatch, rows, row_bytes, threads
+):
+    monkeypatch.setattr(blocks, "THREADS", threads)
+    found = list(turned_blocks(5, 5 + rows, row_bytes))
+    assert [i for first, end in found for i in range(first, end)] == list(
+        range(5, 5 + rows)
+    )
+    sizes = [end - first for first, end in found]
+    assert max(sizes, default=0) <= blocks.BLOCK_ROWS
+    assert all(size <= 32 or size * row_bytes < 16 << 20 for size in sizes)
+    assert all((first - 5) % 32 == 0 for first, _ in found)
+    assert len(found) % threads == 0 or max(sizes) <= 32
+    assert max(sizes, default=0) <= min(sizes[:-1], default=640) + 32
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
@@ -133,15 +158,37 @@ def test_matrices_of_one_shape_and_of_others_in_turn_keep_their_values(
 
 
 @pytest.mark.parametrize("transposed", [True, False])
-def test_the_system_is_asked_once_for_every_byte_and_for_no_other(
+def test_the_system_is_asked_once_for_every_byte_that_it_has_not(
     stored, monkeypatch, transposed
 ):
     file, array = stored
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, *part: asked.append(part[:2]))
+    asked, has = [], range(300_000, 400_000)
+
+    def ask(_, start, size, advice):
+        if advice == os.POSIX_FADV_WILLNEED:
+            asked.append((start, size))
+
+    monkeypatch.setattr(os, "posix_fadvise", ask)
+    monkeypatch.setattr(read_ahead, "_is_cached", lambda _, offset: offset in has)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 64 * array.strides[0])
-    monkeypatch.setattr(blocks, "_AHEAD_BYTES", 100_000)
-    monkeypatch.setattr(blocks, "_ASKED_BYTES", 30_000)
+    monkeypatch.setattr(blocks, "AHEAD_BYTES", 100_000)
+    monkeypatch.setattr(read_ahead, "_ASKED_BYTES", 1)
     read(file, transposed=transposed)
     found = sorted(i for start, size in asked for i in range(start, start + size))
-    assert found == list(range(5, 5 + array.nbytes))
+    assert found == [i for i in range(5, 5 + array.nbytes) if i not in has]
+
+
+def test_a_system_that_cannot_tell_what_it_has_is_asked(stored, monkeypatch):
+    file, _ = stored
+    descriptor = os.open(file, os.O_RDONLY)
+    end = file.stat().st_size
+    assert not read_ahead._is_cached(descriptor, end)
+    for error in (BlockingIOError(), OSError(errno.EOPNOTSUPP, "")):
+        monkeypatch.setattr(os, "preadv", mock.Mock(side_effect=error))
+        assert not read_ahead._is_cached(descriptor, 0)
+    monkeypatch.setattr(os, "preadv", lambda *_: 1)
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    assert read_ahead._is_cached(descriptor, 0)
+    monkeypatch.delattr(os, "RWF_NOWAIT")
+    assert not read_ahead._is_cached(descriptor, 0)
+    os.close(descriptor)
