@@ -9,7 +9,8 @@ from typing import Any
 
 from convert.source import Source
 from jlora.architectures import LLAMA, MISTRAL
-from jlora.rope_config import RopeParameters, yarn_mscale
+from jlora.config import LlamaConfig
+from jlora.rope_config import RopeParameters, longrope_mscale, yarn_mscale
 
 # llama.cpp takes this where config.json has no such key at the top.
 _LLAMA_CPP_ORIGINAL_POSITIONS = 8192
@@ -44,31 +45,54 @@ def export_config(source: Source, dtype: str) -> dict[str, Any]:
     return config
 
 
-def reader_notes(rope: RopeParameters) -> list[str]:
+def reader_notes(config: LlamaConfig) -> list[str]:
     """Returns what a reader of the exported folder would get wrong without a word.
 
-    Source: vLLM, `rotary_embedding.get_rope`; llama.cpp, conversion/base.py and
-    src/llama-context.cpp.
+    Source: vLLM 0.33, `rotary_embedding.get_rope` (`tests/parity/vllm_reader.py` runs
+    it) and older ones; llama.cpp, conversion/base.py and src/llama-context.cpp.
     """
+    rope, longest = config.rope_parameters, config.max_position_embeddings
+    original = rope.original_max_position_embeddings
     wrong = []
     if rope.rope_type == "dynamic":
         wrong = [
-            "llama.cpp ignores it, vLLM takes the frequencies of the longest text for all"
+            "llama.cpp ignores it",
+            f"{_cut(longest)}; 0.20 and older take the frequencies of the longest text "
+            "for all",
         ]
     elif rope.rope_type == "longrope":
         wrong = [
-            "llama.cpp ignores it for a Llama, vLLM takes long_factor for every text "
-            f"unless max_model_len is {rope.original_max_position_embeddings} or less"
+            "llama.cpp ignores it for a Llama",
+            "vLLM takes long_factor for every text unless max_model_len is "
+            f"{original} or less",
         ]
+        derived = longrope_mscale(longest / original, original)
+        if not math.isclose(rope.attention_factor, derived):
+            wrong.append(
+                f"vLLM derives {derived:.6g} from the lengths where the model has "
+                f"attention_factor {rope.attention_factor:.6g}"
+            )
     elif rope.rope_type == "yarn":
         if not math.isclose(rope.attention_factor, yarn_mscale(rope.factor)):
-            wrong.append("llama.cpp and vLLM ignore attention_factor and mscale")
+            wrong.append(
+                "llama.cpp, and vLLM before 0.30, ignore attention_factor and mscale"
+            )
         if not rope.truncate:
             wrong.append("llama.cpp ignores truncate")
+        positions = math.ceil(original * rope.factor)
+        if positions < longest:
+            wrong.append(_cut(positions))
     return [
         f"note: rope type {rope.rope_type}: {what}; transformers serves it as trained"
         for what in wrong
     ]
+
+
+def _cut(positions: int) -> str:
+    return (
+        f"vLLM has {positions} positions but accepts longer texts, set its max_model_len "
+        f"to {positions}"
+    )
 
 
 def _scaling(config: dict[str, Any], rope: RopeParameters) -> dict[str, Any]:

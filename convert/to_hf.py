@@ -75,7 +75,7 @@ def main(arguments: Arguments) -> None:
             verify = arguments.verify
         if verify:
             print(check(source, adapter, folder))
-    for note in reader_notes(source.config.rope_parameters):
+    for note in reader_notes(source.config):
         print(note)
     print(f"{out} written in {time.perf_counter() - start:.1f} s")
 

@@ -256,9 +256,6 @@ def _longrope(settings: _Settings) -> RopeParameters:
         factor = max(settings.max_positions / original, 1.0)
     else:
         factor = settings.factor()
-    attention = 1.0
-    if factor > 1:
-        attention = math.sqrt(1 + math.log(factor) / math.log(original))
     pairs = settings.head_dim // 2
     return RopeParameters(
         settings.theta,
@@ -266,11 +263,19 @@ def _longrope(settings: _Settings) -> RopeParameters:
         factor=factor,
         original_max_position_embeddings=original,
         attention_factor=fields.number(
-            "attention_factor", attention, least=0, most=MAX_NUMBER
+            "attention_factor",
+            longrope_mscale(factor, original),
+            least=0,
+            most=MAX_NUMBER,
         ),
         short_factor=fields.numbers("short_factor", pairs),
         long_factor=fields.numbers("long_factor", pairs),
     )
+
+
+def longrope_mscale(factor: float, original: int) -> float:
+    """Returns what longrope multiplies cos and sin by, if no attention_factor is given."""
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 _READERS = {

@@ -106,6 +106,11 @@ def test_the_class_is_the_one_of_a_model_with_a_head(names, kind, expected, expo
     )
 
 
+OLDER = "llama.cpp, and vLLM before 0.30, ignore attention_factor and mscale"
+IGNORED = "llama.cpp ignores it"
+LONG = "vLLM takes long_factor for every text unless max_model_len is 32 or less"
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -115,16 +120,23 @@ def test_the_class_is_the_one_of_a_model_with_a_head(names, kind, expected, expo
         ("yarn", []),
         ("yarn_own_range", ["llama.cpp ignores truncate"]),
         ("yarn_factor_null", []),
-        ("yarn_mscale", ["llama.cpp and vLLM ignore attention_factor and mscale"]),
-        ("yarn_attention", ["llama.cpp and vLLM ignore attention_factor and mscale"]),
-        ("dynamic", ["vLLM takes the frequencies of the longest text"]),
-        ("longrope", ["vLLM takes long_factor for every text"]),
-        ("longrope_factor", ["vLLM takes long_factor for every text"]),
-        ("longrope_attention", ["llama.cpp ignores it"]),
+        ("yarn_mscale", [OLDER]),
+        ("yarn_attention", [OLDER]),
+        ("dynamic", [IGNORED, "vLLM has 64 positions"]),
+        ("longrope", [IGNORED, LONG]),
+        ("longrope_factor", [IGNORED, LONG, "1.09545 from the lengths where the"]),
+        ("longrope_attention", [IGNORED, LONG, "the model has attention_factor 1.1;"]),
     ],
 )
 def test_what_other_readers_would_get_wrong_is_told(name, words):
-    rope = LlamaConfig.from_hf(SMALL | scaled(name)).rope_parameters
-    notes = reader_notes(rope)
+    notes = reader_notes(LlamaConfig.from_hf(SMALL | scaled(name)))
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+@pytest.mark.parametrize(("factor", "positions"), [(1.4, 45), (2.0, None), (4.0, None)])
+def test_a_yarn_that_reaches_less_far_than_the_model_is_told(factor, positions):
+    rope = {"rope_scaling": CASES["yarn"] | {"factor": factor}}
+    notes = reader_notes(LlamaConfig.from_hf(SMALL | rope))
+    found = [note for note in notes if f"vLLM has {positions} positions" in note]
+    assert len(found) == len(notes) == (positions is not None)
