@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from convert.read_ahead import AHEAD_BYTES, ask_for, open_file, open_probe
-
 BLOCK_BYTES = 8 << 20
 # Of a matrix that is transposed: as much of a row of the result is written at a time.
 # A cache line of each, 40 KiB, stays in the processor while columns are gathered.
@@ -230,15 +228,12 @@ def read_box(
     result = empty(box_shape(box)[:: -1 if transposed else 1], dtype)
     full_rows = box[1:] == whole(row)
     cut = []
-    descriptor, probe = open_file(file), open_probe(file)
-    stop = offset + box[0].stop * row_bytes
+    descriptor = os.open(file, os.O_RDONLY)
 
     def copy(rows: tuple[int, int]) -> None:
         first, end = rows
         columns = slice(first - box[0].start, end - box[0].start)
         start = offset + first * row_bytes
-        ahead = start + AHEAD_BYTES
-        ask_for(descriptor, probe, ahead, min(ahead + (end - first) * row_bytes, stop))
         if transposed:
             block = _row_buffer(end - first, row[0], dtype)
             is_whole = read_rows(block, descriptor, start)
@@ -261,12 +256,9 @@ def read_box(
 
     split = turned_blocks if transposed else row_blocks
     try:
-        start = offset + box[0].start * row_bytes
-        ask_for(descriptor, probe, start, min(start + AHEAD_BYTES, stop))
         if transposed:
             touch(result)
         for_each(copy, split(box[0].start, box[0].stop, row_bytes))
     finally:
         os.close(descriptor)
-        os.close(probe)
     return None if cut else result

@@ -22,7 +22,6 @@ from convert.blocks import (
     read_into,
 )
 from convert.files import reading
-from convert.read_ahead import open_file
 from convert.safetensors import Spec
 from jlora.checkpoint import chunk_files
 from jlora.errors import CorruptError
@@ -91,7 +90,7 @@ def _touched(leaf: StoredLeaf, box: Index) -> Iterator[tuple[str, Index, int]]:
 def _read_chunk(file: Path, path: str, memory: np.ndarray, checksum: int) -> None:
     problem = "is shorter than it was written"
     with reading(file):
-        descriptor = open_file(file)
+        descriptor = os.open(file, os.O_RDONLY)
         try:
             if read_into(memory, descriptor, 0):
                 found = zlib.crc32(memory.reshape(-1).view(np.uint8).data)

@@ -1,13 +1,11 @@
-import errno
 import os
-from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
 from tiny import CONFIG, tensors, write_hf
 
-from convert import blocks, read_ahead
+from convert import blocks
 from convert.blocks import read_box, turned_blocks, whole
 from convert.checks import first_non_finite, is_finite
 from convert.loading import load_params
@@ -155,40 +153,3 @@ def test_matrices_of_one_shape_and_of_others_in_turn_keep_their_values(
         )
         assert found is not None
         assert np.array_equal(found, array.T)
-
-
-@pytest.mark.parametrize("transposed", [True, False])
-def test_the_system_is_asked_once_for_every_byte_that_it_has_not(
-    stored, monkeypatch, transposed
-):
-    file, array = stored
-    asked, has = [], range(300_000, 400_000)
-
-    def ask(_, start, size, advice):
-        if advice == os.POSIX_FADV_WILLNEED:
-            asked.append((start, size))
-
-    monkeypatch.setattr(os, "posix_fadvise", ask)
-    monkeypatch.setattr(read_ahead, "_is_cached", lambda _, offset: offset in has)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 64 * array.strides[0])
-    monkeypatch.setattr(blocks, "AHEAD_BYTES", 100_000)
-    monkeypatch.setattr(read_ahead, "_ASKED_BYTES", 1)
-    read(file, transposed=transposed)
-    found = sorted(i for start, size in asked for i in range(start, start + size))
-    assert found == [i for i in range(5, 5 + array.nbytes) if i not in has]
-
-
-def test_a_system_that_cannot_tell_what_it_has_is_asked(stored, monkeypatch):
-    file, _ = stored
-    descriptor = os.open(file, os.O_RDONLY)
-    end = file.stat().st_size
-    assert not read_ahead._is_cached(descriptor, end)
-    for error in (BlockingIOError(), OSError(errno.EOPNOTSUPP, "")):
-        monkeypatch.setattr(os, "preadv", mock.Mock(side_effect=error))
-        assert not read_ahead._is_cached(descriptor, 0)
-    monkeypatch.setattr(os, "preadv", lambda *_: 1)
-    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
-    assert read_ahead._is_cached(descriptor, 0)
-    monkeypatch.delattr(os, "RWF_NOWAIT")
-    assert not read_ahead._is_cached(descriptor, 0)
-    os.close(descriptor)
