@@ -25,6 +25,16 @@ def config_of(file: GGUFFile, kinds: dict[str, str]) -> dict[str, Any]:
             f"llama.embedding_length={hidden!r}; expected two integers above 0"
         )
     head_dim = get("llama.attention.key_length", hidden // heads)
+    theta = get("llama.rope.freq_base", 10000.0)
+    if not isinstance(head_dim, int) or not isinstance(theta, int | float):
+        raise CorruptError(
+            f"{file.path}: llama.attention.key_length={head_dim!r:.80} and "
+            f"llama.rope.freq_base={theta!r:.80}; expected an integer and a number"
+        )
+    if not theta > 0:
+        raise CorruptError(
+            f"{file.path}: llama.rope.freq_base={theta!r}; expected a number above 0"
+        )
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if get(key, head_dim) != head_dim:
             raise UnsupportedError(
@@ -53,7 +63,7 @@ def config_of(file: GGUFFile, kinds: dict[str, str]) -> dict[str, Any]:
         "num_key_value_heads": get("llama.attention.head_count_kv", heads),
         "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon")),
         "rope_scaling": _rope_scaling(file, head_dim),
-        "rope_theta": _decimal(get("llama.rope.freq_base", 10000.0)),
+        "rope_theta": _decimal(theta),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": np.dtype(common).name,
         "vocab_size": rows,
@@ -148,7 +158,8 @@ def _llama3_divisors(
 ) -> np.ndarray:
     """Returns what llama.cpp's converter stores for rope type llama3."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    with np.errstate(over="ignore"):  # a theta that the config's own check refuses
+        frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return 1 / (kept + (1 - kept) / scaling["factor"])

@@ -300,6 +300,28 @@ def test_divisors_that_are_not_above_zero_are_refused(path, value):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.rope.freq_base": 0.0}, "freq_base=0.0; expected a number above 0"),
+        ({"llama.rope.freq_base": -1.0}, "freq_base=-1.0; expected a number above 0"),
+        ({"llama.rope.freq_base": np.nan}, "freq_base=nan; expected a number above 0"),
+        ({"llama.rope.freq_base": "x"}, "freq_base='x'; expected an integer and a"),
+        ({"llama.rope.freq_base": 1e-45}, "rope_theta"),
+        (
+            {"llama.attention.key_length": "x", "llama.rope.dimension_count": None},
+            "key_length='x' and .*; expected an integer and a number",
+        ),
+    ],
+)
+def test_numbers_that_divisors_are_compared_by_are_checked_first(
+    path, changes, message
+):
+    arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([1, 2], np.float32)}
+    with pytest.raises(CorruptError, match=message):
+        open_source(write_gguf(path, arrays, changes))
+
+
+@pytest.mark.parametrize(
     ("metadata", "scaling"),
     [
         ({}, None),
