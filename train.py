@@ -73,6 +73,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     """Runs the whole fine-tune, in the order things happen."""
     with joined_processes(), stop_requests() as stop:
+        keep_freed_memory()
         check_agreement(asdict(args))  # before they compute anything together
         train(args, stop)
 
@@ -82,7 +83,6 @@ def train(args: Arguments, stop: threading.Event) -> None:
     every = read_sweep(args)  # one run without a name, if it is no sweep
     for own in () if args.plan else every.values():
         check_run(Path(own.output_dir), args.resume)
-    keep_freed_memory()
     mesh = make_mesh(args.mesh)
     keep_compiled()
     source = open_source(args.model)

@@ -17,8 +17,8 @@ def keep_freed_memory() -> None:
     model's step. Kept, a process stays as large as its largest step has been.
 
     Only the main thread's heap grows to any size, so computations are started in their
-    caller's thread; else JAX starts them in one of its own. Other memory than glibc's is
-    left alone.
+    caller's thread; else JAX starts them in one of its own, as it does where processes are
+    joined: they have their devices before. Other memory than glibc's is left alone.
     """
     config: Any = jax.config
     config.update("jax_cpu_enable_async_dispatch", False)

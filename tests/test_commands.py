@@ -869,6 +869,37 @@ def test_local_paths_open_no_socket_and_load_no_other_framework(compiled, place)
     assert done.stdout.splitlines()[-1] == "loaded: []"
 
 
+IN_TIME = """
+import importlib, sys
+import jax
+from jlora.cli import run_command
+
+def keep_freed_memory():
+    jax.config.update("jax_num_cpu_devices", 1)  # an error once there are devices
+    raise SystemExit("in time")
+
+module = importlib.import_module(sys.argv[1])
+module.keep_freed_memory = keep_freed_memory
+run_command(module.main, module.Arguments, argv=sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_memory_is_kept_before_any_use_of_a_device(place, name):
+    words = {
+        "train": training("never"),
+        "evaluate": ["--model", "hf", "--data", "eval.jsonl", "--seq_len", 64],
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TIME, name, *map(str, words[name])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert done.stderr.splitlines()[-1:] == ["in time"]
+
+
 def test_a_command_is_a_program(place):
     done = subprocess.run(
         [sys.executable, "-m", "convert.info", "nowhere"],
