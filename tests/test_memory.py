@@ -12,13 +12,17 @@ import resource
 from jlora.memory import keep_freed_memory
 keep_freed_memory()
 import jax, jax.numpy as jnp
+import numpy as np
 
 compute = jax.jit(lambda x: (x @ x.T) @ x)  # 64 MiB between the products
 x = jax.block_until_ready(jnp.ones((4096, 8)))
-for _ in range(4):
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     jax.block_until_ready(compute(x))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    np.full(1 << 27, 1, np.int8)  # at the heap's end: longer than what is free before it
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(min([faults() for _ in range(6)]))  # the first ones fill the heap
 """
 
 
@@ -32,4 +36,4 @@ def test_a_second_call_maps_no_memory_anew() -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1000  # of 16,384 pages
+    assert int(done.stdout) < 1000  # of 49,152 pages
