@@ -27,7 +27,8 @@ def run_offloaded(
 ) -> Float[Array, "B T D"]:
     """Returns what the last layer makes of `x`, each layer's input its only residual.
 
-    Gradients are those of the trainable leaves and of `x`; every other leaf's is 0.
+    Gradients are those of the trainable leaves and of `x`; every other leaf's is 0. They
+    cannot be differentiated again.
 
     Args:
         layer: (params, seeds, x, call) -> x, the same for every layer.
