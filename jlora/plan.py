@@ -77,7 +77,7 @@ def plan_workload(
     """Returns the workload of one device for a part of the batch of `rows` rows.
 
     With several adapters these are rows of each. remat auto becomes the least
-    recomputation that is estimated to fit, and offload where none is.
+    recomputation that is estimated to fit, and offload (on a CPU full) where none is.
 
     Raises:
         UsageError: an attention implementation or kernels that cannot run here.
@@ -106,9 +106,7 @@ def plan_workload(
             USABLE_SHARE * device_memory_bytes()
         ):
             return tried
-    # On a CPU the host's memory is the device's.
-    on_cpu = jax.default_backend() == "cpu"
-    return replace(work, remat="full" if on_cpu else "offload")
+    return replace(work, remat="offload" if _has_host() else "full")
 
 
 def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
@@ -147,7 +145,7 @@ def _activation_bytes(work: Workload) -> int:
     )
     layers = c.num_hidden_layers
     kept = {
-        "offload": 2 * d * size,
+        "offload": (2 if _has_host() else layers) * d * size,
         "full": layers * d * size,
         "minimal": layers * (2 * d + 2 * q + 2 * kv + 2 * f) * size,
         # Without remat the norms' float32 inputs and SwiGLU's parts stay as well.
@@ -163,9 +161,16 @@ def _activation_bytes(work: Workload) -> int:
 
 def host_bytes(work: Workload) -> int:
     """Returns the bytes per device that remat "offload" keeps in the host's memory."""
+    if work.remat != "offload" or not _has_host():
+        return 0
     per_token = work.config.hidden_size * jnp.dtype(work.dtype).itemsize
-    layers = work.config.num_hidden_layers if work.remat == "offload" else 0
-    return work.rows * work.length * layers * per_token
+    # The last layer's input is needed again at once.
+    return work.rows * work.length * (work.config.num_hidden_layers - 1) * per_token
+
+
+def _has_host() -> bool:
+    """Returns whether the host's memory is another than the device's."""
+    return jax.default_backend() != "cpu"
 
 
 def _dequantised_bytes(params: Params, work: Workload) -> int:

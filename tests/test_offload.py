@@ -177,12 +177,20 @@ def test_auto_is_the_least_recomputation_that_fits(monkeypatch, backend, expecte
     assert work("auto").remat == expected[-1]
 
 
-def test_the_plan_shows_what_the_host_keeps():
+def test_the_plan_shows_what_the_host_keeps(monkeypatch):
     params, mesh = adapted_params(CONFIG), Run(config=CONFIG).mesh
-    compute = ComputeConfig(dtype="bfloat16", remat="offload", attention="xla")
-    work = plan.plan_workload(
-        CONFIG, params, mesh, compute=compute, rows=4, length=2**20
-    )
-    assert plan.host_bytes(work) == 3 * 4 * 2**20 * CONFIG.hidden_size * 2
-    size = jax.local_device_count() * plan.host_bytes(work) / 2**30
-    assert f"on the host: {size:.2f} GiB" in plan.memory_table(params, work)[-1]
+
+    def work(remat):
+        compute = ComputeConfig(dtype="bfloat16", remat=remat, attention="xla")
+        return plan.plan_workload(
+            CONFIG, params, mesh, compute=compute, rows=4, length=2**20
+        )
+
+    # A CPU has no other memory: all stays there, as under full.
+    same = plan.memory_table(params, work("full"))
+    assert plan.memory_table(params, work("offload")) == same
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    offload = work("offload")
+    assert plan.host_bytes(offload) == 2 * 4 * 2**20 * CONFIG.hidden_size * 2
+    size = jax.local_device_count() * plan.host_bytes(offload) / 2**30
+    assert f"on the host: {size:.2f} GiB" in plan.memory_table(params, offload)[-1]
