@@ -40,13 +40,13 @@ def test_reads_that_end_early_are_taken_up_again(stored, monkeypatch, most):
     file, array = stored
     real = os.preadv
 
-    def early(descriptor, views, offset, *flags):
+    def early(descriptor, views, offset):
         views, left = list(views), most
         taken = []
         for view in views:
             taken.append(view[: max(0, left)])
             left -= len(view)
-        return real(descriptor, [view for view in taken if len(view)], offset, *flags)
+        return real(descriptor, [view for view in taken if len(view)], offset)
 
     monkeypatch.setattr(os, "preadv", early)
     found = read(file, transposed=True)
@@ -153,3 +153,15 @@ def test_matrices_of_one_shape_and_of_others_in_turn_keep_their_values(
         )
         assert found is not None
         assert np.array_equal(found, array.T)
+
+
+@pytest.mark.parametrize("start", [0, 64, 4096 * 7 + 64])
+@pytest.mark.parametrize("size", [1, 5000, 5 << 20])
+def test_touching_comes_to_every_page_of_new_memory_and_to_no_other(start, size):
+    memory = np.ones(start + size + 4096, np.uint8)
+    blocks.touch(memory[start : start + size])
+    written = np.flatnonzero(memory == 0)
+    assert start <= written.min() <= written.max() < start + size
+    first = memory.ctypes.data
+    pages = set((first + written) // 4096)
+    assert pages >= set(range((first + start) // 4096, (first + start + size) // 4096))
