@@ -2,7 +2,8 @@
 
 Source: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`,
 `_maybe_include_all_linear_layers` and `_check_tied_modules`; `utils/other.py`,
-`get_pattern_key`, `_set_trainable` and `set_additional_trainable_modules`.
+`get_pattern_key`, `_set_trainable` and `set_additional_trainable_modules`. Above 300 lines,
+as these rules read one another's results.
 """
 
 import re

@@ -1,7 +1,8 @@
 """The train step: gradients of the adapter only, one global token-weighted loss.
 
 Freezing has two belts. Only the trainable part of the tree is differentiated, so no
-gradient of a frozen weight is ever computed; and the optimizer is masked besides.
+gradient of a frozen weight is ever computed; and the optimizer is masked besides. Above
+300 lines, as the step and the evaluation share the loss and how a batch is cut.
 """
 
 from dataclasses import dataclass
