@@ -21,24 +21,23 @@ def config_of(file: GGUFFile, kinds: dict[str, str]) -> dict[str, Any]:
     heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         raise CorruptError(
-            f"{file.path}: llama.attention.head_count={heads!r} and "
-            f"llama.embedding_length={hidden!r}; expected two integers above 0"
+            f"{file.path}: llama.attention.head_count={heads!r:.80} and "
+            f"llama.embedding_length={hidden!r:.80}; expected two integers above 0"
         )
     head_dim = get("llama.attention.key_length", hidden // heads)
     theta = get("llama.rope.freq_base", 10000.0)
-    if not isinstance(head_dim, int) or not isinstance(theta, int | float):
+    if not isinstance(head_dim, int):
         raise CorruptError(
-            f"{file.path}: llama.attention.key_length={head_dim!r:.80} and "
-            f"llama.rope.freq_base={theta!r:.80}; expected an integer and a number"
+            f"{file.path}: llama.attention.key_length={head_dim!r:.80}; expected an integer"
         )
-    if not theta > 0:
+    if not isinstance(theta, int | float) or not theta > 0:
         raise CorruptError(
-            f"{file.path}: llama.rope.freq_base={theta!r}; expected a number above 0"
+            f"{file.path}: llama.rope.freq_base={theta!r:.80}; expected a number above 0"
         )
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if get(key, head_dim) != head_dim:
             raise UnsupportedError(
-                f"{file.path}: {key}={get(key)} differs from the head size {head_dim}; "
+                f"{file.path}: {key}={get(key)!r:.80} differs from the head size {head_dim}; "
                 "jlora does not support it"
             )
     embedding = file.tensors.get("token_embd.weight")

@@ -112,7 +112,7 @@ def run_command(
         first = str(error).splitlines()[0]
         return _fail(
             f"out of device memory ({first}); use fewer rows at a time "
-            "(train.grad_accum_steps), a shorter data.seq_len or compute.remat offload",
+            "(train.grad_accum_steps), a shorter data.seq_len, or compute.remat full or offload",
             ResourceError.exit_status,
         )
     return 0

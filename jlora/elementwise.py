@@ -29,7 +29,7 @@ def negative_log_likelihood(
 
 @jax.custom_vjp
 def _gated(gate: Array, up: Array) -> Array:
-    return jax.nn.silu(gate) * up
+    return _gated_forward(gate, up)[0]
 
 
 def _gated_forward(gate: Array, up: Array) -> tuple[Array, Any]:

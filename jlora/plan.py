@@ -41,7 +41,7 @@ PEAK_FLOPS = {
 USABLE_SHARE = 0.9
 SAVERS = (
     "use fewer rows at a time (train.grad_accum_steps), a shorter data.seq_len, "
-    "compute.remat offload or more devices"
+    "compute.remat full or offload, or more devices"
 )
 
 
