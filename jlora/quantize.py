@@ -60,6 +60,8 @@ NF4 = np.array(
     np.float32,
 )
 _NF4_BORDERS = (NF4[1:] + NF4[:-1]) / 2
+# Rows that become nf4 at a time: many, so that threads rarely wait for the interpreter.
+_SLAB = 64 * BLOCK
 
 
 def quantized_shapes(
@@ -105,20 +107,25 @@ def quantize_kernel(kernel: np.ndarray, quantize: Format) -> dict[str, np.ndarra
 
 
 def _quantize_nf4(wide: np.ndarray) -> dict[str, np.ndarray]:
-    rows, columns = wide.shape
-    absmax = np.empty((math.ceil(rows / BLOCK), columns), np.float32)
-    packed = np.empty((rows // 2, columns), np.uint8)
-    for number, start in enumerate(range(0, rows, BLOCK)):
-        block = wide[start : start + BLOCK]
-        absmax[number] = np.abs(block).max(axis=0)
-        block = block / np.where(absmax[number] > 0, absmax[number], np.float32(1))
-        codes = np.zeros(block.shape, np.uint8)
-        for border in _NF4_BORDERS:
-            codes += block > border
-        packed[start // 2 : start // 2 + len(block) // 2] = (
-            codes[::2] << 4 | codes[1::2]
-        )
-    return {"kernel_q": packed, "kernel_absmax": absmax}
+    found = [
+        _nf4_slab(wide[start : start + _SLAB]) for start in range(0, len(wide), _SLAB)
+    ]
+    packed, absmax = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return {"kernel_q": packed[: len(wide) // 2], "kernel_absmax": absmax}
+
+
+def _nf4_slab(slab: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (packed codes, absmax) of some rows, with zeros after the last block."""
+    slab = np.pad(slab, ((0, -len(slab) % BLOCK), (0, 0)))
+    blocks = slab.reshape(-1, BLOCK, slab.shape[1])
+    absmax = np.abs(blocks).max(axis=1)
+    blocks = blocks / np.where(absmax > 0, absmax, np.float32(1))[:, None]
+    codes, above = np.zeros(blocks.shape, np.uint8), np.empty(blocks.shape, bool)
+    for border in _NF4_BORDERS:
+        np.greater(blocks, border, out=above)
+        codes += above.view(np.uint8)
+    codes = codes.reshape(slab.shape)
+    return codes[::2] << 4 | codes[1::2], absmax
 
 
 def is_quantized(leaves: Mapping[str, Any]) -> bool:
