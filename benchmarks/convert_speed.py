@@ -4,12 +4,13 @@
 
 writes a checkpoint of Llama-3-8B's shapes with a few layers (two: 3 GB, of which the
 embedding and the head are 2.1) into a temporary folder, and prints a JSON line for every
-way to read it: MB of the source's files per second, the ratio to plain sequential reads
-of the same files by one thread (into one buffer, and into memory that is kept), and the peak of the
-process's memory above what it keeps, in units of the largest tensor. Each is a process
-of its own, run several times; the best time counts, and plain reads are timed beside
-every one, as other work on the machine comes and goes. Each finds free memory that a
-process has just used, enough for the result and, from disk, the page cache too.
+way to read it, models onto JAX's default device: MB of the source's files per second, the
+ratio to plain sequential reads of the same files by one thread (into one buffer, and into
+memory that is kept), and the peak of the process's memory above what it keeps there, in
+units of the largest tensor. Each is a process of its own, run several times; the best time
+counts, and plain reads are timed beside every one, as other work on the machine comes and
+goes. Each finds free memory that a process has just used, enough for the result and, from
+disk, the page cache too.
 """
 
 import argparse
@@ -153,8 +154,11 @@ def measure(kind: str, folder: Path, cold: bool) -> dict[str, Any]:
     peak = memory("VmHWM") - rss
     plain = min(plain, timed(lambda: read_plainly(read))[0])
     plain_kept = min(plain_kept, timed(lambda: len(read_and_keep(read)))[0])
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves(kept) if hasattr(leaf, "nbytes"))
+    on_host = jax.default_backend() == "cpu"
+    arrays = [leaf for leaf in jax.tree.leaves(kept) if isinstance(leaf, jax.Array)]
+    held = sum(leaf.nbytes for leaf in arrays) if on_host else 0
     return {
+        "device": jax.devices()[0].device_kind,
         "seconds": elapsed,
         "processor_seconds": processor,
         "plain": plain,
@@ -188,6 +192,7 @@ def report(kind: str, folder: Path, largest: int, times: int, cold: bool) -> Non
     line = {
         "what": kind,
         "from": "disk" if cold else "page cache",
+        "to": runs[0]["device"],
         "megabytes": round(size / 1e6),
         "megabytes_per_second": round(size / seconds / 1e6),
         "plain_read": round(size / plain / 1e6),

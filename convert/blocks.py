@@ -22,7 +22,7 @@ BLOCK_BYTES = 8 << 20
 # A cache line of each, 40 KiB, stays in the processor while columns are gathered.
 BLOCK_ROWS = 640
 MAX_BUFFER_BYTES = 16 << 20  # a chunk of a converted base
-THREADS = min(4, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 Index = tuple[slice, ...]
 """A box of an array: one slice with start and stop, and no step, per axis."""
 # Rows that are a power of two apart would share a few places of the processor's cache.

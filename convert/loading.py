@@ -43,6 +43,7 @@ def load_params(
     wanted = {path: source.specs(path, plain, quantize) for path in source.tensors}
     if sharding is not None:
         _check_shards(wanted, sharding)
+    sent: list[jax.Array] = []
     for path, specs in wanted.items():
         places = {
             leaf: None if sharding is None else sharding(leaf, spec.shape)
@@ -50,11 +51,15 @@ def load_params(
         }
         boxes = {leaf: _own_box(places[leaf], specs[leaf].shape) for leaf in specs}
         arrays = read_leaves(source, path, plain, quantize, boxes)
-        for leaf, spec in specs.items():
-            array = _place(arrays.pop(leaf), boxes[leaf], spec.shape, places[leaf])
-            # Copies are asynchronous: many tensors would be held twice without waiting.
-            set_leaf(params, leaf, array.block_until_ready())
-    return params
+        # One tensor is on its way while the next is read; more would be held twice.
+        jax.block_until_ready(sent)
+        sent = [
+            _place(arrays.pop(leaf), boxes[leaf], spec.shape, places[leaf])
+            for leaf, spec in specs.items()
+        ]
+        for leaf, array in zip(specs, sent, strict=True):
+            set_leaf(params, leaf, array)
+    return jax.block_until_ready(params)
 
 
 def _check_shards(
