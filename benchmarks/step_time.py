@@ -5,6 +5,10 @@ is reported, after warm-up, with the loss and gradient norm beside it. The lines
 appended to `--out`, from which `table.py` makes the table of docs/performance.md.
 
     python benchmarks/step_time.py A B
+    python benchmarks/step_time.py B --data 2
+
+On several devices, as `--data` or `--fsdp` says, each has the workload's rows; tokens/s are
+those of all, MFU is of all, and memory of the first.
 """
 
 import argparse
@@ -24,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import jlora
 from jlora.compiled import keep_compiled
@@ -40,7 +45,7 @@ from jlora.plan import (
 )
 from jlora.rope_config import RopeParameters
 from jlora.settings import ComputeConfig, MeshConfig, OptimConfig
-from jlora.sharding import make_mesh
+from jlora.sharding import batch_sharding, make_mesh
 from jlora.training import TrainState, make_train_step
 
 STEPS, WARM_UP = 8, 3
@@ -126,10 +131,10 @@ def random_base(config: LlamaConfig, dtype: Any) -> Params:
     return jax.tree.unflatten(structure, made)
 
 
-def random_batch(work: Workload) -> dict[str, Any]:
-    """Returns rows without padding, on the device."""
+def random_batch(work: Workload, mesh: Mesh) -> dict[str, Any]:
+    """Returns rows without padding, on the devices."""
     rng = np.random.default_rng(0)
-    rows, length = work.rows, work.length
+    rows, length = work.rows * mesh.size, work.length
     document = work.document or length
     tokens = rng.integers(0, work.config.vocab_size, (rows, length + 1), np.int32)
     place = np.arange(length, dtype=np.int32)
@@ -140,13 +145,14 @@ def random_batch(work: Workload) -> dict[str, Any]:
         "segment_ids": np.tile(1 + place // document, (rows, 1)),
         "positions": np.tile(place % document, (rows, 1)),
     }
-    return jax.device_put(batch)
+    return jax.device_put(batch, batch_sharding(mesh))
 
 
-def prepare(work: Workload) -> tuple[Any, TrainState, Params, dict[str, Any]]:
+def prepare(
+    work: Workload, mesh: Mesh
+) -> tuple[Any, TrainState, Params, dict[str, Any]]:
     """Returns (jitted step, its state, frozen weights, facts for the report)."""
     dtype = jnp.dtype(work.compute.dtype)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     start = time.perf_counter()
     base = jax.block_until_ready(random_base(work.config, dtype))
     weights_s = time.perf_counter() - start
@@ -156,7 +162,7 @@ def prepare(work: Workload) -> tuple[Any, TrainState, Params, dict[str, Any]]:
         params,
         mesh,
         compute=work.compute,
-        rows=work.rows,
+        rows=work.rows * mesh.size,
         length=work.length,
     )
     model = Llama(
@@ -192,10 +198,12 @@ def process_seconds() -> float:
     return float(uptime) - int(ticks) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(name: str, work: Workload, *, steps: int = STEPS) -> dict[str, Any]:
+def measure(
+    name: str, work: Workload, mesh: Mesh, *, steps: int = STEPS
+) -> dict[str, Any]:
     """Returns the figures of one workload."""
-    step, state, frozen, facts = prepare(work)
-    batch = random_batch(work)
+    step, state, frozen, facts = prepare(work, mesh)
+    batch = random_batch(work, mesh)
     start = time.perf_counter()
     compiled = step.lower(state, frozen, batch).compile()
     compile_s = time.perf_counter() - start
@@ -210,12 +218,16 @@ def measure(name: str, work: Workload, *, steps: int = STEPS) -> dict[str, Any]:
             ends.append(time.perf_counter())
         pending = metrics
     median = float(np.median(np.diff(ends)[WARM_UP - 1 :]))
-    rate, peak = work.rows * work.length / median, peak_flops()
-    flops = facts.pop("flops")
+    rate, peak = batch["tokens"].size / median, peak_flops()
+    flops = facts.pop("flops") * jax.device_count() / mesh.size
+    device = jax.devices()[0].device_kind
+    if mesh.size > 1:
+        axes = (f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+        device = f"{mesh.size} x {device}, {', '.join(axes)}"
     return {
         "workload": name,
         "framework": "jlora",
-        "device": jax.devices()[0].device_kind,
+        "device": device,
         "tokens_per_second": round(rate, 1),
         "step_ms": round(1e3 * median, 2),
         "mfu": round(flops * rate / peak, 4) if peak else None,
@@ -239,6 +251,8 @@ def main() -> None:
         "--cache", action="store_true", help="keep compiled programs, as commands do"
     )
     parser.add_argument("--layers", type=int, help="instead of all of them")
+    for axis in ("data", "fsdp"):
+        parser.add_argument(f"--{axis}", type=int, default=1, help="devices")
     args = parser.parse_args()
     if len(args.workloads) > 1:  # the peak of memory is that of a process
         options = [a for a in sys.argv[1:] if a not in args.workloads]
@@ -253,7 +267,9 @@ def main() -> None:
     compute = replace(work.compute, kernels=args.kernels)
     layers = args.layers or work.config.num_hidden_layers
     config = replace(work.config, num_hidden_layers=layers)
-    found = measure(name, replace(work, config=config, compute=compute))
+    devices = jax.devices()[: args.data * args.fsdp]
+    mesh = make_mesh(MeshConfig(args.data, args.fsdp), devices)
+    found = measure(name, replace(work, config=config, compute=compute), mesh)
     line = json.dumps(found | ({"layers": layers} if args.layers else {}))
     print(line, flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)

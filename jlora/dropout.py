@@ -28,7 +28,7 @@ def drop_by(
     """
     rate = jnp.float32(rate)
     size = x.shape[-1]
-    rows = jnp.arange(x.size // size).reshape(*x.shape[:-1], 1)
+    rows = _places(x.size // size, 0).reshape(*x.shape[:-1], 1)
     columns = jnp.arange(size)
     keep = is_kept(codes(rows, seeds[0]), codes(columns, seeds[1]), threshold(rate))
     return jnp.where(keep, x.astype(jnp.float32) * (1 / (1 - rate)), 0).astype(x.dtype)
@@ -74,9 +74,20 @@ def axis_codes(
     """Returns the codes of all rows and of all columns, of which kernels make masks."""
     words = jnp.stack(seeds)
     return [
-        jax.vmap(functools.partial(codes, jnp.arange(size)))(words[:, axis])
+        jax.vmap(functools.partial(codes, _places(size, axis)))(words[:, axis])
         for axis, size in enumerate(shape)
     ]
+
+
+def _places(size: int, axis: int) -> Int[Array, " size"]:
+    """Returns the numbers of all rows (axis 0) or columns.
+
+    Where every device computes on its own rows, `jlora.sharding.on_own_rows`, they go on
+    from one device to the next.
+    """
+    devices = jax.sharding.get_abstract_mesh().manual_axes
+    first = lax.axis_index(devices) * size if devices and axis == 0 else 0
+    return first + jnp.arange(size)
 
 
 def tile_mask(

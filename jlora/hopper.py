@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jlora.errors import UsageError
@@ -41,31 +42,33 @@ COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 232
 Parts = Iterator[tuple[slice, list[Array]]]
 
 
-def choose_kernels(wanted: str, *, dtype: Any, devices: Sequence[Any]) -> str:
-    """Returns the kernels that `auto` stands for on these devices: xla or hopper.
+def choose_kernels(wanted: str, *, dtype: Any, mesh: Mesh) -> str:
+    """Returns the kernels that `auto` stands for on this mesh: xla or hopper.
 
     Sizes that the kernels do not take fall to xla layer by layer, `fused.can_fuse`.
 
     Raises:
         UsageError: hopper is wanted where it cannot run.
     """
-    capability = getattr(devices[0], "compute_capability", "")
-    hopper = devices[0].platform == "gpu" and capability == "9.0"
+    device = mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", "")
+    hopper = device.platform == "gpu" and capability == "9.0"
     if wanted == "hopper" and not (hopper and dtype == jnp.bfloat16):
         raise UsageError(
             "compute.kernels=hopper needs an H100 or H200 and compute.dtype bfloat16, "
-            f"and this is {devices[0].device_kind} with {jnp.dtype(dtype).name}; use "
+            f"and this is {device.device_kind} with {jnp.dtype(dtype).name}; use "
             "auto or xla"
         )
-    if wanted == "hopper" and len(devices) > 1:
+    whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+    if wanted == "hopper" and not whole:
         raise UsageError(
-            f"compute.kernels=hopper runs on one device, and the mesh has {len(devices)};"
-            " use auto or xla"
+            "compute.kernels=hopper needs all weights on every device, and this mesh "
+            f"splits them (mesh.fsdp={mesh.shape['fsdp']}, "
+            f"mesh.tensor={mesh.shape['tensor']}); use mesh.data, or kernels auto or xla"
         )
     if wanted != "auto":
         return wanted
-    fits = hopper and dtype == jnp.bfloat16 and len(devices) == 1
-    return "hopper" if fits else "xla"
+    return "hopper" if hopper and dtype == jnp.bfloat16 and whole else "xla"
 
 
 def transposed_view(ref: Any) -> Any:

@@ -93,9 +93,7 @@ def plan_workload(
             compute.attention, dtype=dtype, head_dim=config.head_dim
         ),
         remat=compute.remat,
-        kernels=choose_kernels(
-            compute.kernels, dtype=dtype, devices=list(mesh.devices.flat)
-        ),
+        kernels=choose_kernels(compute.kernels, dtype=dtype, mesh=mesh),
         adapters=adapters,
     )
     if work.remat != "auto":

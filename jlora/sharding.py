@@ -5,7 +5,7 @@ kernel's. Change the layout by changing `RULES`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -168,6 +168,32 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*[None] * more, *spec))
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def splits_rows_only(mesh: Mesh) -> bool:
+    """Returns whether several devices have all weights each, and rows of their own."""
+    return mesh.size > 1 and mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+
+
+def on_own_rows(function: Callable[[Any, Any], Any], mesh: Mesh) -> Any:
+    """Returns (whole, batch) -> the sum of what the function makes on every device.
+
+    Each runs it on all of `whole` and on its own rows of the batch, as if it were alone.
+    So kernels that the compiler cannot cut run on a mesh that `splits_rows_only`, and
+    there is one sum, in the dtype of the results: the compiler by itself would add
+    bfloat16 gradients before they become float32, and those of every part of a batch.
+    """
+
+    def summed(whole: Any, batch: Any) -> Any:
+        return jax.lax.psum(function(whole, batch), BATCH_AXES)
+
+    return jax.shard_map(
+        summed,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(BATCH_AXES)),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # the kernels do not say over which axes they vary
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -22,10 +22,10 @@ def splash_attend(
     """Returns causal attention [B, T, N, H]; see `attention.attend`.
 
     The compiler cannot cut a kernel: under a mesh, each device runs it on its own rows
-    and heads.
+    and heads, which it may have been given already.
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
         return _local(q, k, v, segment_ids)
     rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
     specs = (heads, heads, heads, None if segment_ids is None else rows)

@@ -21,7 +21,13 @@ from jlora.loss import cross_entropy
 from jlora.model import Llama
 from jlora.optimizer import stack_layers
 from jlora.prefetch import Prefetch
-from jlora.sharding import batch_sharding, tree_shardings, use_mesh
+from jlora.sharding import (
+    batch_sharding,
+    on_own_rows,
+    splits_rows_only,
+    tree_shardings,
+    use_mesh,
+)
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
@@ -133,13 +139,16 @@ def step_function(
     each step derives its own. `chunk_tokens`: see `loss_chunk_tokens`, the default.
     """
     chunk_tokens = loss_chunk_tokens() if chunk_tokens is None else chunk_tokens
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    own_rows = splits_rows_only(mesh)
+    shards = 1 if own_rows else mesh.shape["data"] * mesh.shape["fsdp"]
     # A sweep has an array here; a rate that is plainly 0 costs no random numbers.
     drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
 
     def gradient(
-        trainable: Params, frozen: Params, batch: Batch, key: Array
+        whole: tuple[Params, Params, Array], batch: Batch
     ) -> tuple[Array, Params]:
+        trainable, frozen, key = whole
+
         def loss(trainable: Params, part: Batch, index: Array | int) -> Array:
             return summed_loss(
                 model,
@@ -165,8 +174,12 @@ def step_function(
         state: TrainState, frozen: Params, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        with use_mesh(mesh):
-            total, gradients = gradient(state.trainable, frozen, batch, key)
+        whole = state.trainable, frozen, key
+        if own_rows:
+            total, gradients = on_own_rows(gradient, mesh)(whole, batch)
+        else:
+            with use_mesh(mesh):
+                total, gradients = gradient(whole, batch)
         supervised = jnp.sum(batch["loss_mask"])
         share = 1 / jnp.maximum(supervised, 1)
         gradients = jax.tree.map(lambda g: g * share, gradients)
@@ -242,14 +255,19 @@ def make_eval_step(
     model: Llama, mesh: Mesh, *, params: Params, packed: bool = True
 ) -> Any:
     """Returns the jitted (params, batch) -> (summed loss in nats, supervised tokens)."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    tokens = loss_chunk_tokens()
+    own_rows, tokens = splits_rows_only(mesh), loss_chunk_tokens()
+    shards = 1 if own_rows else mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def loss(params: Params, batch: Batch) -> Array:
+        chunk = _chunk(batch, shards, tokens)
+        return summed_loss(model, params, batch, packed=packed, chunk=chunk)
 
     def step(params: Params, batch: Batch) -> tuple[Array, Array]:
-        with use_mesh(mesh):
-            total = summed_loss(
-                model, params, batch, packed=packed, chunk=_chunk(batch, shards, tokens)
-            )
+        if own_rows:
+            total = on_own_rows(loss, mesh)(params, batch)
+        else:
+            with use_mesh(mesh):
+                total = loss(params, batch)
         return total, jnp.sum(batch["loss_mask"])
 
     return jax.jit(

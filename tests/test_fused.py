@@ -2,30 +2,38 @@
 
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from jlora import fused, hopper, hopper_dropout, hopper_products, hopper_swiglu, narrow
+from jlora.checkpoint import flatten
 from jlora.config import LoraConfig
 from jlora.dropout import drop, drop_by, seeds
 from jlora.errors import UsageError
 from jlora.fused import Leaves
 from jlora.lora import is_trainable, join, split, trainable_mask
 from jlora.model import Llama
+from jlora.settings import MeshConfig
+from jlora.sharding import MESH_AXES, make_mesh
+from jlora.training import make_eval_step
 from tests.training_cases import (
     ALL_LINEAR,
+    Run,
     adapted_params,
     equations,
     llama_config,
     moved,
+    ragged_batch,
 )
 
 D, F, K = 24, 40, 12
+ONE_LAYER = llama_config(num_hidden_layers=1)
 
 
 def leaves(key: int, size_in: int, size_out: int, rank: int) -> dict[str, Any]:
@@ -436,33 +444,85 @@ def test_simulated_kernels_of_dropout_equal_the_plain_ones(
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
 
 
+def trained(mesh: MeshConfig, kernels: str, **settings: Any) -> Any:
+    run = Run(
+        mesh, params=moved(adapted_params(ONE_LAYER)), kernels=kernels, **settings
+    )
+    return run.train(2), flatten(run.state.trainable)
+
+
+@pytest.mark.usefixtures("_products_without_a_gpu")
+@pytest.mark.parametrize("remat", ["none", "minimal", "offload"])
+@pytest.mark.parametrize("settings", [{"lora_dropout": 0.3}, {"grad_accum_steps": 4}])
+def test_devices_with_all_weights_and_own_rows_train_as_one(
+    remat: str, settings: dict[str, Any]
+) -> None:
+    metrics, adapters = trained(MeshConfig(8), "hopper", remat=remat, **settings)
+    for mesh, kernels in ((MeshConfig(1), "hopper"), (MeshConfig(2, 2, 2), "xla")):
+        expected, expected_adapters = trained(mesh, kernels, remat="none", **settings)
+        for found, wanted in zip(metrics, expected, strict=True):
+            assert found == pytest.approx(wanted, rel=2e-6)
+        for name, adapter in adapters.items():
+            np.testing.assert_allclose(
+                adapter, expected_adapters[name], rtol=0, atol=2e-6, err_msg=name
+            )
+
+
+@pytest.mark.usefixtures("_products_without_a_gpu")
+def test_devices_with_own_rows_evaluate_as_one() -> None:
+    params, batch, found = moved(adapted_params(ONE_LAYER)), ragged_batch(), []
+    for devices, kernels in ((8, "hopper"), (1, "xla")):
+        mesh = make_mesh(MeshConfig(devices), jax.devices()[:devices])
+        step = make_eval_step(Llama(ONE_LAYER, kernels=kernels), mesh, params=params)
+        found.append([float(x) for x in step(params, batch)])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def mesh_of(platform: str, capability: str, sizes: tuple[int, int, int]) -> Mesh:
+    devices = np.empty(sizes, object)
+    for place in np.ndindex(sizes):
+        devices[place] = Mock(
+            platform=platform, compute_capability=capability, device_kind="a device"
+        )
+    return Mesh(devices, MESH_AXES)
+
+
 @pytest.mark.parametrize(
-    ("dtype", "count", "message"),
-    [("bfloat16", 1, "needs an H100 or H200"), ("float32", 1, "bfloat16")],
+    ("platform", "dtype", "sizes", "message"),
+    [
+        ("cpu", "bfloat16", (1, 1, 1), "needs an H100 or H200"),
+        ("gpu", "float32", (1, 1, 1), "bfloat16"),
+        ("gpu", "bfloat16", (4, 2, 1), r"splits them \(mesh.fsdp=2, mesh.tensor=1\)"),
+        ("gpu", "bfloat16", (4, 1, 2), r"splits them \(mesh.fsdp=1, mesh.tensor=2\)"),
+    ],
 )
 def test_hopper_kernels_are_refused_where_they_cannot_run(
-    dtype: str, count: int, message: str
+    platform: str, dtype: str, sizes: tuple[int, int, int], message: str
 ) -> None:
-    devices = jax.devices()[:count]
+    mesh = mesh_of(platform, "9.0", sizes)
     with pytest.raises(UsageError, match=message):
-        hopper.choose_kernels("hopper", dtype=jnp.dtype(dtype), devices=devices)
+        hopper.choose_kernels("hopper", dtype=jnp.dtype(dtype), mesh=mesh)
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "dtype", "count", "expected"),
+    ("platform", "capability", "dtype", "sizes", "expected"),
     [
-        ("gpu", "9.0", "bfloat16", 1, "hopper"),
-        ("gpu", "9.0", "float32", 1, "xla"),
-        ("gpu", "9.0", "bfloat16", 2, "xla"),
-        ("gpu", "8.0", "bfloat16", 1, "xla"),
-        ("cpu", "", "bfloat16", 1, "xla"),
+        ("gpu", "9.0", "bfloat16", (1, 1, 1), "hopper"),
+        ("gpu", "9.0", "bfloat16", (8, 1, 1), "hopper"),
+        ("gpu", "9.0", "float32", (1, 1, 1), "xla"),
+        ("gpu", "9.0", "bfloat16", (4, 2, 1), "xla"),
+        ("gpu", "9.0", "bfloat16", (4, 1, 2), "xla"),
+        ("gpu", "8.0", "bfloat16", (1, 1, 1), "xla"),
+        ("cpu", "", "bfloat16", (1, 1, 1), "xla"),
     ],
 )
 def test_auto_takes_the_hopper_kernels_where_they_apply(
-    platform: str, capability: str, dtype: str, count: int, expected: str
+    platform: str,
+    capability: str,
+    dtype: str,
+    sizes: tuple[int, int, int],
+    expected: str,
 ) -> None:
-    device = SimpleNamespace(platform=platform, compute_capability=capability)
-    found = hopper.choose_kernels(
-        "auto", dtype=jnp.dtype(dtype), devices=[device] * count
-    )
+    mesh = mesh_of(platform, capability, sizes)
+    found = hopper.choose_kernels("auto", dtype=jnp.dtype(dtype), mesh=mesh)
     assert found == expected

@@ -13,6 +13,7 @@ import pytest
 
 import jlora
 from jlora.attention import attend
+from jlora.checkpoint import flatten
 from jlora.config import LlamaConfig, LoraConfig
 from jlora.lora import join, split, trainable_mask
 from jlora.optimizer import make_optimizer, make_schedule
@@ -20,7 +21,13 @@ from jlora.rope_config import RopeParameters
 from jlora.settings import MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
-from tests.training_cases import adapted_params, equations, llama_config, moved
+from tests.training_cases import (
+    Run,
+    adapted_params,
+    equations,
+    llama_config,
+    moved,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -164,6 +171,51 @@ def test_fused_kernels_err_no_more_than_plain_bfloat16(
     for exact, near, found in zip(wanted, plain, fused, strict=True):
         allowed = 2 * relative_error(near, exact) + 2e-3
         assert relative_error(found, exact) < allowed
+
+
+@functools.cache
+def first_step(
+    mesh: MeshConfig, remat: str, kernels: str, dtype: Any
+) -> tuple[dict[str, float], dict[str, jax.Array]]:
+    """Returns a step's metrics, and Adam's first moments, which are the gradient's."""
+    config = llama_config(
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    )
+    params = moved(adapted_params(config, dtype=jnp.bfloat16))
+    settings: Any = {"lora_dropout": 0.1, "remat": remat, "kernels": kernels}
+    run = Run(mesh, config=config, params=params, dtype=dtype, **settings)
+    (metrics,) = run.train(1, length=64)
+    moments = {k: v for k, v in flatten(run.state).items() if ".mu." in k}
+    assert len(moments) == 14
+    return metrics, {k: jnp.asarray(jax.device_get(v)) for k, v in moments.items()}
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("remat", ["minimal", "offload"])
+def test_two_gpus_err_no_more_than_one(remat: str, axis: str) -> None:
+    mesh = MeshConfig(**({"data": 1} | {axis: 2}))
+    kernels = "hopper" if axis == "data" else "xla"
+    one = MeshConfig(data=1)
+    exact, wanted = first_step(one, "minimal", "xla", jnp.float32)
+    _, near = first_step(one, "minimal", "xla", jnp.bfloat16)
+    metrics, found = first_step(mesh, remat, kernels, jnp.bfloat16)
+    alone, same = first_step(one, remat, kernels, jnp.bfloat16)
+    assert metrics["loss"] == pytest.approx(exact["loss"], rel=0.01)
+    worst = max(relative_error(found[name], same[name]) for name in found)
+    print(
+        f"{axis}, {remat}: loss {metrics['loss']} {alone['loss']}, moments {worst:.1e}"
+    )
+    if axis == "data":  # every row is computed as on one device
+        assert metrics["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+        assert worst < 0.05
+    for name, moment in wanted.items():
+        allowed = 2 * relative_error(near[name], moment) + 2e-3
+        assert relative_error(found[name], moment) < allowed, name
 
 
 @pytest.mark.parametrize("remat", ["none", "minimal", "full", "offload"])

@@ -13,6 +13,7 @@ from training_cases import (
     ROWS,
     Run,
     adapted_params,
+    equations,
     llama_config,
     ragged_batch,
     shapes,
@@ -104,6 +105,15 @@ def test_four_accumulated_parts_train_as_one(mesh):
 def test_two_layers_on_every_axis_train_as_on_one_device():
     found, expected = (trained(mesh, layers=2) for mesh in ((2, 2, 2), (1, 1, 1)))
     assert_same_training(found, expected)
+
+
+def test_devices_with_all_weights_add_float32_gradients_once_for_all_parts():
+    run = Run(MeshConfig(8), dtype=jnp.bfloat16, grad_accum_steps=4)
+    jaxpr = run.step.trace(run.state, run.frozen, ragged_batch()).jaxpr.jaxpr
+    sums = [e for e in equations(jaxpr) if e.primitive.name.startswith("psum")]
+    added = [value.aval.dtype for e in sums for value in e.invars]
+    loss_and_adapters = 1 + len(jax.tree.leaves(run.state.trainable))
+    assert added == [jnp.float32] * loss_and_adapters
 
 
 @pytest.fixture(scope="module")

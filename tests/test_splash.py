@@ -12,7 +12,7 @@ from jlora.lora import join, split, trainable_mask
 from jlora.model import Llama
 from jlora.settings import MeshConfig
 from jlora.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh
-from jlora.training import summed_loss
+from jlora.training import make_eval_step, summed_loss
 from tests.training_cases import adapted_params, llama_config, ragged_batch
 
 SEGMENTS = np.zeros((2, 200), np.int32)  # a full row, and one with a padded tail
@@ -70,6 +70,17 @@ def test_changing_one_segment_leaves_the_others_bit_identical():
     others = SEGMENTS > 1
     np.testing.assert_array_equal(before[others], after[others])
     assert (before[SEGMENTS == 1] != after[SEGMENTS == 1]).any()
+
+
+def test_devices_with_own_rows_run_the_kernel_apart():
+    config, batch, found = llama_config(num_hidden_layers=1), ragged_batch(rows=4), []
+    params = adapted_params(config)
+    for devices, attention in ((2, "splash"), (1, "xla")):
+        mesh = make_mesh(MeshConfig(devices), jax.devices()[:devices])
+        model = Llama(config, attention=attention)
+        step = make_eval_step(model, mesh, params=params)
+        found.append([float(x) for x in step(params, batch)])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def loss_and_gradient(mesh_config: MeshConfig, attention: str):

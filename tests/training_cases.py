@@ -129,6 +129,8 @@ class Run:
         grad_accum_steps: int = 1,
         lora_dropout: float = 0.0,
         remat: str = "none",
+        kernels: str = "xla",
+        dtype: Any = jnp.float32,
         total_steps: int = 10,
         seed: int = 0,
     ) -> None:
@@ -136,7 +138,13 @@ class Run:
         self.mesh = make_mesh(mesh, jax.devices()[:size])
         config = llama_config(num_hidden_layers=1) if config is None else config
         params = adapted_params(config) if params is None else params
-        self.model = Llama(config, remat=remat, lora_dropout=lora_dropout)
+        self.model = Llama(
+            config,
+            dtype,
+            remat=remat,
+            lora_dropout=lora_dropout,
+            kernels=kernels,
+        )
         self.optimizer = make_optimizer(optim, make_schedule(optim, total_steps))
         self.state, self.frozen = TrainState.create(params, self.optimizer, self.mesh)
         self.step = make_train_step(
@@ -149,11 +157,11 @@ class Run:
             seed=seed,
         )
 
-    def train(self, steps: int) -> list[dict[str, float]]:
+    def train(self, steps: int, length: int = LENGTH) -> list[dict[str, float]]:
         """Goes on for some steps and returns their metrics."""
         metrics = []
         for _ in range(steps):
-            batch = ragged_batch(int(self.state.step))
+            batch = ragged_batch(int(self.state.step), length=length)
             self.state, found = self.step(self.state, self.frozen, batch)
             metrics.append({name: value.item() for name, value in found.items()})
         return metrics
