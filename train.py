@@ -14,11 +14,11 @@ import jax
 from convert.loading import abstract_params, load_params
 from convert.peft import start_adapter, write_adapter
 from convert.source import open_source
-from jlora.checkpoint import check_run, fingerprint, locked
 from jlora.cli import run_command
 from jlora.compiled import keep_compiled
 from jlora.config import LoraConfig
 from jlora.data import Tokenizer, load_split, make_samples, plan_lines
+from jlora.digests import fingerprint
 from jlora.fit import Entry, fit, write_settings
 from jlora.loop import stop_requests
 from jlora.lora import Params, count_parameters, format_parameter_count
@@ -27,6 +27,7 @@ from jlora.model import Llama
 from jlora.plan import flops_per_token, memory_table, plan_workload
 from jlora.processes import check_agreement, joined_processes
 from jlora.report import plot, show_samples
+from jlora.resuming import check_run, locked
 from jlora.settings import (
     ComputeConfig,
     DataConfig,

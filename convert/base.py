@@ -37,7 +37,8 @@ from convert.source import (
     stored_dtype,
 )
 from convert.target import atomic_folder
-from jlora.checkpoint import leaf_digest, save_tree
+from jlora.checkpoint import save_tree
+from jlora.digests import leaf_digest
 from jlora.errors import CorruptError, UnsupportedError, listing
 from jlora.quantize import Format
 

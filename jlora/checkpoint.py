@@ -3,43 +3,33 @@
 Orbax checks no array data (a flipped byte is restored as a wrong number), so the sha256
 of every leaf is kept beside the arrays and compared on the way back.
 
-Above 300 lines, because it is the only module that knows Orbax and its files: bases, and
-runs with the rules of resuming them.
+Above 300 lines, because it is the only module that knows Orbax and its files: those of
+bases and those of runs.
 """
 
 import asyncio
-import fcntl
-import hashlib
 import itertools
 import json
-import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
 from jlora.config import LoraConfig
+from jlora.digests import flatten, leaf_digest
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
-from jlora.processes import is_first, to_host
+from jlora.processes import to_host
 
 # 2: the moments of all layers together. What lies under "trainable" is as in 1.
 SCHEMA_VERSION = 2
-# Parts of a run's identity whose values say nothing to a reader.
-DIGESTS = ("base", "tokenizer", "data")
-# What an adapter says of where its base is found; training does not depend on it.
-LABELS = ("lora.base_model_name_or_path", "lora.revision")
-# Settings that say where a run lies and how it was called, not what it computes.
-PLACES = ("model", "output_dir", "resume", "plan", "sweep")
 # Of a converted base; a chunk is the least that a process reads of a leaf.
 CHUNK_BYTES = 16 << 20
 Tree = dict[str, Any]
@@ -168,52 +158,6 @@ def restore_tree(path: Path) -> Tree:
         raise CorruptError(f"{path}: not a complete checkpoint ({first})") from error
 
 
-def leaf_digest(leaf: Any) -> str:
-    """Returns the sha256 of a leaf's shape, dtype and bytes, as hexadecimal text."""
-    array = np.ascontiguousarray(leaf)
-    digest = hashlib.sha256(f"{array.shape} {array.dtype.name} ".encode())
-    digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Returns {dotted path: leaf}; empty nodes vanish."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-@jax.jit
-def _checksum(leaf: jax.Array) -> jax.Array:
-    """Returns a position-dependent sum of the leaf's bits, modulo 2^32."""
-    unsigned = {2: jnp.uint16, 4: jnp.uint32, 1: jnp.uint8}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    # Mixed, as an odd weight leaves a sign bit where it is: x and -x could trade places.
-    bits ^= bits >> 16
-    bits *= jnp.uint32(0x85EBCA6B)
-    bits ^= bits >> 13
-    for axis, size in enumerate(leaf.shape):
-        # Odd weights are invertible modulo 2^32, so no single change can cancel out.
-        weight = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(2654435761 + 2 * axis)
-        shape = [size if i == axis else 1 for i in range(leaf.ndim)]
-        bits = bits * (weight.reshape(shape) | jnp.uint32(1))
-    return jnp.sum(bits, dtype=jnp.uint32)
-
-
-def fingerprint(tree: Any) -> str:
-    """Returns a digest of every leaf's path, shape, dtype and a checksum of its bits.
-
-    The checksum is integer arithmetic on the device: the same on any backend, mesh and
-    order of summation, at the cost of one read of the weights.
-    """
-    lines = [
-        f"{path} {leaf.shape} {leaf.dtype.name} {int(_checksum(leaf))}"
-        for path, leaf in sorted(flatten(tree).items())
-    ]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class Saved:
     """One restored step: its number, its arrays by path, and what was noted beside them."""
@@ -260,57 +204,6 @@ class RunCheckpoints:
     def close(self) -> None:
         """Releases the manager."""
         self._manager.close()
-
-
-def check_run(run: Path, mode: str) -> None:
-    """Refuses, before anything is read, a folder that the run could not be in.
-
-    Raises:
-        UsageError: it is no folder, holds a model, cannot be made, or holds a run (or
-            none) against the mode of resuming; see `resume`.
-    """
-    if run.exists() and not run.is_dir():
-        raise UsageError(
-            f"{run}: exists and is not a folder; choose another output_dir"
-        )
-    if (run / "config.json").exists():
-        raise UsageError(f"{run}: holds a model; choose another output_dir")
-    home = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
-    if not (home.is_dir() and os.access(home, os.W_OK)):
-        raise UsageError(f"{run}: cannot be made, as {home} cannot be written")
-    begun = bool(saved_steps(run / "checkpoints"))
-    if mode == "must" and not begun:
-        raise UsageError(f"{run}: no checkpoint to resume from")
-    if mode == "never" and begun:
-        raise UsageError(
-            f"{run}: holds a run already; choose another output_dir, "
-            "or continue it with --resume auto"
-        )
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Holds the run folder for this process, or for the first of several, creating it.
-
-    Raises:
-        UsageError: another process holds it, or it cannot be made.
-    """
-    if not is_first():
-        yield
-        return
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
-    except OSError as error:
-        raise UsageError(f"{run}: cannot be written ({error.strerror})") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"{run}: another run is using this folder; choose another output_dir"
-            ) from error
-        yield
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -401,117 +294,6 @@ def restore_into(state: Any, saved: Saved) -> Any:
         for name, leaf in expected.items()
     ]
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
-
-
-def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
-    """Refuses to continue a run with other data, weights or settings than it began with.
-
-    Raises:
-        UsageError: naming every key that differs.
-    """
-    # A field that did not exist yet when the run began had its default.
-    unsaid = _by_name({"lora": asdict(LoraConfig())})
-    before, now = (
-        unsaid | _by_name(x) for x in (saved.meta.get("identity", {}), identity)
-    )
-    differing = [
-        f"the {name} differs"
-        if name in DIGESTS
-        else f"{name} is {json.dumps(now.get(name))}, was {json.dumps(before.get(name))}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and name not in LABELS
-    ]
-    if differing:
-        raise UsageError(
-            f"{run}: cannot resume from step {saved.step}: {listing(differing)}; give what "
-            "the run began with, or another output_dir"
-        )
-
-
-def changed_settings(saved: Saved, meta: dict[str, Any]) -> list[str]:
-    """Returns a line per setting and library version that may change and has changed."""
-    lines = []
-    for group in ("settings", "versions"):
-        before, now = (_by_name(x.get(group, {})) for x in (saved.meta, meta))
-        lines += [
-            f"{name} is {json.dumps(now[name])}, was {json.dumps(before[name])}"
-            for name in now
-            if name in before and now[name] != before[name] and name not in PLACES
-        ]
-    return lines
-
-
-def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of each group by their dotted names."""
-    result = {}
-    for key, value in settings.items():
-        group = value if isinstance(value, dict) else {"": value}
-        result |= {f"{key}.{name}".rstrip("."): item for name, item in group.items()}
-    return result
-
-
-def resume(run: Path, state: Any, meta: dict[str, Any], *, mode: str) -> Any:
-    """Returns the state to start from: the newest valid checkpoint's, or as given.
-
-    Args:
-        run: the run folder.
-        state: a fresh state, placed on its devices.
-        meta: of this run; its "identity" has to be as it was when the run began, and
-            changes of its "settings" and "versions" are printed.
-        mode: auto continues a run if there is one, must demands one, never refuses one.
-
-    Raises:
-        UsageError: the mode does not fit, or the identity differs.
-        CorruptError: there are checkpoints, and none is valid.
-    """
-    return resume_all([run], [state], [meta], mode=mode)[0]
-
-
-def resume_all(
-    runs: Sequence[Path], states: Sequence[Any], metas: Sequence[Any], *, mode: str
-) -> list[Any]:
-    """Returns `resume` of runs that are trained together, all at the same step.
-
-    The "sweep" of a meta names them all: that is how runs that were saved together are
-    told from runs that were not, where some of them have no checkpoint.
-    """
-    folders = [run / "checkpoints" for run in runs]
-    begun = [folder for folder in folders if saved_steps(folder)]
-    saved, problems = load_newest_common(folders)
-    for problem in problems:
-        print(f"warning: skipped a damaged checkpoint: {problem}", flush=True)
-    if not begun and mode == "must":
-        raise UsageError(f"{runs[0]}: no checkpoint to resume from")
-    if begun and mode == "never":
-        raise UsageError(
-            f"{begun[0].parent}: holds a run already; choose another output_dir, "
-            "or continue it with --resume auto"
-        )
-    if not saved:
-        _check_first_save(begun, folders, metas[0])
-        return list(states)
-    for run, before, meta in zip(runs, saved, metas, strict=True):
-        check_identity(before, meta["identity"], run)
-    print(f"resuming after step {saved[0].step}", flush=True)
-    pairs = zip(saved, metas, strict=True)
-    notes = (line for pair in pairs for line in changed_settings(*pair))
-    for line in dict.fromkeys(notes):
-        print(f"note: {line}", flush=True)
-    return [restore_into(*pair) for pair in zip(states, saved, strict=True)]
-
-
-def _check_first_save(
-    begun: Sequence[Path], folders: Sequence[Path], meta: dict[str, Any]
-) -> None:
-    """Refuses runs without a common step, unless a kill came amid their first save."""
-    for folder in begun:
-        saved, _ = load_newest(folder)
-        if saved is None or saved.meta.get("sweep") != meta.get("sweep"):
-            others = [str(f.parent) for f in folders if f not in begun] or folders
-            raise UsageError(
-                f"{folder.parent} was trained already, without {listing(others)}; "
-                "choose another output_dir, or leave one or the other out of the sweep"
-            )
 
 
 def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from jax.sharding import Mesh
 
-from jlora.checkpoint import RunCheckpoints, locked, resume_all
+from jlora.checkpoint import RunCheckpoints
 from jlora.data import Dataset
 from jlora.errors import DivergedError, StopRequested, listing
 from jlora.loop import StepLog, check_remaining, clear_outcome, is_due
@@ -23,6 +23,7 @@ from jlora.optimizer import make_schedule
 from jlora.prefetch import Prefetch
 from jlora.processes import StopVote, check_agreement, is_first, to_host
 from jlora.report import Report
+from jlora.resuming import locked, resume_all
 from jlora.settings import TrainConfig
 from jlora.sweep import Alone, Member, Sweep, make_trainer
 from jlora.training import TrainState, evaluate, make_eval_step
@@ -37,7 +38,7 @@ class Entry:
     folder: Path
     member: Member
     meta: dict[str, Any]
-    """What is noted in its checkpoints; see `checkpoint.resume`."""
+    """What is noted in its checkpoints; see `jlora.resuming.resume`."""
     data: Dataset
     held_out: Dataset | None
     flops_per_token: float
@@ -64,14 +65,14 @@ def fit(
         config: how often to do what.
         total_steps: where training ends.
         packed: whether rows hold several documents.
-        mode: of resuming; see `checkpoint.resume`.
+        mode: of resuming; see `jlora.resuming.resume`.
         stop: set when asked to stop, at any time.
         export: called with the index and the whole tree of every adapter at the end.
 
     Raises:
         StopRequested: when asked to, after saving.
         DivergedError: naming adapters that diverged; the others are exported.
-        UsageError, CorruptError: as `checkpoint.resume`.
+        UsageError, CorruptError: as `jlora.resuming.resume`.
     """
     with ExitStack() as stack:
         for entry in entries:

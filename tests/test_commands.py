@@ -20,8 +20,8 @@ from data_cases import chat, make_files, write_rows
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import CONFIG, tensors, write_hf
 
-from jlora.checkpoint import locked
 from jlora.cli import run_command
+from jlora.resuming import locked
 
 ROOT = Path(__file__).parent.parent
 POSITIONAL = {

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import Mesh
 
 from jlora import fused, hopper, hopper_dropout, hopper_products, hopper_swiglu, narrow
-from jlora.checkpoint import flatten
 from jlora.config import LoraConfig
+from jlora.digests import flatten
 from jlora.dropout import drop, drop_by, seeds
 from jlora.errors import UsageError
 from jlora.fused import Leaves

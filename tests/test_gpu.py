@@ -13,8 +13,8 @@ import pytest
 
 import jlora
 from jlora.attention import attend
-from jlora.checkpoint import flatten
 from jlora.config import LlamaConfig, LoraConfig
+from jlora.digests import flatten
 from jlora.lora import join, split, trainable_mask
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.rope_config import RopeParameters

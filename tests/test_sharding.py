@@ -20,7 +20,7 @@ from training_cases import (
 )
 
 import jlora.model
-from jlora.checkpoint import flatten
+from jlora.digests import flatten
 from jlora.errors import UsageError
 from jlora.lora import count_parameters
 from jlora.lora_init import add_lora

@@ -13,17 +13,17 @@ import pytest
 
 from jlora.checkpoint import (
     RunCheckpoints,
-    fingerprint,
     load_newest,
     newest_adapter,
     restore_into,
-    resume,
 )
 from jlora.config import LoraConfig
+from jlora.digests import fingerprint
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.lora import head_parameters, join, trainable_mask
 from jlora.loss import cross_entropy
 from jlora.optimizer import make_schedule
+from jlora.resuming import resume
 from jlora.settings import MeshConfig, OptimConfig
 from jlora.training import make_eval_step, summed_loss
 from tests.training_cases import (
