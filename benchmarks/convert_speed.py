@@ -192,7 +192,7 @@ def report(kind: str, folder: Path, largest: int, times: int, cold: bool) -> Non
     line = {
         "what": kind,
         "from": "disk" if cold else "page cache",
-        "to": runs[0]["device"],
+        "to": runs[0]["device"] if kind in ("load", "base") else "disk",
         "megabytes": round(size / 1e6),
         "megabytes_per_second": round(size / seconds / 1e6),
         "plain_read": round(size / plain / 1e6),

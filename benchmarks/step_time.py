@@ -8,7 +8,7 @@ appended to `--out`, from which `table.py` makes the table of docs/performance.m
     python benchmarks/step_time.py B --data 2
 
 On several devices, as `--data` or `--fsdp` says, each has the workload's rows; tokens/s are
-those of all, MFU is of all, and memory of the first.
+those of all, MFU is of all, and memory of the first, which also makes the weights.
 """
 
 import argparse
@@ -219,6 +219,7 @@ def measure(
         pending = metrics
     median = float(np.median(np.diff(ends)[WARM_UP - 1 :]))
     rate, peak = batch["tokens"].size / median, peak_flops()
+    # The peak is that of all devices there are.
     flops = facts.pop("flops") * jax.device_count() / mesh.size
     device = jax.devices()[0].device_kind
     if mesh.size > 1:

@@ -203,7 +203,8 @@ class ComputeConfig:
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto: cudnn on GPU where it applies, else xla; splash: on TPU."""
     kernels: Literal["auto", "xla", "hopper"] = "auto"
-    """Matmuls of the layers; auto: hopper on one H100 or H200 in bfloat16, else xla."""
+    """Matmuls of the layers; auto: hopper on H100s or H200s that each hold all weights, in
+    bfloat16; else xla."""
 
 
 def check_seed(seed: int) -> None:

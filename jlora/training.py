@@ -225,7 +225,8 @@ def make_train_step(
         state: arrays or shapes, for their structure only.
         frozen: likewise.
         packed: whether rows hold several documents.
-        grad_accum_steps: parts of a batch whose activations exist one at a time.
+        grad_accum_steps: parts of a batch whose activations exist one at a time; the rows
+            of each divide among the devices, see `jlora.sharding.check_divisible`.
         seed: of dropout; the key of a step follows from (seed, step).
     """
     function = step_function(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import CONFIG, write_hf
 
+from convert.blocks import MAX_BUFFER_BYTES, THREADS
 from convert.names import all_names
 from convert.safetensors import Spec, read_header, write_safetensors
 from jlora.config import LlamaConfig
@@ -15,7 +16,7 @@ from jlora.config import LlamaConfig
 ROOT = Path(__file__).parent.parent
 # Llama-3-70B's proportions (the head is 1.2 layers), small: a layer takes 107 MB, where
 # one of 70B takes 1.7 GB. What the threads' buffers take does not grow with the model.
-BUFFERS = 64 << 20
+BUFFERS = max(64 << 20, THREADS * MAX_BUFFER_BYTES)
 SCALED = CONFIG | {
     "hidden_size": 2048,
     "intermediate_size": 7168,

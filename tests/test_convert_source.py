@@ -19,6 +19,7 @@ from tiny import (
 )
 
 import convert
+from convert import loading
 from convert.checks import first_non_finite
 from convert.loading import load_params
 from convert.source import open_source, read_as
@@ -38,6 +39,25 @@ def leaves(params):
         jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
+
+
+def test_one_tensor_is_on_its_way_while_the_next_is_read(folder, monkeypatch):
+    source = open_source(str(write_hf(folder, CONFIG, tensors(CONFIG))))
+    events = []
+
+    def noting(name, function):
+        def noted(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return noted
+
+    for name, what in (("read", "read_leaves"), ("sent", "_place")):
+        monkeypatch.setattr(loading, what, noting(name, getattr(loading, what)))
+    waiting = noting("waited", jax.block_until_ready)
+    monkeypatch.setattr(loading.jax, "block_until_ready", waiting)
+    load_params(source)
+    assert events == ["read", "waited", "sent"] * len(source.tensors) + ["waited"]
 
 
 def test_kernels_are_the_transposes_of_hf_weights(folder):

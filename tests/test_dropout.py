@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.dropout import drop
+from jlora.dropout import axis_codes, drop, seeds
 from jlora.settings import MeshConfig
 from jlora.sharding import make_mesh
 
@@ -54,6 +54,21 @@ def test_a_mask_does_not_depend_on_the_sharding() -> None:
     )
     function = jax.jit(lambda x: drop(x, jax.random.key(7), 0.5))
     np.testing.assert_array_equal(function(sharded), function(x))
+
+
+def test_the_codes_of_rows_go_on_from_one_device_to_the_next() -> None:
+    mesh = make_mesh(MeshConfig(8), jax.devices()[:8])
+    words = [seeds(jax.random.key(i)) for i in range(2)]
+    own = jax.shard_map(
+        lambda x: axis_codes(words, x.shape),
+        mesh=mesh,
+        in_specs=PartitionSpec("data"),
+        out_specs=[PartitionSpec(None, "data"), PartitionSpec()],
+        check_vma=False,
+    )
+    found, wanted = jax.jit(own)(jnp.zeros((32, 24))), axis_codes(words, (32, 24))
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.1, 0.3, 0.7])

@@ -448,7 +448,11 @@ def trained(mesh: MeshConfig, kernels: str, **settings: Any) -> Any:
     run = Run(
         mesh, params=moved(adapted_params(ONE_LAYER)), kernels=kernels, **settings
     )
-    return run.train(2), flatten(run.state.trainable)
+    metrics = run.train(2)
+    # Sums of gradients. Adapters would show the rounding of small ones: AdamW divides.
+    moments = {k: v for k, v in flatten(run.state).items() if ".mu." in k}
+    assert len(moments) == len(jax.tree.leaves(run.state.trainable))
+    return metrics, moments
 
 
 @pytest.mark.usefixtures("_products_without_a_gpu")
@@ -457,14 +461,15 @@ def trained(mesh: MeshConfig, kernels: str, **settings: Any) -> Any:
 def test_devices_with_all_weights_and_own_rows_train_as_one(
     remat: str, settings: dict[str, Any]
 ) -> None:
-    metrics, adapters = trained(MeshConfig(8), "hopper", remat=remat, **settings)
+    metrics, moments = trained(MeshConfig(8), "hopper", remat=remat, **settings)
     for mesh, kernels in ((MeshConfig(1), "hopper"), (MeshConfig(2, 2, 2), "xla")):
-        expected, expected_adapters = trained(mesh, kernels, remat="none", **settings)
+        expected, same = trained(mesh, kernels, remat="none", **settings)
         for found, wanted in zip(metrics, expected, strict=True):
             assert found == pytest.approx(wanted, rel=2e-6)
-        for name, adapter in adapters.items():
+        for name, moment in moments.items():
+            atol = 3e-5 * np.abs(same[name]).max()  # measured 1e-5
             np.testing.assert_allclose(
-                adapter, expected_adapters[name], rtol=0, atol=2e-6, err_msg=name
+                moment, same[name], rtol=0, atol=atol, err_msg=name
             )
 
 
@@ -474,6 +479,10 @@ def test_devices_with_own_rows_evaluate_as_one() -> None:
     for devices, kernels in ((8, "hopper"), (1, "xla")):
         mesh = make_mesh(MeshConfig(devices), jax.devices()[:devices])
         step = make_eval_step(Llama(ONE_LAYER, kernels=kernels), mesh, params=params)
+        jaxpr = step.trace(params, batch).jaxpr.jaxpr
+        names = {equation.primitive.name for equation in equations(jaxpr)}
+        # The compiler can cut what stands in for the kernels here, but not the kernels.
+        assert ("shard_map" in names) == (devices > 1)
         found.append([float(x) for x in step(params, batch)])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 

@@ -23,8 +23,7 @@ from jlora.errors import ResourceError, UsageError
 ROOT = Path(__file__).parent.parent
 STEPS = 60
 WORDS = [
-    # Weights and adapters in parts over all four devices, and so over both processes.
-    *("--mesh.fsdp", 4, "--train.max_steps", STEPS, "--train.save_every", STEPS),
+    *("--train.max_steps", STEPS, "--train.save_every", STEPS),
     # Low, so that what differs in rounding does not grow.
     *("--optim.learning_rate", 1e-3),
 ]
@@ -83,8 +82,23 @@ def log(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_go_on_and_end_as_one_does(place):  # noqa: F811
-    running = start_all(place, "two", count=2)
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "fsdp",  # weights and adapters in parts over all devices, and so both processes
+        "data",  # all of them on every device, each with rows and dropout of its own
+    ],
+)
+def test_two_processes_stop_together_go_on_and_end_as_one_does(
+    place,  # noqa: F811
+    axis,
+):
+    two, one = f"two-{axis}", f"one-{axis}"
+
+    def own(_):
+        return f"--mesh.{axis}", 4, "--lora.lora_dropout", 0.2
+
+    running = start_all(place, two, count=2, own=own)
     stdout: Any = running[0].stdout
     while not stdout.readline().startswith("step 1/"):
         assert running[0].poll() is None
@@ -94,14 +108,17 @@ def test_two_processes_stop_together_go_on_and_end_as_one_does(place):  # noqa: 
     # JAX itself says whom it met; jlora one line, of how many there are.
     told = [line for line in quiet.splitlines() if "peer ranks" not in line]
     assert told == ["process 1 of 2: 2 of 4 devices"]
-    assert [code for code, _ in finish(start_all(place, "two", count=2))] == [0, 0]
-    [(code, _)] = finish(start_all(place, "one", count=1))
+    assert [code for code, _ in finish(start_all(place, two, count=2, own=own))] == [
+        0,
+        0,
+    ]
+    [(code, _)] = finish(start_all(place, one, count=1, own=own))
     assert code == 0
     # Float32 sums in another order.
-    np.testing.assert_allclose(log(place / "two"), log(place / "one"), rtol=1e-4)
+    np.testing.assert_allclose(log(place / two), log(place / one), rtol=1e-4)
     alone, together = (
         json.loads((place / run / "adapter" / "adapter_config.json").read_text())
-        for run in ("one", "two")
+        for run in (one, two)
     )
     assert alone == together
 

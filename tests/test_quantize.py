@@ -82,6 +82,14 @@ def exact(name: Format, kernel: np.ndarray) -> np.ndarray:
     return values[nearest] * scale
 
 
+def test_nf4_of_many_rows_is_that_of_its_blocks():
+    kernel = np.random.default_rng(0).standard_normal((2 * 4096 + 80, 3), np.float32)
+    found = quantize_kernel(kernel, "nf4")
+    parts = [quantize_kernel(kernel[i : i + 64], "nf4") for i in range(0, 8272, 64)]
+    for name, leaf in found.items():
+        np.testing.assert_array_equal(leaf, np.concatenate([p[name] for p in parts]))
+
+
 def test_the_nf4_table_is_the_published_one():
     np.testing.assert_allclose(NF4, [float(x) for x in PUBLISHED.split()], atol=6e-8)
 

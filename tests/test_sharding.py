@@ -107,13 +107,24 @@ def test_two_layers_on_every_axis_train_as_on_one_device():
     assert_same_training(found, expected)
 
 
+def is_sum(equation):
+    return equation.primitive.name.startswith("psum")
+
+
 def test_devices_with_all_weights_add_float32_gradients_once_for_all_parts():
     run = Run(MeshConfig(8), dtype=jnp.bfloat16, grad_accum_steps=4)
     jaxpr = run.step.trace(run.state, run.frozen, ragged_batch()).jaxpr.jaxpr
-    sums = [e for e in equations(jaxpr) if e.primitive.name.startswith("psum")]
-    added = [value.aval.dtype for e in sums for value in e.invars]
+    every = list(equations(jaxpr))
+    scans = [e.params["jaxpr"].jaxpr for e in every if e.primitive.name == "scan"]
+    in_scans = [e for scan in scans for e in equations(scan)]
+    added, again = (
+        [value.aval.dtype for e in found for value in e.invars]
+        for found in ([e for e in part if is_sum(e)] for part in (every, in_scans))
+    )
     loss_and_adapters = 1 + len(jax.tree.leaves(run.state.trainable))
     assert added == [jnp.float32] * loss_and_adapters
+    assert scans
+    assert not again
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,10 @@ def test_every_adapter_equals_its_own_run_on_eight_devices_with_accumulation():
     assert_equal_runs(CASES["adapters"], mesh, accumulate=2)
 
 
+def test_every_adapter_with_dropout_equals_its_own_run_where_devices_have_all_weights():
+    assert_equal_runs(CASES["dropout"], mesh_of(data=8))
+
+
 def test_padding_stays_exactly_zero():
     _, state, _ = train_together(CASES["adapters"], mesh_of())
     for name, leaf in named({"w": state.trainable, "o": state.opt_state}).items():
