@@ -1,4 +1,4 @@
-"""Digests of arrays: of a leaf in memory, and of a whole tree where it lies."""
+"""A tree's leaves by path, and digests of them: in memory, and where they lie."""
 
 import hashlib
 from typing import Any

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jlora.errors import UsageError
+from jlora.sharding import has_all_weights
 
 # Depth of one step of the inner loop: one row of the 128-byte swizzle in bfloat16.
 DEPTH = 64
@@ -59,7 +60,7 @@ def choose_kernels(wanted: str, *, dtype: Any, mesh: Mesh) -> str:
             f"and this is {device.device_kind} with {jnp.dtype(dtype).name}; use "
             "auto or xla"
         )
-    whole = mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+    whole = has_all_weights(mesh)
     if wanted == "hopper" and not whole:
         raise UsageError(
             "compute.kernels=hopper needs all weights on every device, and this mesh "

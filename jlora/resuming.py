@@ -44,14 +44,25 @@ def check_run(run: Path, mode: str) -> None:
     home = next(p for p in (run.absolute(), *run.absolute().parents) if p.exists())
     if not (home.is_dir() and os.access(home, os.W_OK)):
         raise UsageError(f"{run}: cannot be made, as {home} cannot be written")
-    begun = bool(saved_steps(run / "checkpoints"))
+    _check_mode([run], mode)
+
+
+def _check_mode(runs: Sequence[Path], mode: str) -> list[Path]:
+    """Returns the checkpoint folders of the runs that have begun.
+
+    Raises:
+        UsageError: some have begun, or none, against the mode.
+    """
+    folders = [run / "checkpoints" for run in runs]
+    begun = [folder for folder in folders if saved_steps(folder)]
     if mode == "must" and not begun:
-        raise UsageError(f"{run}: no checkpoint to resume from")
+        raise UsageError(f"{runs[0]}: no checkpoint to resume from")
     if mode == "never" and begun:
         raise UsageError(
-            f"{run}: holds a run already; choose another output_dir, "
+            f"{begun[0].parent}: holds a run already; choose another output_dir, "
             "or continue it with --resume auto"
         )
+    return begun
 
 
 @contextmanager
@@ -104,18 +115,11 @@ def resume_all(
     The "sweep" of a meta names them all: that is how runs that were saved together are
     told from runs that were not, where some of them have no checkpoint.
     """
+    begun = _check_mode(runs, mode)
     folders = [run / "checkpoints" for run in runs]
-    begun = [folder for folder in folders if saved_steps(folder)]
     saved, problems = load_newest_common(folders)
     for problem in problems:
         print(f"warning: skipped a damaged checkpoint: {problem}", flush=True)
-    if not begun and mode == "must":
-        raise UsageError(f"{runs[0]}: no checkpoint to resume from")
-    if begun and mode == "never":
-        raise UsageError(
-            f"{begun[0].parent}: holds a run already; choose another output_dir, "
-            "or continue it with --resume auto"
-        )
     if not saved:
         _check_first_save(begun, folders, metas[0])
         return list(states)

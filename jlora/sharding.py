@@ -170,32 +170,6 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def splits_rows_only(mesh: Mesh) -> bool:
-    """Returns whether several devices have all weights each, and rows of their own."""
-    return mesh.size > 1 and mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
-
-
-def on_own_rows(function: Callable[[Any, Any], Any], mesh: Mesh) -> Any:
-    """Returns (whole, batch) -> the sum of what the function makes on every device.
-
-    Each runs it on all of `whole` and on its own rows of the batch, as if it were alone.
-    So kernels that the compiler cannot cut run on a mesh that `splits_rows_only`, and
-    there is one sum, in the dtype of the results: the compiler by itself would add
-    bfloat16 gradients before they become float32, and those of every part of a batch.
-    """
-
-    def summed(whole: Any, batch: Any) -> Any:
-        return jax.lax.psum(function(whole, batch), BATCH_AXES)
-
-    return jax.shard_map(
-        summed,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(BATCH_AXES)),
-        out_specs=PartitionSpec(),
-        check_vma=False,  # the kernels do not say over which axes they vary
-    )
-
-
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns where a [B, T] array lives: rows over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
@@ -207,3 +181,42 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
     abstract = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     with abstract, nn.logical_axis_rules(RULES):
         yield
+
+
+def has_all_weights(mesh: Mesh) -> bool:
+    """Returns whether every device has all weights, so that only rows are split."""
+    return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Returns among how many devices the rows are split that `over_rows` shows."""
+    return 1 if has_all_weights(mesh) else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def over_rows(function: Callable[[Any, Any], Any], mesh: Mesh) -> Any:
+    """Returns (whole, batch) -> the function's sums over all rows of the batch.
+
+    Where several devices have all weights, each runs the function on its own rows, as if
+    it were alone. So it may call kernels that the compiler cannot cut, and there is one
+    sum, in the dtype of the results: the compiler by itself would add bfloat16 gradients
+    before they become float32, and those of every part of a batch. Elsewhere the compiler
+    cuts the function, as the mesh says.
+    """
+    if mesh.size == 1 or not has_all_weights(mesh):
+
+        def cut(whole: Any, batch: Any) -> Any:
+            with use_mesh(mesh):
+                return function(whole, batch)
+
+        return cut
+
+    def summed(whole: Any, batch: Any) -> Any:
+        return jax.lax.psum(function(whole, batch), BATCH_AXES)
+
+    return jax.shard_map(
+        summed,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(BATCH_AXES)),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # the kernels do not say over which axes they vary
+    )

@@ -21,13 +21,7 @@ from jlora.loss import cross_entropy
 from jlora.model import Llama
 from jlora.optimizer import stack_layers
 from jlora.prefetch import Prefetch
-from jlora.sharding import (
-    batch_sharding,
-    on_own_rows,
-    splits_rows_only,
-    tree_shardings,
-    use_mesh,
-)
+from jlora.sharding import batch_sharding, over_rows, row_shards, tree_shardings
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
@@ -139,8 +133,7 @@ def step_function(
     each step derives its own. `chunk_tokens`: see `loss_chunk_tokens`, the default.
     """
     chunk_tokens = loss_chunk_tokens() if chunk_tokens is None else chunk_tokens
-    own_rows = splits_rows_only(mesh)
-    shards = 1 if own_rows else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = row_shards(mesh)
     # A sweep has an array here; a rate that is plainly 0 costs no random numbers.
     drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
 
@@ -175,11 +168,7 @@ def step_function(
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         whole = state.trainable, frozen, key
-        if own_rows:
-            total, gradients = on_own_rows(gradient, mesh)(whole, batch)
-        else:
-            with use_mesh(mesh):
-                total, gradients = gradient(whole, batch)
+        total, gradients = over_rows(gradient, mesh)(whole, batch)
         supervised = jnp.sum(batch["loss_mask"])
         share = 1 / jnp.maximum(supervised, 1)
         gradients = jax.tree.map(lambda g: g * share, gradients)
@@ -256,20 +245,14 @@ def make_eval_step(
     model: Llama, mesh: Mesh, *, params: Params, packed: bool = True
 ) -> Any:
     """Returns the jitted (params, batch) -> (summed loss in nats, supervised tokens)."""
-    own_rows, tokens = splits_rows_only(mesh), loss_chunk_tokens()
-    shards = 1 if own_rows else mesh.shape["data"] * mesh.shape["fsdp"]
+    shards, tokens = row_shards(mesh), loss_chunk_tokens()
 
     def loss(params: Params, batch: Batch) -> Array:
         chunk = _chunk(batch, shards, tokens)
         return summed_loss(model, params, batch, packed=packed, chunk=chunk)
 
     def step(params: Params, batch: Batch) -> tuple[Array, Array]:
-        if own_rows:
-            total = on_own_rows(loss, mesh)(params, batch)
-        else:
-            with use_mesh(mesh):
-                total = loss(params, batch)
-        return total, jnp.sum(batch["loss_mask"])
+        return over_rows(loss, mesh)(params, batch), jnp.sum(batch["loss_mask"])
 
     return jax.jit(
         step,

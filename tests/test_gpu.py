@@ -35,6 +35,22 @@ pytestmark = [
 ]
 
 
+# Sizes that the kernels take.
+WIDE = llama_config(
+    hidden_size=512,
+    intermediate_size=1024,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+)
+
+
+def wide_params(*, use_dora: bool = False) -> Any:
+    """Returns bfloat16 weights with adapters on all projections, away from their start."""
+    lora = LoraConfig(r=16, target_modules="all-linear", use_dora=use_dora)
+    return moved(adapted_params(WIDE, lora, dtype=jnp.bfloat16))
+
+
 def value_and_gradients(function: Any, up: jax.Array, *arrays: jax.Array) -> Any:
     """Returns the function's result and its gradients along `up`, in up's dtype."""
 
@@ -143,20 +159,12 @@ def test_flash_attention_runs_once_forward_in_a_train_step() -> None:
 def test_fused_kernels_err_no_more_than_plain_bfloat16(
     remat: str, use_dora: bool, rate: float
 ) -> None:
-    config = llama_config(
-        hidden_size=512,
-        intermediate_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-    )
-    lora = LoraConfig(r=16, target_modules="all-linear", use_dora=use_dora)
-    params = moved(adapted_params(config, lora, dtype=jnp.bfloat16))
+    params = wide_params(use_dora=use_dora)
     trainable, frozen = split(params, trainable_mask(params))
-    tokens = jax.random.randint(jax.random.key(0), (2, 256), 0, config.vocab_size)
+    tokens = jax.random.randint(jax.random.key(0), (2, 256), 0, WIDE.vocab_size)
 
     def gradient(dtype: Any, kernels: str) -> Any:
-        model = jlora.Llama(config, dtype, "xla", remat, rate, kernels=kernels)
+        model = jlora.Llama(WIDE, dtype, "xla", remat, rate, kernels=kernels)
 
         def loss(trainable: Any, frozen: Any) -> Any:
             params, rngs = join(trainable, frozen), {"dropout": jax.random.key(2)}
@@ -178,16 +186,8 @@ def first_step(
     mesh: MeshConfig, remat: str, kernels: str, dtype: Any
 ) -> tuple[dict[str, float], dict[str, jax.Array]]:
     """Returns a step's metrics, and Adam's first moments, which are the gradient's."""
-    config = llama_config(
-        hidden_size=512,
-        intermediate_size=1024,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-    )
-    params = moved(adapted_params(config, dtype=jnp.bfloat16))
     settings: Any = {"lora_dropout": 0.1, "remat": remat, "kernels": kernels}
-    run = Run(mesh, config=config, params=params, dtype=dtype, **settings)
+    run = Run(mesh, config=WIDE, params=wide_params(), dtype=dtype, **settings)
     (metrics,) = run.train(1, length=64)
     moments = {k: v for k, v in flatten(run.state).items() if ".mu." in k}
     assert len(moments) == 14
@@ -210,9 +210,7 @@ def test_two_gpus_err_no_more_than_one(remat: str, axis: str) -> None:
     print(
         f"{axis}, {remat}: loss {metrics['loss']} {alone['loss']}, moments {worst:.1e}"
     )
-    if axis == "data":  # every row is computed as on one device
-        assert metrics["loss"] == pytest.approx(alone["loss"], rel=1e-3)
-        assert worst < 0.05
+    assert metrics["loss"] == pytest.approx(alone["loss"], rel=1e-3)
     for name, moment in wanted.items():
         allowed = 2 * relative_error(near[name], moment) + 2e-3
         assert relative_error(found[name], moment) < allowed, name
