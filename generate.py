@@ -10,12 +10,12 @@ from convert.peft import attach_adapter, model_config, open_adapter
 from convert.source import open_source
 from jlora.cli import run_command
 from jlora.compiled import keep_compiled
+from jlora.config.run_config import check_seed
 from jlora.data import Tokenizer
 from jlora.errors import UsageError
 from jlora.generation import generate_tokens
 from jlora.lora import Params
 from jlora.model import Llama, compute_dtype
-from jlora.settings import check_seed
 
 NEW_TOKENS = 256
 

@@ -16,7 +16,15 @@ from convert.peft import start_adapter, write_adapter
 from convert.source import open_source
 from jlora.cli import run_command
 from jlora.compiled import keep_compiled
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import (
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    TrainConfig,
+    check_seed,
+)
 from jlora.data import Tokenizer, load_split, make_samples, plan_lines
 from jlora.digests import fingerprint
 from jlora.fit import Entry, fit, write_settings
@@ -28,14 +36,6 @@ from jlora.plan import flops_per_token, memory_table, plan_workload
 from jlora.processes import check_agreement, joined_processes
 from jlora.report import plot, show_samples
 from jlora.resuming import check_run, locked
-from jlora.settings import (
-    ComputeConfig,
-    DataConfig,
-    MeshConfig,
-    OptimConfig,
-    TrainConfig,
-    check_seed,
-)
 from jlora.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.sweep import start_member
 from jlora.sweep_file import check_members, compute_of_sweep, read_sweep

@@ -52,7 +52,7 @@ def write_checkpoint(folder: Path, layers: int) -> int:
     """Writes an HF folder of random bfloat16 weights; returns its largest tensor's bytes."""
     from convert.names import all_names
     from convert.safetensors import Spec, write_safetensors
-    from jlora.config import LlamaConfig
+    from jlora.config.llama_config import LlamaConfig
 
     config = CONFIG | {"num_hidden_layers": layers}
     specs = {

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from convert.source import open_source
+from jlora.config.run_config import DataConfig
 from jlora.data import Tokenizer, load_dataset
 from jlora.data.packing import pack_documents
-from jlora.settings import DataConfig
 
 SEQ_LEN = 4096
 

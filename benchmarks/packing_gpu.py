@@ -122,7 +122,7 @@ class Trainer:
         from step_time import random_base
 
         import jlora
-        from jlora.settings import MeshConfig
+        from jlora.config.run_config import MeshConfig
         from jlora.sharding import make_mesh
 
         self.config, lora, self.dtype = settings()
@@ -134,11 +134,11 @@ class Trainer:
         """Returns the figures of one case."""
         import jax
 
+        from jlora.config.run_config import ComputeConfig, OptimConfig
         from jlora.model import Llama
         from jlora.optimizer import make_optimizer, make_schedule
         from jlora.plan import peak_memory_bytes, plan_workload
         from jlora.prefetch import Prefetch
-        from jlora.settings import ComputeConfig, OptimConfig
         from jlora.training import TrainState, make_train_step
 
         rows, length = data.batch_size, data.row_length

@@ -32,7 +32,10 @@ from jax.sharding import Mesh
 
 import jlora
 from jlora.compiled import keep_compiled
-from jlora.config import LlamaConfig, LoraConfig
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.rope_config import RopeParameters
+from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.lora import Params
 from jlora.memory import keep_freed_memory
 from jlora.model import Llama
@@ -43,8 +46,6 @@ from jlora.plan import (
     peak_memory_bytes,
     plan_workload,
 )
-from jlora.rope_config import RopeParameters
-from jlora.settings import ComputeConfig, MeshConfig, OptimConfig
 from jlora.sharding import batch_sharding, make_mesh
 from jlora.training import TrainState, make_train_step
 

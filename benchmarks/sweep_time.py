@@ -24,10 +24,10 @@ import numpy as np
 from step_time import ALL, LLAMA_3_8B, SMOLLM2, llama, random_base
 
 import jlora
+from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import peak_memory_bytes, plan_workload
-from jlora.settings import ComputeConfig, MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.sweep import Member, Sweep
 from jlora.sweep_file import compute_of_sweep

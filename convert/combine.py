@@ -26,7 +26,7 @@ from convert.names import module_name
 from convert.peft import Adapter, open_adapter, save_adapter
 from convert.target import check_target
 from jlora.cli import run_command
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
 Pair = dict[str, np.ndarray]

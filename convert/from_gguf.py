@@ -23,7 +23,7 @@ from convert.gguf_tokenizer import tokenizer_files
 from convert.names import Name, all_names
 from convert.safetensors import Spec, read_bytes
 from convert.source import Source, parse_config
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
 _BLOCKS = (

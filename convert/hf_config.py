@@ -8,9 +8,9 @@ import math
 from typing import Any
 
 from convert.source import Source
-from jlora.architectures import LLAMA, MISTRAL
-from jlora.config import LlamaConfig
-from jlora.rope_config import RopeParameters, longrope_mscale, yarn_mscale
+from jlora.config.architectures import LLAMA, MISTRAL
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.rope_config import RopeParameters, longrope_mscale, yarn_mscale
 
 # llama.cpp takes this where config.json has no such key at the top.
 _LLAMA_CPP_ORIGINAL_POSITIONS = 8192

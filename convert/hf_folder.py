@@ -26,7 +26,7 @@ from convert.refusals import (
 )
 from convert.safetensors import Entry, Spec, read_bytes
 from convert.source import Source, parse_config
-from jlora.config import LlamaConfig, unused_keys
+from jlora.config.llama_config import LlamaConfig, unused_keys
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 
 Params = dict[str, Any]
 

@@ -28,7 +28,8 @@ from convert.peft_tables import changed_tables
 from convert.peft_write import adapter_of, save_adapter, write_adapter
 from convert.source import open_source
 from jlora.checkpoint import newest_adapter
-from jlora.config import LlamaConfig, LoraConfig
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError
 from jlora.lora import (
     join,

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.names import module_name, module_path
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UsageError, listing
 from jlora.targets import select_modules
 

@@ -9,9 +9,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from jlora.config import LoraConfig
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
-from jlora.peft_fields import (
+from jlora.config.lora_config import LoraConfig
+from jlora.config.peft_fields import (
     INERT,
     LOST_STARTS,
     PLAIN_STARTS,
@@ -19,6 +18,7 @@ from jlora.peft_fields import (
     RESIDUAL_STARTS,
     unsupported,
 )
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
 from jlora.targets import TABLES, is_saved
 
 MERGE_FIRST = (

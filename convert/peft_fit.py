@@ -10,7 +10,7 @@ from convert.peft_adapter import Adapter
 from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD, adapter_key, is_transposed
 from convert.peft_tables import own_tables
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError, listing, nearest
 from jlora.lora import WEIGHTS
 from jlora.targets import Selection, select

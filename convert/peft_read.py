@@ -27,7 +27,7 @@ from convert.peft_keys import (
     to_leaf,
 )
 from convert.safetensors import Entry, read_header, read_tensor
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
 from jlora.targets import is_saved
 

@@ -18,7 +18,7 @@ from convert.peft_keys import EMBEDDING, HEAD, adapter_key, to_leaf
 from convert.peft_read import CONFIG, WEIGHTS
 from convert.safetensors import Spec, write_safetensors
 from convert.target import atomic_folder
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.lora import (
     WEIGHTS as BASE_WEIGHTS,

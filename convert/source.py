@@ -28,7 +28,7 @@ from convert.leaves import (
 )
 from convert.refusals import refuse_other_file
 from convert.safetensors import Spec
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, JloraError, UsageError
 from jlora.quantize import Format
 

@@ -10,7 +10,7 @@ from convert.loading import load_params
 from convert.names import Params
 from convert.peft import Adapter, attach_adapter, model_config
 from convert.source import Source, open_source
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError
 from jlora.lora import map_leaves
 from jlora.merging import merge

@@ -9,7 +9,8 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jlora.config import LlamaConfig, LoraConfig
+    from jlora.config.llama_config import LlamaConfig
+    from jlora.config.lora_config import LoraConfig
     from jlora.lora import LoRADense, count_parameters, trainable_mask
     from jlora.lora_init import add_lora
     from jlora.merging import merge
@@ -27,9 +28,9 @@ __all__ = [
 ]
 _MODULES = {
     "Llama": "model",
-    "LlamaConfig": "config",
+    "LlamaConfig": "config.llama_config",
     "LoRADense": "lora",
-    "LoraConfig": "config",
+    "LoraConfig": "config.lora_config",
     "add_lora": "lora_init",
     "count_parameters": "lora",
     "merge": "merging",

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.digests import flatten, leaf_digest
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.processes import to_host

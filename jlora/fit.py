@@ -14,6 +14,7 @@ import yaml
 from jax.sharding import Mesh
 
 from jlora.checkpoint import RunCheckpoints
+from jlora.config.run_config import TrainConfig
 from jlora.data import Dataset
 from jlora.errors import DivergedError, StopRequested, listing
 from jlora.loop import StepLog, check_remaining, clear_outcome, is_due
@@ -24,7 +25,6 @@ from jlora.prefetch import Prefetch
 from jlora.processes import StopVote, check_agreement, is_first, to_host
 from jlora.report import Report
 from jlora.resuming import locked, resume_all
-from jlora.settings import TrainConfig
 from jlora.sweep import Alone, Member, Sweep, make_trainer
 from jlora.training import TrainState, evaluate, make_eval_step
 

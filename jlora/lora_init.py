@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.lora import (
     Params,

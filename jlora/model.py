@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jlora import fused
 from jlora.attention import attend
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.dropout import drop
 from jlora.elementwise import gated
 from jlora.errors import UsageError

@@ -19,8 +19,8 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from jlora.config.run_config import DECAY_GROUPS, OptimConfig
 from jlora.lora import Params, map_leaves, trainable_mask
-from jlora.settings import DECAY_GROUPS, OptimConfig
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:

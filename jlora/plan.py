@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jlora.attention import choose_attention
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.run_config import ComputeConfig
 from jlora.hopper import choose_kernels
 from jlora.lora import (
     Params,
@@ -24,7 +25,6 @@ from jlora.lora import (
 from jlora.model import compute_dtype
 from jlora.optimizer import stack_layers
 from jlora.quantize import SCALES, is_quantized, kernel_shape, num_weights
-from jlora.settings import ComputeConfig
 from jlora.training import loss_chunk_tokens
 
 # Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.

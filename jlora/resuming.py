@@ -16,7 +16,7 @@ from jlora.checkpoint import (
     restore_into,
     saved_steps,
 )
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import UsageError, listing
 from jlora.processes import is_first
 

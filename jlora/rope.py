@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jlora.config import LlamaConfig
-from jlora.rope_config import RopeParameters
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.rope_config import RopeParameters
 
 
 def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:

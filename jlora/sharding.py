@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError, listing
-from jlora.settings import MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")

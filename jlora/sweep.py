@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jlora.config.run_config import OptimConfig
 from jlora.errors import UsageError
 from jlora.lora import Params, is_adapter, join, map_leaves
 from jlora.model import Llama
 from jlora.optimizer import Numbers, make_optimizer, make_schedule
-from jlora.settings import OptimConfig
 from jlora.sharding import batch_sharding, tree_shardings
 from jlora.sweep_file import check_same_parts
 from jlora.training import (

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError, listing, nearest
 
 DEFAULT_TARGETS: tuple[str, ...] = ("q_proj", "v_proj")

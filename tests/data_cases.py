@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.rope_config import RopeParameters
+from jlora.config.run_config import DataConfig
 from jlora.data import Dataset, Tokenizer, load_dataset
 from jlora.data.batches import make_dataset
 from jlora.data.build import make_block
 from jlora.data.store import Store
 from jlora.data.tokens import Example
-from jlora.rope_config import RopeParameters
-from jlora.settings import DataConfig
 
 GOLDEN = Path(__file__).parent / "golden" / "chat"
 TEMPLATES = json.loads((GOLDEN / "cases.json").read_text())["templates"]

@@ -19,6 +19,7 @@ from training_cases import (
 from convert.peft import attach_adapter, open_adapter, read_adapter, write_adapter
 from jlora import LoraConfig, add_lora, merge
 from jlora.checkpoint import RunCheckpoints, load_newest, restore_into
+from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.lora import (
     column_norms,
@@ -31,7 +32,6 @@ from jlora.lora import (
 )
 from jlora.merging import merge_module
 from jlora.model import Llama
-from jlora.settings import MeshConfig
 from jlora.training import summed_loss
 
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -6,7 +6,7 @@ from test_commands import call
 
 from convert.combine import combine
 from convert.peft import Adapter, read_adapter, save_adapter
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 SIZES = {"q_proj": (12, 8), "v_proj": (12, 4)}

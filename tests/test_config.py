@@ -3,9 +3,10 @@ from typing import Any
 
 import pytest
 
-from jlora.config import LlamaConfig, LoraConfig, unused_keys
+from jlora.config.llama_config import LlamaConfig, unused_keys
+from jlora.config.lora_config import LoraConfig
+from jlora.config.peft_fields import FORMS, INERT, REFUSED
 from jlora.errors import CorruptError, UnsupportedError, UsageError
-from jlora.peft_fields import FORMS, INERT, REFUSED
 
 HF: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -20,7 +20,7 @@ from convert.source import Dtype, open_source
 from jlora import checkpoint
 from jlora.checkpoint import restore_tree
 from jlora.cli import run_command
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 

@@ -20,7 +20,7 @@ from convert.gguf_file import read_gguf
 from convert.loading import load_params
 from convert.names import all_names
 from convert.source import open_source
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 gguf = pytest.importorskip("gguf")

@@ -14,13 +14,13 @@ from data_cases import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jlora.config.run_config import DataConfig
 from jlora.data.corpus import open_source
 from jlora.data.files import place
 from jlora.data.records import COLUMNS
 from jlora.data.sources import find_sources
 from jlora.data.tokens import Example, tokenize
 from jlora.errors import JloraError
-from jlora.settings import DataConfig
 
 NAMES = ("chatml", "generation", "llama3", "llama2", "mistral", "zephyr", "tools")
 TOKENIZERS = {name: make_tokenizer(name) for name in NAMES}

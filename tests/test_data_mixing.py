@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from data_cases import load, make_tokenizer, write_rows
 
+from jlora.config.run_config import DataConfig
 from jlora.data import load_split
 from jlora.data.mixing import content_ranks, hold_out, repeat
 from jlora.errors import UsageError
-from jlora.settings import DataConfig
 
 ROWS = [{"text": f"the sum of {i}"} for i in range(40)]
 

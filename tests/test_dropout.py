@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora.config.run_config import MeshConfig
 from jlora.dropout import axis_codes, drop, seeds
-from jlora.settings import MeshConfig
 from jlora.sharding import make_mesh
 
 RATE, SIZE = 0.1, 1024

@@ -12,14 +12,14 @@ import pytest
 from jax.sharding import Mesh
 
 from jlora import fused, hopper, hopper_dropout, hopper_products, hopper_swiglu, narrow
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import MeshConfig
 from jlora.digests import flatten
 from jlora.dropout import drop, drop_by, seeds
 from jlora.errors import UsageError
 from jlora.fused import Leaves
 from jlora.lora import is_trainable, join, split, trainable_mask
 from jlora.model import Llama
-from jlora.settings import MeshConfig
 from jlora.sharding import MESH_AXES, make_mesh
 from jlora.training import make_eval_step
 from tests.training_cases import (

@@ -17,7 +17,7 @@ from tiny import CONFIG, tensors, write_hf
 from convert.hf_config import export_config
 from convert.names import all_names
 from convert.source import open_source
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
 from jlora.rope import rope_frequencies
 

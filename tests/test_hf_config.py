@@ -6,7 +6,7 @@ from tiny import CONFIG, tensors, write_hf
 
 from convert.hf_config import export_config, reader_notes
 from convert.source import open_source
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 
 ROPE = json.loads((Path(__file__).parent / "golden/rope/cases.json").read_text())
 CASES = ROPE["cases"]

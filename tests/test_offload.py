@@ -16,10 +16,10 @@ from training_cases import (
 )
 
 from jlora import plan
+from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.lora import join, split, trainable_mask
 from jlora.model import KVCache, Llama
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.settings import ComputeConfig, MeshConfig
 from jlora.sweep import Member, Sweep
 from jlora.training import TrainState, summed_loss
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from training_cases import adapted_params, llama_config
 
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.errors import UsageError
 from jlora.lora import split, trainable_mask
 from jlora.optimizer import Numbers, group_of, make_optimizer, make_schedule
 from jlora.plan import memory_bytes, plan_workload
-from jlora.settings import ComputeConfig, MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 
 STEPS, RATE = 5, 1e-2

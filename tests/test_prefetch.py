@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from data_cases import dataset_of
 
+from jlora.config.run_config import MeshConfig
 from jlora.data.batches import Dataset
 from jlora.data.tokens import Example
 from jlora.prefetch import Prefetch, place_batch
-from jlora.settings import MeshConfig
 from jlora.sharding import batch_sharding, make_mesh
 
 MESHES = [

@@ -28,7 +28,8 @@ from convert.info import describe
 from convert.loading import abstract_params, load_params
 from convert.source import open_source
 from jlora.cli import run_command
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.lora import LoRADense, count_parameters, trainable_mask
 from jlora.lora_init import add_lora
@@ -43,7 +44,6 @@ from jlora.quantize import (
     quantize_kernel,
     quantized_matmul,
 )
-from jlora.settings import MeshConfig
 from jlora.sharding import make_mesh, parameter_sharding
 
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "nf4")

@@ -11,7 +11,7 @@ import reference
 import convert
 from convert.loading import load_params
 from convert.source import open_source
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError
 from jlora.generation import generate_tokens
 from jlora.model import Llama

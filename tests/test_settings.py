@@ -1,13 +1,13 @@
 import pytest
 
-from jlora.errors import UsageError
-from jlora.settings import (
+from jlora.config.run_config import (
     ComputeConfig,
     DataConfig,
     MeshConfig,
     OptimConfig,
     TrainConfig,
 )
+from jlora.errors import UsageError
 
 NAN = float("nan")
 

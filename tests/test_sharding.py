@@ -20,11 +20,11 @@ from training_cases import (
 )
 
 import jlora.model
+from jlora.config.run_config import MeshConfig
 from jlora.digests import flatten
 from jlora.errors import UsageError
 from jlora.lora import count_parameters
 from jlora.lora_init import add_lora
-from jlora.settings import MeshConfig
 from jlora.sharding import (
     KERNEL_AXES,
     MESH_AXES,

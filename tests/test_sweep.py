@@ -13,12 +13,12 @@ from training_cases import (
     random_params,
 )
 
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError
 from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.settings import MeshConfig
 from jlora.sharding import make_mesh
 from jlora.sweep import Member, Sweep
 from jlora.training import COMPILER_OPTIONS, TrainState, make_train_step

@@ -1,6 +1,6 @@
 import pytest
 
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
 from jlora.errors import UsageError
 from jlora.targets import select_modules
 

@@ -17,14 +17,14 @@ from jlora.checkpoint import (
     newest_adapter,
     restore_into,
 )
-from jlora.config import LoraConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.digests import fingerprint
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.lora import head_parameters, join, trainable_mask
 from jlora.loss import cross_entropy
 from jlora.optimizer import make_schedule
 from jlora.resuming import resume
-from jlora.settings import MeshConfig, OptimConfig
 from jlora.training import make_eval_step, summed_loss
 from tests.training_cases import (
     ADAM,

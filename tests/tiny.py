@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.names import all_names
 from convert.safetensors import Spec, write_safetensors
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.config import LlamaConfig, LoraConfig
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.lora import Params, is_trainable, map_leaves
 from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.settings import MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.config.run_config import DataConfig
 from jlora.data.account import Account
 from jlora.data.corpus import open_source
 from jlora.data.files import Chunk
@@ -41,7 +42,6 @@ from jlora.data.store import (
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example, Reading, tokenize
 from jlora.errors import ResourceError
-from jlora.settings import DataConfig
 
 # A worker takes seconds to start, in which one process has done this much itself.
 _BYTES_PER_WORKER = 4 << 20

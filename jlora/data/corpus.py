@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from jlora.config.run_config import DataConfig
 from jlora.data.account import MAX_LISTED, Account
 from jlora.data.files import Chunk, place, read_chunks
 from jlora.data.jsonl import Problem, parse_rows
@@ -14,7 +15,6 @@ from jlora.data.sources import Source
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Reading, resolve_train_on
 from jlora.errors import CorruptError, JloraError, UsageError, counted, listing
-from jlora.settings import DataConfig
 
 _MAX_SKIPPED_CHUNKS = 32  # of bad rows alone, 8192
 

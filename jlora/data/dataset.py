@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from jlora.config.run_config import DataConfig, check_seed
 from jlora.data.account import Account
 from jlora.data.batches import Dataset, make_dataset
 from jlora.data.build import open_corpus, token_cache
@@ -21,7 +22,6 @@ from jlora.data.store import Store
 from jlora.data.tokenizer import Tokenizer
 from jlora.data.tokens import Example
 from jlora.errors import CorruptError, UsageError, counted, listing
-from jlora.settings import DataConfig, check_seed
 
 # From here on a user wants to know where the token ids lie.
 _LARGE = 100_000_000

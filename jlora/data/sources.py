@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jlora.config.strict_json import parse_json_object
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
-from jlora.strict_json import parse_json_object
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
 _COMPRESSIONS = ("", ".gz", ".zst")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.data import tokenizer_files as model_files
 from jlora.data.control import (
     Encoded,

@@ -7,10 +7,10 @@ from typing import Any
 
 import tokenizers
 
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.strict_json import parse_json_object
 from jlora.data.sandbox import PINNED_DATE
 from jlora.errors import CorruptError
-from jlora.strict_json import parse_json_object
 
 _MAX_CONFIG_BYTES = 64 << 20
 _FINGERPRINTED = (

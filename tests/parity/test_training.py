@@ -10,9 +10,9 @@ from peft.optimizers import create_loraplus_optimizer
 import convert
 from convert.names import module_name, module_path
 from convert.peft import read_adapter
+from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.lora import modules
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.settings import MeshConfig, OptimConfig
 from jlora.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
 

@@ -42,7 +42,7 @@ from convert import to_hf, to_peft
 from convert.hf_config import reader_notes
 from convert.names import module_name
 from convert.peft import open_adapter, plain, write_adapter
-from jlora.config import LlamaConfig
+from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
 from jlora.rope import rope_angles
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jlora.config.json_fields import is_int
 from jlora.errors import listing
-from jlora.fields import is_int
 
 
 @dataclass(frozen=True)

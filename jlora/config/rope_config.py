@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from jlora.config.json_fields import Fields, is_number
 from jlora.errors import UnsupportedError, listing
-from jlora.fields import Fields, is_number
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0

@@ -1,121 +1,20 @@
-"""What a model and an adapter are: `LlamaConfig` and `LoraConfig`.
-
-Field names, defaults and meanings are those of Hugging Face's config.json and of PEFT's
-adapter_config.json, which are the schemas. Validation lives here and nowhere else.
-"""
+"""The settings of an adapter: `LoraConfig`, with PEFT's field names, defaults and meanings."""
 
 import math
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, no_type_check
 
-from jlora.architectures import NEUTRAL, refuse_other_architectures
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
-from jlora.fields import Fields, is_int, is_number, joined
-from jlora.peft_fields import malformed, normalised, unsupported, unsupported_start
-from jlora.rope_config import RopeParameters, read_rope
+from jlora.config.json_fields import is_int, is_number, joined
+from jlora.config.peft_fields import (
+    malformed,
+    normalised,
+    unsupported,
+    unsupported_start,
+)
+from jlora.errors import UnsupportedError, UsageError, listing
 
 # Beyond the width of any Llama: a larger rank is a slip, not a wish.
 MAX_RANK = 65536
-# A name is made for every tensor of every layer before a file is opened.
-MAX_LAYERS = 10_000
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The architecture; field names and meanings as in HF's config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: RopeParameters
-    max_position_embeddings: int
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: tuple[int, ...] = ()
-    pad_token_id: int | None = None
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
-        """Returns the configuration that a config.json of HF (v4 or v5 layout) describes.
-
-        Raises:
-            UnsupportedError: not a Llama, or a Llama with parts jlora does not have.
-            CorruptError: a missing key, a wrong type, or keys that contradict each other.
-
-        Source: transformers `LlamaConfig`, `modeling_rope_utils`.
-        """
-        is_mistral = refuse_other_architectures(config)
-        problems: list[str] = []
-        values = Fields(config, problems)
-        heads = values.size("num_attention_heads")
-        kv_heads = values.size("num_key_value_heads", None if is_mistral else heads)
-        hidden = values.size("hidden_size")
-        head_dim = values.size("head_dim", max(hidden // heads, 1))
-        # Absent, a Llama and a Mistral mean different numbers.
-        default = None if is_mistral else 2048
-        positions = values.size("max_position_embeddings", default)
-        result = cls(
-            vocab_size=values.size("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=values.size("intermediate_size"),
-            num_hidden_layers=values.size("num_hidden_layers", most=MAX_LAYERS),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=values.number("rms_norm_eps", above=0),
-            rope_parameters=read_rope(
-                config, head_dim=head_dim, max_positions=positions, problems=problems
-            ),
-            max_position_embeddings=positions,
-            attention_bias=values.boolean("attention_bias") and not is_mistral,
-            mlp_bias=values.boolean("mlp_bias") and not is_mistral,
-            tie_word_embeddings=values.boolean("tie_word_embeddings"),
-            bos_token_id=values.token_id("bos_token_id"),
-            eos_token_id=values.token_ids("eos_token_id"),
-            pad_token_id=values.token_id("pad_token_id"),
-        )
-        if not problems and config.get("head_dim") is None and hidden % heads:
-            problems.append(
-                f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}, "
-                "and head_dim is not given"
-            )
-        if heads % kv_heads:
-            problems.append(
-                f"num_attention_heads={heads} is not a multiple of "
-                f"num_key_value_heads={kv_heads}"
-            )
-        if not problems and head_dim % 2:
-            problems.append(f"head_dim={head_dim} is odd, rotary embeddings need pairs")
-        if problems:
-            raise CorruptError(
-                f"config.json: {joined(problems)}; use the model's original config.json"
-            )
-        return result
-
-    def check_length(self, length: int, name: str) -> None:
-        """Raises UsageError if rows of `length` tokens are longer than the model's."""
-        if length > self.max_position_embeddings:
-            raise UsageError(
-                f"{name}={length} exceeds the model's "
-                f"max_position_embeddings={self.max_position_embeddings}; "
-                "give at most that"
-            )
-
-
-def unused_keys(config: dict[str, Any]) -> list[str]:
-    """Returns the keys of a config.json that do not matter to jlora."""
-    used = {field.name for field in fields(LlamaConfig)} | set(NEUTRAL)
-    used |= {"architectures", "model_type", "hidden_act", "layer_types", "dtype"}
-    used |= {"torch_dtype", "rope_theta", "rope_scaling"}
-    used |= {"original_max_position_embeddings", "transformers_version"}
-    return sorted(set(config) - used)
 
 
 @no_type_check  # by the tests' import hook: __post_init__ tells users what is wrong
@@ -160,7 +59,7 @@ class LoraConfig:
     revision: str | None = None
     """Of the base on the hub."""
 
-    # The rest of PEFT's fields: judged by `jlora.peft_fields`, and not kept.
+    # The rest of PEFT's fields: judged by `jlora.config.peft_fields`, and not kept.
     peft_type: InitVar[Any] = None
     task_type: InitVar[Any] = None
     auto_mapping: InitVar[Any] = None

@@ -6,8 +6,8 @@ What only the tensors' names give away is refused in `convert.hf_folder`.
 
 from typing import Any
 
+from jlora.config.json_fields import joined
 from jlora.errors import UnsupportedError, listing
-from jlora.fields import joined
 
 LLAMA = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
 MISTRAL = ("MistralForCausalLM", "MistralModel")
