@@ -10,12 +10,12 @@ from convert.loading import load_params
 from convert.peft import attach_adapter, model_config, open_adapter
 from convert.source import open_source
 from jlora.attention import choose_attention
-from jlora.cli import run_command
-from jlora.compiled import keep_compiled
+from jlora.cli.command import run_command
+from jlora.cli.compilation_cache import keep_compiled
+from jlora.cli.malloc import keep_freed_memory
 from jlora.config.run_config import DataConfig, MeshConfig
 from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
-from jlora.memory import keep_freed_memory
 from jlora.model import Llama, compute_dtype
 from jlora.report import show_samples
 from jlora.sharding import check_divisible, make_mesh, tree_shardings

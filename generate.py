@@ -8,8 +8,8 @@ from typing import Literal
 from convert.loading import load_params
 from convert.peft import attach_adapter, model_config, open_adapter
 from convert.source import open_source
-from jlora.cli import run_command
-from jlora.compiled import keep_compiled
+from jlora.cli.command import run_command
+from jlora.cli.compilation_cache import keep_compiled
 from jlora.config.run_config import check_seed
 from jlora.data import Tokenizer
 from jlora.errors import UsageError

@@ -14,8 +14,9 @@ import jax
 from convert.loading import abstract_params, load_params
 from convert.peft import start_adapter, write_adapter
 from convert.source import open_source
-from jlora.cli import run_command
-from jlora.compiled import keep_compiled
+from jlora.cli.command import run_command
+from jlora.cli.compilation_cache import keep_compiled
+from jlora.cli.malloc import keep_freed_memory
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import (
     ComputeConfig,
@@ -30,7 +31,6 @@ from jlora.digests import fingerprint
 from jlora.fit import Entry, fit, write_settings
 from jlora.loop import stop_requests
 from jlora.lora import Params, count_parameters, format_parameter_count
-from jlora.memory import keep_freed_memory
 from jlora.model import Llama
 from jlora.plan import flops_per_token, memory_table, plan_workload
 from jlora.processes import check_agreement, joined_processes

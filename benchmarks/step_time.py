@@ -31,13 +31,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jlora
-from jlora.compiled import keep_compiled
+from jlora.cli.compilation_cache import keep_compiled
+from jlora.cli.malloc import keep_freed_memory
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.lora import Params
-from jlora.memory import keep_freed_memory
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.plan import (

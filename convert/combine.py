@@ -25,7 +25,7 @@ import numpy as np
 from convert.names import module_name
 from convert.peft import Adapter, open_adapter, save_adapter
 from convert.target import check_target
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 

@@ -8,7 +8,7 @@ from convert.base import open_base, write_base
 from convert.info import describe
 from convert.source import Dtype, open_source, size_as
 from convert.target import check_space, check_target
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.quantize import Format
 
 

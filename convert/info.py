@@ -12,7 +12,7 @@ from typing import Any
 
 from convert.peft import Adapter, find_adapter, open_adapter
 from convert.source import Source, hashing, open_source
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.config.llama_config import unused_keys
 from jlora.config.rope_config import RopeParameters
 from jlora.config.strict_json import MAX_JSON_BYTES, parse_json_object

@@ -26,7 +26,7 @@ from convert.safetensors import Spec, read_header, read_tensor, write_safetensor
 from convert.source import Dtype, Source, open_source, size_as, stored_dtype
 from convert.target import atomic_folder, check_space, check_target
 from convert.verify import check
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.digests import leaf_digest
 from jlora.errors import CorruptError
 from jlora.merging import merge_module, merge_tied_head

@@ -13,7 +13,7 @@ from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD
 from convert.source import open_config
 from convert.target import check_target
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.errors import JloraError, UnsupportedError, listing
 
 # What vLLM accepts as --max-lora-rank; 16 is its default.

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 import jax
 
-from jlora.cli import with_changes
+from jlora.cli.command import with_changes
+from jlora.cli.strict_yaml import read_yaml
 from jlora.config.run_config import ComputeConfig
 from jlora.data import Dataset
 from jlora.errors import UsageError, listing
-from jlora.strict_yaml import read_yaml
 
 # What is data to one compiled step. All else is shared: base, files, batch size, steps.
 VARIES = (

@@ -33,7 +33,7 @@ from tiny import (  # noqa: E402
 )
 
 from convert import from_hf  # noqa: E402
-from jlora.cli import run_command  # noqa: E402
+from jlora.cli.command import run_command
 
 DOCUMENT = ROOT / "docs" / "conversion.md"
 BEGIN, END = "<!-- faults: made by tests/faults.py -->\n", "<!-- end of faults -->\n"

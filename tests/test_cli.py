@@ -6,8 +6,8 @@ from typing import Any, Literal
 import pytest
 
 import train
-from jlora import cli
-from jlora.cli import parse, run_command
+from jlora.cli import command as cli
+from jlora.cli.command import parse, run_command
 from jlora.errors import (
     CorruptError,
     DivergedError,

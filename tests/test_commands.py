@@ -20,7 +20,7 @@ from data_cases import chat, make_files, write_rows
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import CONFIG, tensors, write_hf
 
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.resuming import locked
 
 ROOT = Path(__file__).parent.parent
@@ -841,7 +841,7 @@ def refuse(event, args):
 
 sys.addaudithook(refuse)
 import convert, jlora, train, generate, evaluate
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 for package in (convert, jlora):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
@@ -872,7 +872,7 @@ def test_local_paths_open_no_socket_and_load_no_other_framework(compiled, place)
 IN_TIME = """
 import importlib, sys
 import jax
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 
 def keep_freed_memory():
     jax.config.update("jax_num_cpu_devices", 1)  # an error once there are devices

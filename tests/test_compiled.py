@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import jax
-from jlora.compiled import keep_compiled
+from jlora.cli.compilation_cache import keep_compiled
 
 hits = []
 jax.monitoring.register_event_listener(lambda event: hits.append("cache_hits" in event))

@@ -19,7 +19,7 @@ from convert.safetensors import Spec, write_safetensors
 from convert.source import Dtype, open_source
 from jlora import checkpoint
 from jlora.checkpoint import restore_tree
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 

@@ -29,7 +29,7 @@ CONVERT_WITHIN = """
 import resource, sys
 from pathlib import Path
 from convert import from_hf
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 
 def convert(source, out, *more):
     return run_command(from_hf.main, from_hf.Arguments, positional=("src", "out"),

@@ -15,7 +15,7 @@ from tiny import CONFIG, tensors, write_hf
 from convert import from_hf, target, to_hf
 from convert.base import open_base
 from convert.target import atomic_folder
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 
 ROOT = Path(__file__).parent.parent
 CASE = golden("basic")
@@ -70,7 +70,7 @@ def deadly(*args, **kwargs):
 
 setattr(owner, name, deadly)
 command, words = sys.argv[4], sys.argv[5:]
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 main = importlib.import_module(command)
 positional = ("src", "out") if command == "convert.from_hf" else ("out",)
 run_command(main.main, main.Arguments, positional=positional, argv=words)
@@ -172,7 +172,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_leaves_nothing(
 ON_A_SMALL_DISK = """
 import shutil, sys
 from convert import from_hf
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 usage = shutil.disk_usage
 shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)
 sys.exit(run_command(from_hf.main, from_hf.Arguments, positional=("src", "out"),

@@ -20,7 +20,7 @@ from convert.to_peft import Arguments as ToPeft
 from convert.to_peft import bake
 from convert.to_peft import main as to_peft
 from convert.verify import compare
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 HF_GOLDEN = GOLDEN.parent / "hf"

@@ -12,7 +12,7 @@ from tiny import CONFIG, tensors, write_hf, write_sharded
 from convert import info
 from convert.base import write_base
 from convert.source import open_source
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 
 TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},

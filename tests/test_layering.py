@@ -50,7 +50,7 @@ OWNERS = {
     "huggingface_hub": ("convert",),
     "rich": ("jlora.report",),
     "matplotlib": ("jlora.report",),
-    "jsonargparse": ("jlora.cli",),
+    "jsonargparse": ("jlora.cli.command",),
     "torch": (),
     "transformers": (),
     "peft": (),
@@ -157,7 +157,7 @@ def test_imports_point_down_and_third_parties_have_one_owner(module):
         ("convert.source", "import orbax.checkpoint", "belongs to"),
         ("train", "import torch", "belongs to"),
         ("convert.peft", "import pickle", "belongs to"),
-        ("jlora.cli", "eval('1')", "calls eval"),
+        ("jlora.cli.command", "eval('1')", "calls eval"),
         ("convert.peft", "np.load(f, allow_pickle=True)", "calls np.load"),
     ],
 )

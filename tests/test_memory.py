@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import resource
-from jlora.memory import keep_freed_memory
+from jlora.cli.malloc import keep_freed_memory
 keep_freed_memory()
 import jax, jax.numpy as jnp
 import numpy as np

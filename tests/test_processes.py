@@ -17,7 +17,7 @@ import pytest
 from test_commands import metrics, place, training  # noqa: F401 (a fixture)
 
 from jlora import processes
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.errors import ResourceError, UsageError
 
 ROOT = Path(__file__).parent.parent

@@ -27,7 +27,7 @@ from convert.base import open_base, write_base
 from convert.info import describe
 from convert.loading import abstract_params, load_params
 from convert.source import open_source
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from convert import to_hf
 from convert.source import open_source, read_as
-from jlora.cli import run_command
+from jlora.cli.command import run_command
 
 
 def export(folder: Path, name: str, tokenizer: list[Path]) -> Path:

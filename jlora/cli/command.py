@@ -20,14 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 
-from jlora.errors import (
-    JloraError,
-    ResourceError,
-    UsageError,
-    is_out_of_memory,
-    listing,
-)
-from jlora.flags import (
+from jlora.cli.flags import (
     Setting,
     all_settings,
     as_text,
@@ -37,7 +30,14 @@ from jlora.flags import (
     nearest_setting,
     summary_of,
 )
-from jlora.strict_yaml import read_yaml
+from jlora.cli.strict_yaml import read_yaml
+from jlora.errors import (
+    JloraError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+    listing,
+)
 
 # What a path of the user's can be guilty of, wherever it is found out.
 _PATH_ERRORS = (
