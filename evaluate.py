@@ -17,8 +17,8 @@ from jlora.config.run_config import DataConfig, MeshConfig
 from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
 from jlora.model import Llama, compute_dtype
+from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
 from jlora.report import show_samples
-from jlora.sharding import check_divisible, make_mesh, tree_shardings
 from jlora.training import evaluate, make_eval_step
 
 

@@ -32,11 +32,11 @@ from jlora.fit import Entry, fit, write_settings
 from jlora.loop import stop_requests
 from jlora.lora import Params, count_parameters, format_parameter_count
 from jlora.model import Llama
+from jlora.parallel.processes import check_agreement, joined_processes
+from jlora.parallel.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.plan import flops_per_token, memory_table, plan_workload
-from jlora.processes import check_agreement, joined_processes
 from jlora.report import plot, show_samples
 from jlora.resuming import check_run, locked
-from jlora.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.sweep import start_member
 from jlora.sweep_file import check_members, compute_of_sweep, read_sweep
 

@@ -33,7 +33,7 @@ import jlora
 from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.sharding import make_mesh
+from jlora.parallel.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
 
 RATE = 5e-4

@@ -123,7 +123,7 @@ class Trainer:
 
         import jlora
         from jlora.config.run_config import MeshConfig
-        from jlora.sharding import make_mesh
+        from jlora.parallel.sharding import make_mesh
 
         self.config, lora, self.dtype = settings()
         self.mesh = make_mesh(MeshConfig(), jax.devices()[:1])

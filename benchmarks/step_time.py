@@ -40,13 +40,13 @@ from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.lora import Params
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
+from jlora.parallel.sharding import batch_sharding, make_mesh
 from jlora.plan import (
     flops_per_token,
     peak_flops,
     peak_memory_bytes,
     plan_workload,
 )
-from jlora.sharding import batch_sharding, make_mesh
 from jlora.training import TrainState, make_train_step
 
 STEPS, WARM_UP = 8, 3

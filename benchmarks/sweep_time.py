@@ -27,8 +27,8 @@ import jlora
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
+from jlora.parallel.sharding import make_mesh
 from jlora.plan import peak_memory_bytes, plan_workload
-from jlora.sharding import make_mesh
 from jlora.sweep import Member, Sweep
 from jlora.sweep_file import compute_of_sweep
 from jlora.training import TrainState, make_train_step

@@ -9,7 +9,7 @@ from convert.peft_adapter import Adapter
 from convert.peft_config import warn
 from convert.peft_keys import EMBEDDING, HEAD, adapter_key
 from jlora.errors import CorruptError, listing
-from jlora.processes import to_host
+from jlora.parallel.processes import to_host
 
 _TABLE, _KERNEL = f"{EMBEDDING}/embedding", f"{HEAD}/kernel"
 

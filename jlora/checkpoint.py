@@ -26,7 +26,7 @@ import tensorstore
 from jlora.config.lora_config import LoraConfig
 from jlora.digests import flatten, leaf_digest
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
-from jlora.processes import to_host
+from jlora.parallel.processes import to_host
 
 # 2: the moments of all layers together. What lies under "trainable" is as in 1.
 SCHEMA_VERSION = 2

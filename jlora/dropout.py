@@ -82,7 +82,7 @@ def axis_codes(
 def _places(size: int, axis: int) -> Int[Array, " size"]:
     """Returns the numbers of all rows (axis 0) or columns.
 
-    Where every device computes on its own rows, `jlora.sharding.over_rows`, they go on
+    Where every device computes on its own rows, `jlora.parallel.sharding.over_rows`, they go on
     from one device to the next.
     """
     devices = jax.sharding.get_abstract_mesh().manual_axes

@@ -21,8 +21,8 @@ from jlora.loop import StepLog, check_remaining, clear_outcome, is_due
 from jlora.lora import Params, is_adapter, is_trainable, map_leaves
 from jlora.model import Llama
 from jlora.optimizer import make_schedule
+from jlora.parallel.processes import StopVote, check_agreement, is_first, to_host
 from jlora.prefetch import Prefetch
-from jlora.processes import StopVote, check_agreement, is_first, to_host
 from jlora.report import Report
 from jlora.resuming import locked, resume_all
 from jlora.sweep import Alone, Member, Sweep, make_trainer

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jlora.errors import UsageError
-from jlora.sharding import has_all_weights
+from jlora.parallel.sharding import has_all_weights
 
 # Depth of one step of the inner loop: one row of the 128-byte swizzle in bfloat16.
 DEPTH = 64

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jlora.data import Dataset
-from jlora.sharding import batch_sharding
+from jlora.parallel.sharding import batch_sharding
 
 _DEPTH = 2
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.text import Text
 
-from jlora.processes import is_first
+from jlora.parallel.processes import is_first
 
 
 class Report:

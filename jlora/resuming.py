@@ -18,7 +18,7 @@ from jlora.checkpoint import (
 )
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UsageError, listing
-from jlora.processes import is_first
+from jlora.parallel.processes import is_first
 
 # Parts of a run's identity whose values say nothing to a reader.
 DIGESTS = ("base", "tokenizer", "data")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from jlora.sharding import BATCH_AXES
+from jlora.parallel.sharding import BATCH_AXES
 
 # Rows are padded to a multiple of the narrowest block that the hardware takes.
 _BLOCKS = (512, 256, 128)

@@ -24,7 +24,7 @@ from jlora.errors import UsageError
 from jlora.lora import Params, is_adapter, join, map_leaves
 from jlora.model import Llama
 from jlora.optimizer import Numbers, make_optimizer, make_schedule
-from jlora.sharding import batch_sharding, tree_shardings
+from jlora.parallel.sharding import batch_sharding, tree_shardings
 from jlora.sweep_file import check_same_parts
 from jlora.training import (
     Batch,

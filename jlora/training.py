@@ -20,8 +20,13 @@ from jlora.lora import Params, head_parameters, join, split, trainable_mask
 from jlora.loss import cross_entropy
 from jlora.model import Llama
 from jlora.optimizer import stack_layers
+from jlora.parallel.sharding import (
+    batch_sharding,
+    over_rows,
+    row_shards,
+    tree_shardings,
+)
 from jlora.prefetch import Prefetch
-from jlora.sharding import batch_sharding, over_rows, row_shards, tree_shardings
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
@@ -210,12 +215,12 @@ def make_train_step(
     Args:
         model: the forward pass.
         optimizer: of the whole tree, masked; see `jlora.optimizer`.
-        mesh: devices; see `jlora.sharding`.
+        mesh: devices; see `jlora.parallel.sharding`.
         state: arrays or shapes, for their structure only.
         frozen: likewise.
         packed: whether rows hold several documents.
         grad_accum_steps: parts of a batch whose activations exist one at a time; the rows
-            of each divide among the devices, see `jlora.sharding.check_divisible`.
+            of each divide among the devices, see `jlora.parallel.sharding.check_divisible`.
         seed: of dropout; the key of a step follows from (seed, step).
     """
     function = step_function(

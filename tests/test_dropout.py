@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.config.run_config import MeshConfig
 from jlora.dropout import axis_codes, drop, seeds
-from jlora.sharding import make_mesh
+from jlora.parallel.sharding import make_mesh
 
 RATE, SIZE = 0.1, 1024
 

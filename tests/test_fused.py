@@ -20,7 +20,7 @@ from jlora.errors import UsageError
 from jlora.fused import Leaves
 from jlora.lora import is_trainable, join, split, trainable_mask
 from jlora.model import Llama
-from jlora.sharding import MESH_AXES, make_mesh
+from jlora.parallel.sharding import MESH_AXES, make_mesh
 from jlora.training import make_eval_step
 from tests.training_cases import (
     ALL_LINEAR,

@@ -20,7 +20,7 @@ from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.digests import flatten
 from jlora.lora import join, split, trainable_mask
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.sharding import make_mesh
+from jlora.parallel.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
 from tests.training_cases import (
     Run,

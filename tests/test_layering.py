@@ -38,7 +38,7 @@ ROWS = (
     {"fit"},
 )
 OWNERS = {
-    "flax": ("jlora.lora", "jlora.model", "jlora.sharding"),
+    "flax": ("jlora.lora", "jlora.model", "jlora.parallel.sharding"),
     "optax": ("jlora.optimizer", "jlora.training"),
     "orbax": ("jlora.checkpoint",),
     "tensorstore": ("jlora.checkpoint",),

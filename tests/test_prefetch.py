@@ -10,8 +10,8 @@ from data_cases import dataset_of
 from jlora.config.run_config import MeshConfig
 from jlora.data.batches import Dataset
 from jlora.data.tokens import Example
+from jlora.parallel.sharding import batch_sharding, make_mesh
 from jlora.prefetch import Prefetch, place_batch
-from jlora.sharding import batch_sharding, make_mesh
 
 MESHES = [
     MeshConfig(data=1),

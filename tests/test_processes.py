@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from test_commands import metrics, place, training  # noqa: F401 (a fixture)
 
-from jlora import processes
 from jlora.cli.command import run_command
 from jlora.errors import ResourceError, UsageError
+from jlora.parallel import processes
 
 ROOT = Path(__file__).parent.parent
 STEPS = 60

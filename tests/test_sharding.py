@@ -25,7 +25,7 @@ from jlora.digests import flatten
 from jlora.errors import UsageError
 from jlora.lora import count_parameters
 from jlora.lora_init import add_lora
-from jlora.sharding import (
+from jlora.parallel.sharding import (
     KERNEL_AXES,
     MESH_AXES,
     RULES,

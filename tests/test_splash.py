@@ -11,7 +11,7 @@ from jlora.attention import attend
 from jlora.config.run_config import MeshConfig
 from jlora.lora import join, split, trainable_mask
 from jlora.model import Llama
-from jlora.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh
+from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh
 from jlora.training import make_eval_step, summed_loss
 from tests.training_cases import adapted_params, llama_config, ragged_batch
 

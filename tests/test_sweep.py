@@ -19,7 +19,7 @@ from jlora.errors import UsageError
 from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.sharding import make_mesh
+from jlora.parallel.sharding import make_mesh
 from jlora.sweep import Member, Sweep
 from jlora.training import COMPILER_OPTIONS, TrainState, make_train_step
 

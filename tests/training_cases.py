@@ -14,7 +14,7 @@ from jlora.lora import Params, is_trainable, map_leaves
 from jlora.lora_init import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.sharding import make_mesh
+from jlora.parallel.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
 
 # Every size a mesh may cut is a multiple of 8, and no two weights have the same shape

@@ -13,7 +13,7 @@ from convert.peft import read_adapter
 from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.lora import modules
 from jlora.optimizer import make_optimizer, make_schedule
-from jlora.sharding import make_mesh
+from jlora.parallel.sharding import make_mesh
 from jlora.training import TrainState, make_train_step
 
 STEPS = 5
