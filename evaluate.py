@@ -18,7 +18,7 @@ from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
 from jlora.model import Llama, compute_dtype
 from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
-from jlora.report import show_samples
+from jlora.report.run_report import show_samples
 from jlora.training import evaluate, make_eval_step
 
 

@@ -35,7 +35,7 @@ from jlora.model import Llama
 from jlora.parallel.processes import check_agreement, joined_processes
 from jlora.parallel.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.plan import flops_per_token, memory_table, plan_workload
-from jlora.report import plot, show_samples
+from jlora.report.run_report import plot, show_samples
 from jlora.resuming import check_run, locked
 from jlora.sweep import start_member
 from jlora.sweep_file import check_members, compute_of_sweep, read_sweep

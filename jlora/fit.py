@@ -23,7 +23,7 @@ from jlora.model import Llama
 from jlora.optimizer import make_schedule
 from jlora.parallel.processes import StopVote, check_agreement, is_first, to_host
 from jlora.prefetch import Prefetch
-from jlora.report import Report
+from jlora.report.run_report import Report
 from jlora.resuming import locked, resume_all
 from jlora.sweep import Alone, Member, Sweep, make_trainer
 from jlora.training import TrainState, evaluate, make_eval_step

@@ -14,7 +14,7 @@ import numpy as np
 
 from jlora.errors import DivergedError, UsageError
 from jlora.plan import peak_flops, peak_memory_bytes
-from jlora.report import Report
+from jlora.report.run_report import Report
 
 MAX_SKIPPED_IN_A_ROW = 5
 
