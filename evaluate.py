@@ -9,7 +9,6 @@ import jax
 from convert.loading import load_params
 from convert.peft import attach_adapter, model_config, open_adapter
 from convert.source import open_source
-from jlora.attention import choose_attention
 from jlora.cli.command import run_command
 from jlora.cli.compilation_cache import keep_compiled
 from jlora.cli.malloc import keep_freed_memory
@@ -17,6 +16,7 @@ from jlora.config.run_config import DataConfig, MeshConfig
 from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
 from jlora.model import Llama, compute_dtype
+from jlora.ops.attention import choose_attention
 from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
 from jlora.report.run_report import show_samples
 from jlora.training import evaluate, make_eval_step

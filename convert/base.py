@@ -40,7 +40,7 @@ from convert.target import atomic_folder
 from jlora.checkpoint import save_tree
 from jlora.digests import leaf_digest
 from jlora.errors import CorruptError, UnsupportedError, listing
-from jlora.quantize import Format
+from jlora.ops.quantize import Format
 
 SCHEMA_VERSION = 2
 # About 200 bytes per leaf and 12 per chunk: room for a model of 500 billion weights.

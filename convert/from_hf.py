@@ -9,7 +9,7 @@ from convert.info import describe
 from convert.source import Dtype, open_source, size_as
 from convert.target import check_space, check_target
 from jlora.cli.command import run_command
-from jlora.quantize import Format
+from jlora.ops.quantize import Format
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 from convert.blocks import empty, for_each
 from convert.safetensors import Spec
 from jlora.errors import UnsupportedError, UsageError
-from jlora.quantize import Format, kernel_of, quantize_kernel, quantized_shapes
+from jlora.ops.quantize import Format, kernel_of, quantize_kernel, quantized_shapes
 
 if TYPE_CHECKING:
     from convert.source import Source

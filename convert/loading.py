@@ -13,7 +13,7 @@ from convert.names import Params, set_leaf
 from convert.safetensors import Spec
 from convert.source import Dtype, Source, open_source, read_leaves
 from jlora.errors import UsageError, listing
-from jlora.quantize import BLOCK, Format
+from jlora.ops.quantize import BLOCK, Format
 
 if TYPE_CHECKING:
     from jlora.model import Llama

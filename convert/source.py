@@ -30,7 +30,7 @@ from convert.refusals import refuse_other_file
 from convert.safetensors import Spec
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, JloraError, UsageError
-from jlora.quantize import Format
+from jlora.ops.quantize import Format
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 

@@ -30,12 +30,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
-from jlora import fused
-from jlora.dropout import drop_by, seeds
 from jlora.errors import CorruptError
-from jlora.matmul import matmul
-from jlora.narrow import Dropout
-from jlora.quantize import (
+from jlora.ops.dropout import drop_by, seeds
+from jlora.ops.hopper import fused_projections as fused
+from jlora.ops.hopper.low_rank import Dropout
+from jlora.ops.matmul import matmul
+from jlora.ops.quantize import (
     SCALES,
     is_quantized,
     kernel_of,
@@ -325,7 +325,7 @@ class LoRADense(nn.Module):
 def to_fuse(
     x: Array, layers: Sequence[LoRADense]
 ) -> tuple[list[Params], Dropout | None] | None:
-    """Returns the layers' leaves and dropout if `jlora.fused` is to compute them.
+    """Returns the layers' leaves and dropout if `jlora.ops.hopper.fused_projections` is to compute them.
 
     DoRA's leaves are among them: it scales what comes out.
     """

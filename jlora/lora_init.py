@@ -25,7 +25,7 @@ from jlora.lora import (
     weight_of,
     with_adapter,
 )
-from jlora.quantize import QUANTIZED_LEAVES, is_quantized, kernel_shape
+from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_shape
 from jlora.targets import TABLES, select
 
 EMBEDDING, HEAD = TABLES

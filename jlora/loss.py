@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.elementwise import negative_log_likelihood
 from jlora.lora import Params, head_logits, is_trainable
+from jlora.ops.elementwise import negative_log_likelihood
 
 
 def cross_entropy(

@@ -15,7 +15,7 @@ import numpy as np
 
 from jlora.errors import CorruptError
 from jlora.lora import WEIGHTS, Params, is_adapter, plain_tree
-from jlora.quantize import QUANTIZED_LEAVES, is_quantized, kernel_of
+from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_of
 
 Arrays = Mapping[str, np.ndarray]
 

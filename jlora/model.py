@@ -20,11 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, UInt32
 
-from jlora import fused
-from jlora.attention import attend
 from jlora.config.llama_config import LlamaConfig
-from jlora.dropout import drop
-from jlora.elementwise import gated
 from jlora.errors import UsageError
 from jlora.lora import (
     NORM_NAME,
@@ -37,6 +33,10 @@ from jlora.lora import (
     to_fuse,
 )
 from jlora.offload import run_offloaded
+from jlora.ops.attention import attend
+from jlora.ops.dropout import drop
+from jlora.ops.elementwise import gated
+from jlora.ops.hopper import fused_projections as fused
 from jlora.rope import apply_rope, rope_angles
 
 # What a layer's halves keep for their backward pass under remat "minimal", besides their
@@ -362,11 +362,11 @@ class Llama(nn.Module):
     Attributes:
         config: the architecture.
         dtype: of activations and matmuls.
-        attention: implementation, see `jlora.attention`.
+        attention: implementation, see `jlora.ops.attention`.
         remat: none, minimal, full or offload; see `SAVED_NAMES` and `jlora.offload`.
         lora_dropout: on the input of every lora_A, when a "dropout" rng is given.
         max_segments: most documents in a row; cudnn needs it for packed rows.
-        kernels: of the projections, xla or hopper; see `jlora.fused`.
+        kernels: of the projections, xla or hopper; see `jlora.ops.hopper.fused_projections`.
     """
 
     config: LlamaConfig

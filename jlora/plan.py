@@ -10,10 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jlora.attention import choose_attention
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import ComputeConfig
-from jlora.hopper import choose_kernels
 from jlora.lora import (
     Params,
     is_adapter,
@@ -23,8 +21,10 @@ from jlora.lora import (
     trainable_mask,
 )
 from jlora.model import compute_dtype
+from jlora.ops.attention import choose_attention
+from jlora.ops.hopper.matmul_kernel import choose_kernels
+from jlora.ops.quantize import SCALES, is_quantized, kernel_shape, num_weights
 from jlora.optimizer import stack_layers
-from jlora.quantize import SCALES, is_quantized, kernel_shape, num_weights
 from jlora.training import loss_chunk_tokens
 
 # Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.

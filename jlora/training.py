@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.data import Dataset
-from jlora.dropout import drop
 from jlora.lora import Params, head_parameters, join, split, trainable_mask
 from jlora.loss import cross_entropy
 from jlora.model import Llama
+from jlora.ops.dropout import drop
 from jlora.optimizer import stack_layers
 from jlora.parallel.sharding import (
     batch_sharding,

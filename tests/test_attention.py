@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.attention import attend, choose_attention
 from jlora.errors import UsageError
+from jlora.ops.attention import attend, choose_attention
 
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 2, 3, 3, 3, 0, 0]], np.int32)
 
@@ -53,7 +53,7 @@ def test_blocks_of_queries_and_the_reference_elsewhere_equal_loops_over_heads(
     arrays = case()
     given = None if segment_ids is None else jnp.asarray(segment_ids)
     expected = by_hand(*arrays, segment_ids=segment_ids)
-    monkeypatch.setattr("jlora.blocks._QUERIES", 3)  # 3, 3 and 2 of 8
+    monkeypatch.setattr("jlora.ops.attention_cpu._QUERIES", 3)  # 3, 3 and 2 of 8
     found = attend(*map(jnp.asarray, arrays), segment_ids=given)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -70,7 +70,7 @@ def test_gradients_of_blocks_are_those_of_the_reference(
     exact = [x.astype(jnp.float32) for x in arrays]
     d_out = jnp.asarray(random_heads(8, 6, 3), dtype)
     given = None if segment_ids is None else jnp.asarray(segment_ids)
-    monkeypatch.setattr("jlora.blocks._QUERIES", 3)  # 3, 3 and 2 of 8
+    monkeypatch.setattr("jlora.ops.attention_cpu._QUERIES", 3)  # 3, 3 and 2 of 8
     found = jax.vjp(lambda *x: attend(*x, segment_ids=given), *arrays)[1](d_out)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     pull = jax.vjp(lambda *x: attend(*x, segment_ids=given), *exact)[1]

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jlora.config.run_config import MeshConfig
-from jlora.dropout import axis_codes, drop, seeds
+from jlora.ops.dropout import axis_codes, drop, seeds
 from jlora.parallel.sharding import make_mesh
 
 RATE, SIZE = 0.1, 1024

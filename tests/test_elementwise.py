@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.elementwise import gated, negative_log_likelihood
+from jlora.ops.elementwise import gated, negative_log_likelihood
 
 
 def drawn(shape, dtype, seed):

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from jlora import fused, hopper, hopper_dropout, hopper_products, hopper_swiglu, narrow
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
 from jlora.digests import flatten
-from jlora.dropout import drop, drop_by, seeds
 from jlora.errors import UsageError
-from jlora.fused import Leaves
 from jlora.lora import is_trainable, join, split, trainable_mask
 from jlora.model import Llama
+from jlora.ops.dropout import drop, drop_by, seeds
+from jlora.ops.hopper import dropout_kernels as hopper_dropout
+from jlora.ops.hopper import fused_projections as fused
+from jlora.ops.hopper import low_rank as narrow
+from jlora.ops.hopper import matmul_kernel as hopper
+from jlora.ops.hopper import product_kernels as hopper_products
+from jlora.ops.hopper import swiglu_kernel as hopper_swiglu
+from jlora.ops.hopper.fused_projections import Leaves
 from jlora.parallel.sharding import MESH_AXES, make_mesh
 from jlora.training import make_eval_step
 from tests.training_cases import (

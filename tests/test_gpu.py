@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import jlora
-from jlora.attention import attend
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.digests import flatten
 from jlora.lora import join, split, trainable_mask
+from jlora.ops.attention import attend
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
 from jlora.training import TrainState, make_train_step

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from training_cases import equations
 
-from jlora.matmul import matmul
+from jlora.ops.matmul import matmul
 
 
 def operands(dtype):

@@ -15,10 +15,10 @@ from training_cases import (
     random_tokens,
 )
 
-from jlora.dropout import drop_by
 from jlora.errors import UsageError
 from jlora.lora import join, split, trainable_mask
 from jlora.model import KVCache, Llama
+from jlora.ops.dropout import drop_by
 from jlora.training import summed_loss
 
 LENGTH = 24

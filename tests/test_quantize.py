@@ -35,9 +35,7 @@ from jlora.lora import LoRADense, count_parameters, trainable_mask
 from jlora.lora_init import add_lora
 from jlora.merging import merge
 from jlora.model import Llama
-from jlora.parallel.sharding import make_mesh, parameter_sharding
-from jlora.plan import Workload, memory_bytes
-from jlora.quantize import (
+from jlora.ops.quantize import (
     NF4,
     Format,
     kernel_of,
@@ -45,6 +43,8 @@ from jlora.quantize import (
     quantize_kernel,
     quantized_matmul,
 )
+from jlora.parallel.sharding import make_mesh, parameter_sharding
+from jlora.plan import Workload, memory_bytes
 
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "nf4")
 # As bitsandbytes publishes it (functional.py, get_4bit_type("nf4")), to seven digits.

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.attention import attend
 from jlora.config.run_config import MeshConfig
 from jlora.lora import join, split, trainable_mask
 from jlora.model import Llama
+from jlora.ops.attention import attend
 from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh
 from jlora.training import make_eval_step, summed_loss
 from tests.training_cases import adapted_params, llama_config, ragged_batch

@@ -4,7 +4,7 @@ The scheme is the usual one of this chip: one warpgroup copies tiles into a ring
 shared-memory buffers, two multiply them, and a block of threads stays on its
 multiprocessor for all its tiles. Source: CUTLASS, "Efficient GEMM in CUDA", sections
 on warp specialization and persistent kernels. Which tiles are summed, and what is made
-of a sum before it is stored, is up to `jlora.hopper_products`.
+of a sum before it is stored, is up to `jlora.ops.hopper.product_kernels`.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The projections of a layer that share their input, as few kernels of `jlora.hopper_products`.
+"""The projections of a layer that share their input, as few kernels of `jlora.ops.hopper.product_kernels`.
 
 The same sums as `LoRADense` makes one by one, grouped so that each large array is read
 and written once: x W + (x A) s B is one product whose inner length is longer by the
@@ -6,8 +6,8 @@ rank, and the gradients that q, k and v (or gate and up) send to their common in
 one sum. The frozen kernels get no gradient here.
 
 With dropout each adapter has a mask of its own for the common input, so that s becomes
-drop(x) A and its gradient reaches x through that mask; `jlora.hopper_dropout` does both,
-but for down's gradient, which `jlora.hopper_swiglu` has at hand. The file is long because
+drop(x) A and its gradient reaches x through that mask; `jlora.ops.hopper.dropout_kernels` does both,
+but for down's gradient, which `jlora.ops.hopper.swiglu_kernel` has at hand. The file is long because
 the two custom gradients, of a group and of the MLP, share all their parts.
 """
 
@@ -20,8 +20,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jlora import hopper, hopper_dropout, hopper_products, hopper_swiglu, narrow
-from jlora.narrow import Adapter, Adapters, Dropout, placed
+from jlora.ops.hopper import dropout_kernels as hopper_dropout
+from jlora.ops.hopper import low_rank as narrow
+from jlora.ops.hopper import matmul_kernel as hopper
+from jlora.ops.hopper import product_kernels as hopper_products
+from jlora.ops.hopper import swiglu_kernel as hopper_swiglu
+from jlora.ops.hopper.low_rank import Adapter, Adapters, Dropout, placed
 
 Leaves = Mapping[str, Any]
 _PLAIN = {"kernel"}

@@ -1,7 +1,7 @@
 """Causal grouped-query attention behind one function, with segment ids throughout.
 
 `xla` is the reference, with float32 scores, and runs everywhere, on a CPU in the order of
-`jlora.blocks`. `cudnn` is the flash kernel on NVIDIA GPUs, `splash` that of TPUs, both for
+`jlora.ops.attention_cpu`. `cudnn` is the flash kernel on NVIDIA GPUs, `splash` that of TPUs, both for
 dense rows and for packed ones.
 """
 
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.blocks import block_attend
 from jlora.errors import UsageError
-from jlora.splash import splash_attend
+from jlora.ops.attention_cpu import block_attend
+from jlora.ops.attention_tpu import splash_attend
 
 # Sizes of a head that cuDNN's flash kernel takes, forward and backward.
 _CUDNN_HEAD_MULTIPLE, _CUDNN_HEAD_LIMIT = 8, 128

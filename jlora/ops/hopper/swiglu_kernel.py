@@ -26,8 +26,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
-from jlora import hopper, hopper_products
-from jlora.dropout import axis_codes, kept, tile_mask
+from jlora.ops.dropout import axis_codes, kept, tile_mask
+from jlora.ops.hopper import matmul_kernel as hopper
+from jlora.ops.hopper import product_kernels as hopper_products
 
 # Rows and columns of a warpgroup's tile: one row of the 128-byte swizzle in bfloat16.
 _SIDE = 64

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora.errors import UnsupportedError
-from jlora.matmul import matmul
+from jlora.ops.matmul import matmul
 
 Format = Literal["none", "fp8", "int8", "nf4"]
 BLOCK = 64

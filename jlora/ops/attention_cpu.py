@@ -91,7 +91,7 @@ _attend.defvjp(_forward, _backward)
 
 
 def _product(axes: str, x: Array, y: Array) -> Array:
-    """Returns a float32 einsum, which is the form that is fast; see `jlora.matmul`."""
+    """Returns a float32 einsum, which is the form that is fast; see `jlora.ops.matmul`."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(
         axes, x, y, precision=precision, preferred_element_type=jnp.float32

@@ -3,7 +3,7 @@
 Such a product does few operations per byte, so what counts is how often its large
 factor is read. With dropout, every adapter of an input reads it through a mask of its own:
 here all of that is done while a tile of the input is at hand. The kernels are of the form
-that `jlora.hopper` describes.
+that `jlora.ops.hopper.matmul_kernel` describes.
 
 Sums over parts of a long axis are made apart and then added, in one order, so that a
 result is the same every time. The length of the file is that of two kernels, which share
@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, UInt32
 
-from jlora import hopper
-from jlora.dropout import axis_codes, kept, tile_mask
+from jlora.ops.dropout import axis_codes, kept, tile_mask
+from jlora.ops.hopper import matmul_kernel as hopper
 
 # The widest adapter: its sums stay in registers.
 WIDEST = 32

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
-from jlora import hopper, hopper_dropout
+from jlora.ops.hopper import dropout_kernels as hopper_dropout
+from jlora.ops.hopper import matmul_kernel as hopper
 
 # The narrowest place: the depth of one product of the tensor cores.
 _LEAST = 16

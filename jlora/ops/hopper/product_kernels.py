@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jlora import hopper
+from jlora.ops.hopper import matmul_kernel as hopper
 
 
 # Compiled functions of their own, so that a kernel is built once for all layers.
