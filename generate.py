@@ -14,7 +14,7 @@ from jlora.config.run_config import check_seed
 from jlora.data import Tokenizer
 from jlora.errors import UsageError
 from jlora.generation import generate_tokens
-from jlora.lora import Params
+from jlora.lora.adapter_tree import Params
 from jlora.model import Llama, compute_dtype
 
 NEW_TOKENS = 256

@@ -31,15 +31,10 @@ from jlora.checkpoint import newest_adapter
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError
-from jlora.lora import (
-    join,
-    modules,
-    norm_squared,
-    weight_of,
-    with_adapter,
-)
-from jlora.lora_init import add_lora
-from jlora.merging import without_start
+from jlora.lora.adapter_tree import join, modules, with_adapter
+from jlora.lora.initialisation import add_lora
+from jlora.lora.lora_dense import norm_squared, weight_of
+from jlora.lora.merging import without_start
 
 __all__ = [
     "Adapter",

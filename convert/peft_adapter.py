@@ -8,7 +8,7 @@ import numpy as np
 from convert.names import module_name, module_path
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UsageError, listing
-from jlora.targets import select_modules
+from jlora.lora.target_modules import select_modules
 
 Tensors = dict[str, dict[str, np.ndarray]]
 
@@ -19,7 +19,7 @@ class Adapter:
 
     config: LoraConfig
     tensors: Tensors
-    """Params path of a module -> leaves as in the tree (see `jlora.lora`), float32.
+    """Params path of a module -> leaves as in the tree (see `jlora.lora.lora_dense`), float32.
 
     `lora_A` [in, R] and `lora_B` [R, out]; `lora_magnitude`, `token_rows`, `trained_*`;
     and, as stored, `kernel` or `embedding`, a table that replaces the base's.

@@ -13,7 +13,7 @@ from convert.peft_adapter import Adapter, Tensors, without_starts
 from convert.peft_keys import EMBEDDING, HEAD
 from convert.source import open_source
 from jlora.errors import JloraError, UsageError
-from jlora.lora_init import initial_pair
+from jlora.lora.initialisation import initial_pair
 
 Found = TypeVar("Found")
 

@@ -19,7 +19,7 @@ from jlora.config.peft_fields import (
     unsupported,
 )
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
-from jlora.targets import TABLES, is_saved
+from jlora.lora.target_modules import TABLES, is_saved
 
 MERGE_FIRST = (
     "merge it with PEFT (merge_and_unload) where it was trained, save the model and use "

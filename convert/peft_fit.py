@@ -12,8 +12,8 @@ from convert.peft_keys import EMBEDDING, HEAD, adapter_key, is_transposed
 from convert.peft_tables import own_tables
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError, listing, nearest
-from jlora.lora import WEIGHTS
-from jlora.targets import Selection, select
+from jlora.lora.lora_dense import WEIGHTS
+from jlora.lora.target_modules import Selection, select
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 

@@ -29,7 +29,7 @@ from convert.peft_keys import (
 from convert.safetensors import Entry, read_header, read_tensor
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
-from jlora.targets import is_saved
+from jlora.lora.target_modules import is_saved
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -20,14 +20,8 @@ from convert.safetensors import Spec, write_safetensors
 from convert.target import atomic_folder
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
-from jlora.lora import (
-    WEIGHTS as BASE_WEIGHTS,
-)
-from jlora.lora import (
-    is_trainable,
-    linear_modules,
-    modules,
-)
+from jlora.lora.adapter_tree import is_trainable, linear_modules, modules
+from jlora.lora.lora_dense import WEIGHTS as BASE_WEIGHTS
 
 
 def adapter_of(

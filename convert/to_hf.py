@@ -29,7 +29,7 @@ from convert.verify import check
 from jlora.cli.command import run_command
 from jlora.digests import leaf_digest
 from jlora.errors import CorruptError
-from jlora.merging import merge_module, merge_tied_head
+from jlora.lora.merging import merge_module, merge_tied_head
 
 MAX_SHARD_BYTES = 5_000_000_000
 # Above this, checking the logits costs minutes; the digests are compared anyway.

@@ -12,8 +12,8 @@ from convert.peft import Adapter, attach_adapter, model_config
 from convert.source import Source, open_source
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError
-from jlora.lora import map_leaves
-from jlora.merging import merge
+from jlora.lora.adapter_tree import map_leaves
+from jlora.lora.merging import merge
 from jlora.model import Llama
 
 ROWS, LENGTH = 2, 32

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jlora.config.llama_config import LlamaConfig
     from jlora.config.lora_config import LoraConfig
-    from jlora.lora import LoRADense, count_parameters, trainable_mask
-    from jlora.lora_init import add_lora
-    from jlora.merging import merge
+    from jlora.lora.adapter_tree import count_parameters, trainable_mask
+    from jlora.lora.initialisation import add_lora
+    from jlora.lora.lora_dense import LoRADense
+    from jlora.lora.merging import merge
     from jlora.model import Llama
 
 __all__ = [
@@ -29,12 +30,12 @@ __all__ = [
 _MODULES = {
     "Llama": "model",
     "LlamaConfig": "config.llama_config",
-    "LoRADense": "lora",
+    "LoRADense": "lora.lora_dense",
     "LoraConfig": "config.lora_config",
-    "add_lora": "lora_init",
-    "count_parameters": "lora",
-    "merge": "merging",
-    "trainable_mask": "lora",
+    "add_lora": "lora.initialisation",
+    "count_parameters": "lora.adapter_tree",
+    "merge": "lora.merging",
+    "trainable_mask": "lora.adapter_tree",
 }
 
 

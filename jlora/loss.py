@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jlora.lora import Params, head_logits, is_trainable
+from jlora.lora.adapter_tree import Params, is_trainable
+from jlora.lora.lora_dense import head_logits
 from jlora.ops.elementwise import negative_log_likelihood
 
 
@@ -28,7 +29,7 @@ def cross_entropy(
 
     Args:
         hidden: final states; their dtype is that of the head's products.
-        head: what `jlora.lora.head_parameters` returns.
+        head: what `jlora.lora.lora_dense.head_parameters` returns.
         targets: next tokens; any valid id where the weight is 0.
         weights: 1 where the target counts, 0 elsewhere.
         chunk: positions whose logits exist at one time, per row.

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import UsageError
-from jlora.lora import (
+from jlora.lora.lora_dense import (
     NORM_NAME,
     LoRADense,
     add_projection,

@@ -15,7 +15,7 @@ import jax
 from jax.lax import optimization_barrier
 from jaxtyping import Array, Float
 
-from jlora.lora import Params, join, split, trainable_mask
+from jlora.lora.adapter_tree import Params, join, split, trainable_mask
 
 
 def run_offloaded(

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jlora.config.run_config import DECAY_GROUPS, OptimConfig
-from jlora.lora import Params, map_leaves, trainable_mask
+from jlora.lora.adapter_tree import Params, map_leaves, trainable_mask
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import ComputeConfig
-from jlora.lora import (
+from jlora.lora.adapter_tree import (
     Params,
     is_adapter,
     is_trainable,

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jlora.config.run_config import OptimConfig
 from jlora.errors import UsageError
-from jlora.lora import Params, is_adapter, join, map_leaves
+from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.model import Llama
 from jlora.optimizer import Numbers, make_optimizer, make_schedule
 from jlora.parallel.sharding import batch_sharding, tree_shardings

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.data import Dataset
-from jlora.lora import Params, head_parameters, join, split, trainable_mask
+from jlora.lora.adapter_tree import Params, join, split, trainable_mask
+from jlora.lora.lora_dense import head_parameters
 from jlora.loss import cross_entropy
 from jlora.model import Llama
 from jlora.ops.dropout import drop

@@ -13,7 +13,7 @@ import safetensors.numpy
 import convert
 from convert.peft import attach_adapter, model_config, read_adapter
 from convert.source import Dtype
-from jlora.lora import module_at
+from jlora.lora.adapter_tree import module_at
 
 # Made by tests/golden/make_adapters_golden.py with PEFT.
 GOLDEN = Path(__file__).parent / "golden" / "adapters"

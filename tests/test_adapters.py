@@ -21,16 +21,9 @@ from jlora import LoraConfig, add_lora, merge
 from jlora.checkpoint import RunCheckpoints, load_newest, restore_into
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError
-from jlora.lora import (
-    column_norms,
-    join,
-    linear,
-    module_at,
-    norm_squared,
-    split,
-    trainable_mask,
-)
-from jlora.merging import merge_module
+from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
+from jlora.lora.lora_dense import column_norms, linear, norm_squared
+from jlora.lora.merging import merge_module
 from jlora.model import Llama
 from jlora.training import summed_loss
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import convert
-from jlora.lora import join, module_at, split, trainable_mask, with_adapter
+from jlora.lora.adapter_tree import join, module_at, split, trainable_mask, with_adapter
 from jlora.training import summed_loss
 
 # Made by tests/golden/make_hf_golden.py with Transformers and PEFT.

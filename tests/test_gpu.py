@@ -17,7 +17,7 @@ from jlora.config.lora_config import LoraConfig
 from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.digests import flatten
-from jlora.lora import join, split, trainable_mask
+from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.ops.attention import attend
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh

@@ -38,7 +38,7 @@ ROWS = (
     {"fit"},
 )
 OWNERS = {
-    "flax": ("jlora.lora", "jlora.model", "jlora.parallel.sharding"),
+    "flax": ("jlora.lora.lora_dense", "jlora.model", "jlora.parallel.sharding"),
     "optax": ("jlora.optimizer", "jlora.training"),
     "orbax": ("jlora.checkpoint",),
     "tensorstore": ("jlora.checkpoint",),
@@ -146,15 +146,19 @@ def test_imports_point_down_and_third_parties_have_one_owner(module):
     [
         ("jlora.rope", "from jlora.model import Llama", "not in a row above"),
         ("jlora.rope", "from jlora import attention", "not in a row above"),
-        ("jlora.lora", "from . import model", "not in a row above"),
-        ("jlora.lora", "def f():\n    import jlora.model", "not in a row above"),
+        ("jlora.lora.lora_dense", "from . import model", "not in a row above"),
+        (
+            "jlora.lora.lora_dense",
+            "def f():\n    import jlora.model",
+            "not in a row above",
+        ),
         (
             "jlora.data.tokens",
             "from jlora.report.run_report import bar",
             "not in a row above",
         ),
         ("jlora.utils", "from jlora.errors import JloraError", "in no row"),
-        ("jlora.lora", "from jlora.utils import helper", "in no row"),
+        ("jlora.lora.lora_dense", "from jlora.utils import helper", "in no row"),
         ("jlora.plan", "from convert.names import Name", "above it"),
         ("convert.to_hf", "from train import main", "above it"),
         ("jlora.training", "import flax.linen as nn", "belongs to"),

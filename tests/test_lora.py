@@ -19,7 +19,7 @@ from training_cases import (
 
 from jlora import LoraConfig, LoRADense, add_lora, count_parameters, merge
 from jlora.errors import CorruptError, UsageError
-from jlora.lora import (
+from jlora.lora.adapter_tree import (
     format_parameter_count,
     join,
     linear_modules,
@@ -28,7 +28,7 @@ from jlora.lora import (
     split,
     trainable_mask,
 )
-from jlora.merging import merge_kernel
+from jlora.lora.merging import merge_kernel
 from jlora.model import Llama
 
 Q0, K0, V0 = (f"model.layers.0.self_attn.{p}_proj" for p in "qkv")

@@ -16,7 +16,7 @@ from training_cases import (
 )
 
 from jlora.errors import UsageError
-from jlora.lora import join, split, trainable_mask
+from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model import KVCache, Llama
 from jlora.ops.dropout import drop_by
 from jlora.training import summed_loss
@@ -258,7 +258,7 @@ def masks_seeds(monkeypatch, config, key):
         found.append(tuple(np.asarray(seeds).tolist()))
         return drop_by(x, seeds, rate)
 
-    monkeypatch.setattr("jlora.lora.drop_by", record)
+    monkeypatch.setattr("jlora.lora.lora_dense.drop_by", record)
     model = Llama(config, lora_dropout=0.5)
     variables = {"params": adapted_params(config)}
     model.apply(variables, random_tokens(1, 4), rngs={"dropout": key})

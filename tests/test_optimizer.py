@@ -7,7 +7,7 @@ from training_cases import adapted_params, llama_config
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.errors import UsageError
-from jlora.lora import split, trainable_mask
+from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.optimizer import Numbers, group_of, make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
 from jlora.plan import memory_bytes, plan_workload

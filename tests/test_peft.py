@@ -33,7 +33,7 @@ from convert.to_peft import Arguments as ToPeft
 from convert.to_peft import main as to_peft
 from jlora.checkpoint import RunCheckpoints
 from jlora.errors import CorruptError, JloraError, UnsupportedError, UsageError
-from jlora.lora import module_at, split, trainable_mask
+from jlora.lora.adapter_tree import module_at, split, trainable_mask
 
 # The keys that PEFT has known since 0.6; an older PEFT stops at any other.
 OLDEST_KEYS = {

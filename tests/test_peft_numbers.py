@@ -12,7 +12,7 @@ from convert.peft import check_fit, read_adapter
 from convert.peft_keys import parse_key, to_leaf
 from convert.source import open_source
 from jlora.errors import UnsupportedError
-from jlora.lora import join, module_at, split, trainable_mask
+from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
 from jlora.training import summed_loss
 
 

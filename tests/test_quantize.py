@@ -31,9 +31,10 @@ from jlora.cli.command import run_command
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError
-from jlora.lora import LoRADense, count_parameters, trainable_mask
-from jlora.lora_init import add_lora
-from jlora.merging import merge
+from jlora.lora.adapter_tree import count_parameters, trainable_mask
+from jlora.lora.initialisation import add_lora
+from jlora.lora.lora_dense import LoRADense
+from jlora.lora.merging import merge
 from jlora.model import Llama
 from jlora.ops.quantize import (
     NF4,

@@ -23,8 +23,8 @@ import jlora.model
 from jlora.config.run_config import MeshConfig
 from jlora.digests import flatten
 from jlora.errors import UsageError
-from jlora.lora import count_parameters
-from jlora.lora_init import add_lora
+from jlora.lora.adapter_tree import count_parameters
+from jlora.lora.initialisation import add_lora
 from jlora.parallel.sharding import (
     KERNEL_AXES,
     MESH_AXES,

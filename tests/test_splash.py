@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jlora.config.run_config import MeshConfig
-from jlora.lora import join, split, trainable_mask
+from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model import Llama
 from jlora.ops.attention import attend
 from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh

@@ -16,7 +16,7 @@ from training_cases import (
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError
-from jlora.lora_init import add_lora
+from jlora.lora.initialisation import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh

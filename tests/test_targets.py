@@ -2,7 +2,7 @@ import pytest
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UsageError
-from jlora.targets import select_modules
+from jlora.lora.target_modules import select_modules
 
 LINEARS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),

@@ -21,7 +21,8 @@ from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.digests import fingerprint
 from jlora.errors import CorruptError, UnsupportedError, UsageError
-from jlora.lora import head_parameters, join, trainable_mask
+from jlora.lora.adapter_tree import join, trainable_mask
+from jlora.lora.lora_dense import head_parameters
 from jlora.loss import cross_entropy
 from jlora.optimizer import make_schedule
 from jlora.resuming import resume

@@ -10,8 +10,8 @@ import numpy as np
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig, OptimConfig
-from jlora.lora import Params, is_trainable, map_leaves
-from jlora.lora_init import add_lora
+from jlora.lora.adapter_tree import Params, is_trainable, map_leaves
+from jlora.lora.initialisation import add_lora
 from jlora.model import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh

@@ -18,7 +18,7 @@ from convert import to_hf, to_peft
 from convert.names import all_names
 from convert.peft import write_adapter
 from jlora.config.peft_fields import FORMS, INERT, REFUSED
-from jlora.lora import map_leaves
+from jlora.lora.adapter_tree import map_leaves
 
 EVERY = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
 ADAPTERS: dict[str, dict[str, Any]] = {

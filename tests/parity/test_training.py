@@ -11,7 +11,7 @@ import convert
 from convert.names import module_name, module_path
 from convert.peft import read_adapter
 from jlora.config.run_config import MeshConfig, OptimConfig
-from jlora.lora import modules
+from jlora.lora.adapter_tree import modules
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
 from jlora.training import TrainState, make_train_step

@@ -16,17 +16,10 @@ from jaxtyping import Array
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
-from jlora.lora import (
-    Params,
-    column_norms,
-    is_adapter,
-    modules,
-    norm_squared,
-    weight_of,
-    with_adapter,
-)
+from jlora.lora.adapter_tree import Params, is_adapter, modules, with_adapter
+from jlora.lora.lora_dense import column_norms, norm_squared, weight_of
+from jlora.lora.target_modules import TABLES, select
 from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_shape
-from jlora.targets import TABLES, select
 
 EMBEDDING, HEAD = TABLES
 

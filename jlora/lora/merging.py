@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from jlora.errors import CorruptError
-from jlora.lora import WEIGHTS, Params, is_adapter, plain_tree
+from jlora.lora.adapter_tree import Params, is_adapter, plain_tree
+from jlora.lora.lora_dense import WEIGHTS
 from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_of
 
 Arrays = Mapping[str, np.ndarray]
@@ -86,7 +87,7 @@ def merge_module(leaves: Arrays, dtype: Any = None) -> dict[str, np.ndarray]:
     """Returns the base's leaves of one module with its adapter merged into them.
 
     Args:
-        leaves: of one module, see `jlora.lora`.
+        leaves: of one module, see `jlora.lora.lora_dense`.
         dtype: of the result; None keeps each leaf's own.
     """
     base = {key: leaf for key, leaf in leaves.items() if not is_adapter(key)}
