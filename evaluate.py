@@ -15,7 +15,7 @@ from jlora.cli.malloc import keep_freed_memory
 from jlora.config.run_config import DataConfig, MeshConfig
 from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
-from jlora.model import Llama, compute_dtype
+from jlora.model.llama import Llama, compute_dtype
 from jlora.ops.attention import choose_attention
 from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
 from jlora.report.run_report import show_samples

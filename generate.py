@@ -13,9 +13,9 @@ from jlora.cli.compilation_cache import keep_compiled
 from jlora.config.run_config import check_seed
 from jlora.data import Tokenizer
 from jlora.errors import UsageError
-from jlora.generation import generate_tokens
 from jlora.lora.adapter_tree import Params
-from jlora.model import Llama, compute_dtype
+from jlora.model.generation import generate_tokens
+from jlora.model.llama import Llama, compute_dtype
 
 NEW_TOKENS = 256
 

@@ -31,7 +31,7 @@ from jlora.digests import fingerprint
 from jlora.fit import Entry, fit, write_settings
 from jlora.loop import stop_requests
 from jlora.lora.adapter_tree import Params, count_parameters, format_parameter_count
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.parallel.processes import check_agreement, joined_processes
 from jlora.parallel.sharding import check_divisible, make_mesh, parameter_sharding
 from jlora.plan import flops_per_token, memory_table, plan_workload

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert
 import jlora
 from jlora.config.run_config import MeshConfig, OptimConfig
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
 from jlora.training import TrainState, make_train_step

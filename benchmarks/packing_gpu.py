@@ -135,7 +135,7 @@ class Trainer:
         import jax
 
         from jlora.config.run_config import ComputeConfig, OptimConfig
-        from jlora.model import Llama
+        from jlora.model.llama import Llama
         from jlora.optimizer import make_optimizer, make_schedule
         from jlora.plan import peak_memory_bytes, plan_workload
         from jlora.prefetch import Prefetch

@@ -38,7 +38,7 @@ from jlora.config.lora_config import LoraConfig
 from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.lora.adapter_tree import Params
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import batch_sharding, make_mesh
 from jlora.plan import (

@@ -25,7 +25,7 @@ from step_time import ALL, LLAMA_3_8B, SMOLLM2, llama, random_base
 
 import jlora
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
 from jlora.plan import peak_memory_bytes, plan_workload

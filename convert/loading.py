@@ -16,7 +16,7 @@ from jlora.errors import UsageError, listing
 from jlora.ops.quantize import BLOCK, Format
 
 if TYPE_CHECKING:
-    from jlora.model import Llama
+    from jlora.model.llama import Llama
 
 BaseDtype = Dtype | Literal["fp8", "int8", "nf4"]
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
@@ -159,7 +159,7 @@ def load(
             rng is given, as in PEFT's training mode.
         dtype: of the params and of the computation.
     """
-    from jlora.model import Llama
+    from jlora.model.llama import Llama
 
     if dtype not in get_args(Dtype):
         raise UsageError(f"dtype={dtype!r}; expected one of {listing(get_args(Dtype))}")

@@ -14,7 +14,7 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError
 from jlora.lora.adapter_tree import map_leaves
 from jlora.lora.merging import merge
-from jlora.model import Llama
+from jlora.model.llama import Llama
 
 ROWS, LENGTH = 2, 32
 # Allowed |difference| over the largest |logit|. The same weights differ by nothing; in

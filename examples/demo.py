@@ -162,7 +162,7 @@ def reload_and_compare() -> tuple[dict[str, float], list[tuple[str, str, str, st
 
 def answer(model: Any, params: Any, tokenizer: Any, prompt: list[int]) -> str:
     """Returns the model's most likely answer, on one line."""
-    from jlora.generation import generate_tokens
+    from jlora.model.generation import generate_tokens
 
     new = generate_tokens(
         model, params, prompt, max_new_tokens=40, stop_ids=tokenizer.stop_ids

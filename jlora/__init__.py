@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from jlora.lora.initialisation import add_lora
     from jlora.lora.lora_dense import LoRADense
     from jlora.lora.merging import merge
-    from jlora.model import Llama
+    from jlora.model.llama import Llama
 
 __all__ = [
     "Llama",
@@ -28,7 +28,7 @@ __all__ = [
     "trainable_mask",
 ]
 _MODULES = {
-    "Llama": "model",
+    "Llama": "model.llama",
     "LlamaConfig": "config.llama_config",
     "LoRADense": "lora.lora_dense",
     "LoraConfig": "config.lora_config",

@@ -19,7 +19,7 @@ from jlora.data import Dataset
 from jlora.errors import DivergedError, StopRequested, listing
 from jlora.loop import StepLog, check_remaining, clear_outcome, is_due
 from jlora.lora.adapter_tree import Params, is_adapter, is_trainable, map_leaves
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.optimizer import make_schedule
 from jlora.parallel.processes import StopVote, check_agreement, is_first, to_host
 from jlora.prefetch import Prefetch

@@ -20,7 +20,7 @@ from jlora.lora.adapter_tree import (
     split,
     trainable_mask,
 )
-from jlora.model import compute_dtype
+from jlora.model.llama import compute_dtype
 from jlora.ops.attention import choose_attention
 from jlora.ops.hopper.matmul_kernel import choose_kernels
 from jlora.ops.quantize import SCALES, is_quantized, kernel_shape, num_weights

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from jlora.config.run_config import OptimConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.optimizer import Numbers, make_optimizer, make_schedule
 from jlora.parallel.sharding import batch_sharding, tree_shardings
 from jlora.sweep_file import check_same_parts

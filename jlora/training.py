@@ -17,8 +17,8 @@ from jaxtyping import Array, Float
 from jlora.data import Dataset
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
 from jlora.lora.lora_dense import head_parameters
-from jlora.loss import cross_entropy
-from jlora.model import Llama
+from jlora.model.llama import Llama
+from jlora.model.loss import cross_entropy
 from jlora.ops.dropout import drop
 from jlora.optimizer import stack_layers
 from jlora.parallel.sharding import (

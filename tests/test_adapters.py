@@ -24,7 +24,7 @@ from jlora.errors import UnsupportedError, UsageError
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
 from jlora.lora.lora_dense import column_norms, linear, norm_squared
 from jlora.lora.merging import merge_module
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.training import summed_loss
 
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -16,7 +16,7 @@ from jlora.config.run_config import MeshConfig
 from jlora.digests import flatten
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import is_trainable, join, split, trainable_mask
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.ops.dropout import drop, drop_by, seeds
 from jlora.ops.hopper import dropout_kernels as hopper_dropout
 from jlora.ops.hopper import fused_projections as fused

@@ -19,7 +19,7 @@ from convert.names import all_names
 from convert.source import open_source
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
-from jlora.rope import rope_frequencies
+from jlora.model.rotary import rope_frequencies
 
 EXAMPLES = 100
 # Numbers that readers stumble over, as little-endian bytes of any width.

@@ -29,7 +29,7 @@ from jlora.lora.adapter_tree import (
     trainable_mask,
 )
 from jlora.lora.merging import merge_kernel
-from jlora.model import Llama
+from jlora.model.llama import Llama
 
 Q0, K0, V0 = (f"model.layers.0.self_attn.{p}_proj" for p in "qkv")
 Q1, V1 = (f"model.layers.1.self_attn.{p}_proj" for p in "qv")

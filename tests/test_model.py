@@ -17,7 +17,7 @@ from training_cases import (
 
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import join, split, trainable_mask
-from jlora.model import KVCache, Llama
+from jlora.model.llama import KVCache, Llama
 from jlora.ops.dropout import drop_by
 from jlora.training import summed_loss
 

@@ -18,7 +18,7 @@ from training_cases import (
 from jlora import plan
 from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.lora.adapter_tree import join, split, trainable_mask
-from jlora.model import KVCache, Llama
+from jlora.model.llama import KVCache, Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.sweep import Member, Sweep
 from jlora.training import TrainState, summed_loss

@@ -35,7 +35,7 @@ from jlora.lora.adapter_tree import count_parameters, trainable_mask
 from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import LoRADense
 from jlora.lora.merging import merge
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.ops.quantize import (
     NF4,
     Format,

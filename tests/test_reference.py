@@ -9,9 +9,9 @@ import reference
 from convert.names import all_names
 from jlora.config.llama_config import LlamaConfig
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask, with_adapter
-from jlora.loss import cross_entropy
-from jlora.model import Llama, RMSNorm
-from jlora.rope import rope_angles
+from jlora.model.llama import Llama, RMSNorm
+from jlora.model.loss import cross_entropy
+from jlora.model.rotary import rope_angles
 from jlora.training import summed_loss
 
 PLAIN = {

@@ -13,9 +13,9 @@ from convert.loading import load_params
 from convert.source import open_source
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError
-from jlora.generation import generate_tokens
-from jlora.model import Llama
-from jlora.rope import apply_rope, rope_angles, rope_frequencies
+from jlora.model.generation import generate_tokens
+from jlora.model.llama import Llama
+from jlora.model.rotary import apply_rope, rope_angles, rope_frequencies
 
 # Made by tests/golden/make_rope_golden.py with Transformers.
 GOLDEN = Path(__file__).parent / "golden" / "rope"

@@ -19,7 +19,7 @@ from training_cases import (
     shapes,
 )
 
-import jlora.model
+import jlora.model.llama
 from jlora.config.run_config import MeshConfig
 from jlora.digests import flatten
 from jlora.errors import UsageError
@@ -173,10 +173,10 @@ def test_a_step_keeps_every_leaf_where_it_was(run):
 
 
 def test_every_logical_axis_in_use_has_a_rule():
-    code = Path(jlora.model.__file__).read_text("utf-8")
+    code = Path(jlora.model.llama.__file__).read_text("utf-8")
     groups = re.findall(r"\(((?:\"\w+\"|None)(?:, (?:\"\w+\"|None))+)\)", code)
     named = {name for group in groups for name in re.findall(r"\"(\w+)\"", group)}
-    named -= set(jlora.model.SAVED_NAMES)
+    named -= set(jlora.model.llama.SAVED_NAMES)
     assert {"batch", "length", "act_embed", "act_heads", "act_mlp", "vocab"} <= named
     in_kernels = {name for axes in KERNEL_AXES.values() for name in axes}
     assert (named | in_kernels) - {name for name, _ in RULES} == set()

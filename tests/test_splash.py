@@ -9,7 +9,7 @@ import pytest
 
 from jlora.config.run_config import MeshConfig
 from jlora.lora.adapter_tree import join, split, trainable_mask
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.ops.attention import attend
 from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh
 from jlora.training import make_eval_step, summed_loss

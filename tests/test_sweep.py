@@ -17,7 +17,7 @@ from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError
 from jlora.lora.initialisation import add_lora
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
 from jlora.sweep import Member, Sweep

@@ -23,7 +23,7 @@ from jlora.digests import fingerprint
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.lora.adapter_tree import join, trainable_mask
 from jlora.lora.lora_dense import head_parameters
-from jlora.loss import cross_entropy
+from jlora.model.loss import cross_entropy
 from jlora.optimizer import make_schedule
 from jlora.resuming import resume
 from jlora.training import make_eval_step, summed_loss

@@ -12,7 +12,7 @@ from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.lora.adapter_tree import Params, is_trainable, map_leaves
 from jlora.lora.initialisation import add_lora
-from jlora.model import Llama
+from jlora.model.llama import Llama
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
 from jlora.training import TrainState, make_train_step

@@ -1,7 +1,7 @@
 """Rotary settings of a config.json: three places, two generations, six types.
 
 `read_rope` returns resolved numbers only: what a null or absent key stands for is decided
-here, the formulas are in `jlora.rope`.
+here, the formulas are in `jlora.model.rotary`.
 
 Source: transformers `modeling_rope_utils` (4.57 and 5.23, where they agree).
 """

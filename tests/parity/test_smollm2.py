@@ -15,7 +15,7 @@ import convert
 from convert import to_hf
 from convert.source import open_source
 from jlora.data.tokenizer import Tokenizer
-from jlora.generation import generate_tokens
+from jlora.model.generation import generate_tokens
 
 PROMPTS = [
     "The capital of France is",

@@ -44,7 +44,7 @@ from convert.names import module_name
 from convert.peft import open_adapter, plain, write_adapter
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
-from jlora.rope import rope_angles
+from jlora.model.rotary import rope_angles
 
 lora_model.PIN_MEMORY = False  # for which there must be a GPU
 ROPES = json.loads((GOLDEN.parent / "rope/cases.json").read_text())["cases"]

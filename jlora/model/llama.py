@@ -32,12 +32,12 @@ from jlora.lora.lora_dense import (
     project,
     to_fuse,
 )
-from jlora.offload import run_offloaded
+from jlora.model.offload import run_offloaded
+from jlora.model.rotary import apply_rope, rope_angles
 from jlora.ops.attention import attend
 from jlora.ops.dropout import drop
 from jlora.ops.elementwise import gated
 from jlora.ops.hopper import fused_projections as fused
-from jlora.rope import apply_rope, rope_angles
 
 # What a layer's halves keep for their backward pass under remat "minimal", besides their
 # inputs and outputs: every matmul's output, so that only norms, RoPE and SwiGLU are
@@ -363,7 +363,7 @@ class Llama(nn.Module):
         config: the architecture.
         dtype: of activations and matmuls.
         attention: implementation, see `jlora.ops.attention`.
-        remat: none, minimal, full or offload; see `SAVED_NAMES` and `jlora.offload`.
+        remat: none, minimal, full or offload; see `SAVED_NAMES` and `jlora.model.offload`.
         lora_dropout: on the input of every lora_A, when a "dropout" rng is given.
         max_segments: most documents in a row; cudnn needs it for packed rows.
         kernels: of the projections, xla or hopper; see `jlora.ops.hopper.fused_projections`.
