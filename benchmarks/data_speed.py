@@ -27,7 +27,7 @@ import numpy as np
 from convert.source import open_source
 from jlora.config.run_config import DataConfig
 from jlora.data import Tokenizer, load_dataset
-from jlora.data.packing import pack_documents
+from jlora.data.batch.packing import pack_documents
 
 SEQ_LEN = 4096
 

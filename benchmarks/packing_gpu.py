@@ -51,10 +51,10 @@ def lengths() -> np.ndarray:
 
 def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
     """Returns the documents with random tokens, the last two thirds of each learnt."""
-    from jlora.data.batches import make_dataset
-    from jlora.data.build import make_block
-    from jlora.data.store import Store
-    from jlora.data.tokens import Example
+    from jlora.data.batch.batches import make_dataset
+    from jlora.data.cache.build_cache import make_block
+    from jlora.data.cache.token_store import Store
+    from jlora.data.tokenize.tokenized_rows import Example
 
     rng = np.random.default_rng(1)
     examples = []

@@ -9,10 +9,10 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import DataConfig
 from jlora.data import Dataset, Tokenizer, load_dataset
-from jlora.data.batches import make_dataset
-from jlora.data.build import make_block
-from jlora.data.store import Store
-from jlora.data.tokens import Example
+from jlora.data.batch.batches import make_dataset
+from jlora.data.cache.build_cache import make_block
+from jlora.data.cache.token_store import Store
+from jlora.data.tokenize.tokenized_rows import Example
 
 GOLDEN = Path(__file__).parent / "golden" / "chat"
 TEMPLATES = json.loads((GOLDEN / "cases.json").read_text())["templates"]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from data_cases import all_tokens, chat, load, make_tokenizer, write_rows
 
-from jlora.data import build
-from jlora.data.account import Account
+from jlora.data.cache import build_cache as build
+from jlora.data.cache.row_counts import Account
 from jlora.errors import CorruptError, ResourceError, UnsupportedError
 from tests.test_data_tokens import UNSTABLE
 
@@ -114,7 +114,7 @@ def test_what_is_told_does_not_depend_on_the_cache(path):
 
 def test_progress_is_told_in_tokens_per_second(path, monkeypatch, capsys):
     monkeypatch.setattr(build, "_TELL_EVERY_S", -1)
-    monkeypatch.setattr("jlora.data.files.CHUNK_ROWS", 25)
+    monkeypatch.setattr("jlora.data.read.row_files.CHUNK_ROWS", 25)
     tokens = load(path).num_tokens
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith(f"tokenising {path}: 25 records, ")
@@ -153,7 +153,7 @@ def test_a_tokenizer_survives_the_way_to_another_process():
 def two_workers(monkeypatch):
     monkeypatch.setattr(build, "_BYTES_PER_WORKER", 1)
     monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr("jlora.data.files.CHUNK_ROWS", 7)
+    monkeypatch.setattr("jlora.data.read.row_files.CHUNK_ROWS", 7)
 
 
 @pytest.mark.slow
@@ -184,9 +184,7 @@ def test_names_and_modules_of_the_library_load_when_asked_for():
 
 
 def test_what_a_worker_imports_has_no_jax():
-    code = (
-        "import sys, jlora.data.build; print({'jax', 'flax', 'optax'} & {*sys.modules})"
-    )
+    code = "import sys, jlora.data.cache.build_cache; print({'jax', 'flax', 'optax'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("set()\n", "")
 

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jlora.config.run_config import DataConfig
-from jlora.data.corpus import open_source
-from jlora.data.files import place
-from jlora.data.records import COLUMNS
-from jlora.data.sources import find_sources
-from jlora.data.tokens import Example, tokenize
+from jlora.data.cache.corpus import open_source
+from jlora.data.read.data_paths import find_sources
+from jlora.data.read.records import COLUMNS
+from jlora.data.read.row_files import place
+from jlora.data.tokenize.tokenized_rows import Example, tokenize
 from jlora.errors import JloraError
 
 NAMES = ("chatml", "generation", "llama3", "llama2", "mistral", "zephyr", "tools")

@@ -4,7 +4,7 @@ from data_cases import load, make_tokenizer, write_rows
 
 from jlora.config.run_config import DataConfig
 from jlora.data import load_split
-from jlora.data.mixing import content_ranks, hold_out, repeat
+from jlora.data.batch.mixing import content_ranks, hold_out, repeat
 from jlora.errors import UsageError
 
 ROWS = [{"text": f"the sum of {i}"} for i in range(40)]

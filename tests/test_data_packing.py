@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jlora.data.packing import best_fit, one_per_row, pack_documents
+from jlora.data.batch.packing import best_fit, one_per_row, pack_documents
 
 
 def falling(lengths) -> np.ndarray:

@@ -3,8 +3,8 @@ import itertools
 import pytest
 from data_cases import CONFIG, TEMPLATES, chat, make_tokenizer
 
-from jlora.data.control import Rendered
-from jlora.data.prefixes import encode_beginnings
+from jlora.data.chat.control_tokens import Rendered
+from jlora.data.tokenize.prefix_ids import encode_beginnings
 from jlora.errors import JloraError
 
 TEXTS = [

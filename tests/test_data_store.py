@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jlora.data.store import RECORD, Block, StoreWriter, cached_store
+from jlora.data.cache.token_store import RECORD, Block, StoreWriter, cached_store
 from jlora.errors import ResourceError, UsageError
 
 
@@ -140,7 +140,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = ["tests", "."]
-from jlora.data.store import cached_store
+from jlora.data.cache.token_store import cached_store
 from test_data_store import block
 def build(writer):
     print("building", flush=True)
@@ -179,9 +179,11 @@ def room_for_two(cache, monkeypatch):
         cached_store(cache, key, build)
         os.utime(cache / key, (used, used))
     total = 2.5 * sum(file.stat().st_size for file in (cache / "a").iterdir())
-    monkeypatch.setattr("jlora.data.store.SHARE", 1)
+    monkeypatch.setattr("jlora.data.cache.token_store.SHARE", 1)
     usage = SimpleNamespace(total=total)
-    monkeypatch.setattr("jlora.data.store.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr(
+        "jlora.data.cache.token_store.shutil.disk_usage", lambda _: usage
+    )
 
 
 def test_the_store_unused_for_longest_makes_room(cache, room_for_two, capsys):
@@ -211,13 +213,13 @@ def test_a_store_in_use_is_not_removed(cache, room_for_two):
 
 
 def test_a_store_larger_than_the_share_stays_while_it_is_the_newest(cache, monkeypatch):
-    monkeypatch.setattr("jlora.data.store.SHARE", 0)
+    monkeypatch.setattr("jlora.data.cache.token_store.SHARE", 0)
     cached_store(cache, "a", build)
     assert names(cache) == {"a"}
 
 
 def test_folders_that_are_no_stores_are_left_alone(cache, monkeypatch):
-    monkeypatch.setattr("jlora.data.store.SHARE", 0)
+    monkeypatch.setattr("jlora.data.cache.token_store.SHARE", 0)
     for name in ("mine", "mine.tmp"):
         (cache / name).mkdir(parents=True)
         (cache / name / "note.json").write_text('{"key": "other"}')
@@ -249,8 +251,8 @@ from pathlib import Path
 import numpy as np
 from data_cases import load
 from jlora.data import build
-from jlora.data.batches import make_dataset
-from jlora.data.store import RECORD, Block, cached_store
+from jlora.data.batch.batches import make_dataset
+from jlora.data.cache.token_store import RECORD, Block, cached_store
 
 lines = Path("/proc/self/status").read_text().splitlines()
 used = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))

@@ -152,7 +152,9 @@ def test_reaching_for_internals_is_a_security_error(template):
     ],
 )
 def test_greedy_template_is_stopped(template, monkeypatch):
-    monkeypatch.setattr("jlora.data.limits.MAX_WORK", 1 << 21)  # to be quick
+    monkeypatch.setattr(
+        "jlora.data.chat.template_limits.MAX_WORK", 1 << 21
+    )  # to be quick
     with pytest.raises(CorruptError, match="stopped by the sandbox"):
         render(template)
 
@@ -164,7 +166,7 @@ def test_template_cannot_depend_on_chance(template):
 
 
 def test_what_a_template_costs_does_not_add_up_over_records(monkeypatch):
-    monkeypatch.setattr("jlora.data.limits.MAX_WORK", 1000)
+    monkeypatch.setattr("jlora.data.chat.template_limits.MAX_WORK", 1000)
     tokenizer = make_tokenizer(chat_template="{{ 'a' * 100 }}")
     for _ in range(20):
         tokenizer.render(USER, add_generation_prompt=False)
@@ -236,7 +238,9 @@ def test_additional_templates_are_read_beside_the_file():
 
 def test_pinned_date_belongs_to_the_fingerprint(monkeypatch):
     before = make_tokenizer().fingerprint
-    monkeypatch.setattr("jlora.data.tokenizer_files.PINNED_DATE", datetime(2025, 1, 1))
+    monkeypatch.setattr(
+        "jlora.data.tokenize.tokenizer_files.PINNED_DATE", datetime(2025, 1, 1)
+    )
     assert make_tokenizer().fingerprint != before
 
 

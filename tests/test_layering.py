@@ -44,7 +44,7 @@ OWNERS = {
     "tensorstore": ("jlora.checkpoint",),
     "tokenizers": ("jlora.data", "convert.gguf_tokenizer"),
     "jinja2": ("jlora.data",),
-    "pyarrow": ("jlora.data.columnar",),
+    "pyarrow": ("jlora.data.read.columnar",),
     "safetensors": ("convert",),
     "gguf": ("convert",),
     "huggingface_hub": ("convert",),
@@ -157,7 +157,7 @@ def test_imports_point_down_and_third_parties_have_one_owner(module):
             "not in a row above",
         ),
         (
-            "jlora.data.tokens",
+            "jlora.data.tokenize.tokenized_rows",
             "from jlora.report.run_report import bar",
             "not in a row above",
         ),
@@ -181,7 +181,10 @@ def test_a_violation_is_found(module, code, message):
     ("module", "code"),
     [
         ("jlora.training", "from jlora.model.llama import Llama\nimport optax"),
-        ("jlora.data.tokens", "from jlora.data.records import read"),
+        (
+            "jlora.data.tokenize.tokenized_rows",
+            "from jlora.data.read.records import read",
+        ),
         ("convert.to_hf", "from jlora import merge\nimport safetensors.numpy"),
         ("train", "import convert\nfrom jlora.training import make_train_step"),
     ],

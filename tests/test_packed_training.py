@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from data_cases import dataset_of
 
-from jlora.data.tokens import Example
+from jlora.data.tokenize.tokenized_rows import Example
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.llama import Llama
 from jlora.training import summed_loss

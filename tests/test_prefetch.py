@@ -8,8 +8,8 @@ import pytest
 from data_cases import dataset_of
 
 from jlora.config.run_config import MeshConfig
-from jlora.data.batches import Dataset
-from jlora.data.tokens import Example
+from jlora.data.batch.batches import Dataset
+from jlora.data.tokenize.tokenized_rows import Example
 from jlora.parallel.sharding import batch_sharding, make_mesh
 from jlora.prefetch import Prefetch, place_batch
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert
 from convert import to_hf
 from convert.source import open_source
-from jlora.data.tokenizer import Tokenizer
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.model.generation import generate_tokens
 
 PROMPTS = [

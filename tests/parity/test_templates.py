@@ -8,9 +8,9 @@ import pytest
 from data_cases import GOLDEN, TEMPLATES, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from jlora.data.control import Rendered
-from jlora.data.masks import find_spans, plan_conversation
-from jlora.data.records import ChatRecord
+from jlora.data.chat.control_tokens import Rendered
+from jlora.data.read.records import ChatRecord
+from jlora.data.tokenize.assistant_masks import find_spans, plan_conversation
 
 WORDS = [
     *("the", "sum", "of", "five", "café", "\U0001f600", "naïve", "x<y", '"q"', "&amp;"),

@@ -16,8 +16,8 @@ import jinja2.sandbox
 import jinja2.utils
 from jinja2.exceptions import SecurityError, TemplateError
 
-from jlora.data.control import CLOSE_GENERATION, OPEN_GENERATION
-from jlora.data.limits import (
+from jlora.data.chat.control_tokens import CLOSE_GENERATION, OPEN_GENERATION
+from jlora.data.chat.template_limits import (
     Budget,
     metered_call,
     metered_filter,

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
-from jlora.data.account import Account
-from jlora.data.batches import Dataset
-from jlora.data.files import place
-from jlora.data.tokenizer import Tokenizer
-from jlora.data.tokens import Example
+from jlora.data.batch.batches import Dataset
+from jlora.data.cache.row_counts import Account
+from jlora.data.read.row_files import place
+from jlora.data.tokenize.tokenized_rows import Example
+from jlora.data.tokenize.tokenizer import Tokenizer
 
 NUM_SAMPLES = 3
 _BAR = 40

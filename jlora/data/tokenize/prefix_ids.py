@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jlora.data.control import Encoded, Rendered
-from jlora.data.tokenizer import Tokenizer
+from jlora.data.chat.control_tokens import Encoded, Rendered
+from jlora.data.tokenize.tokenizer import Tokenizer
 
 
 def encode_beginnings(

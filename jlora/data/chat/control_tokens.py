@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jlora.data.jsonl import RowError
+from jlora.data.read.jsonl import RowError
 
 OPEN_GENERATION, CLOSE_GENERATION = "\udc03", "\udc04"
 _START, _END = "\udc01", "\udc02"

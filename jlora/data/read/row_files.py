@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.data import columnar
+from jlora.data.read import columnar
 from jlora.errors import CorruptError, UnsupportedError
 
 MAX_LINE_BYTES = 16 << 20

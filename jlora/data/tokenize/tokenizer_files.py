@@ -9,7 +9,7 @@ import tokenizers
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.strict_json import parse_json_object
-from jlora.data.sandbox import PINNED_DATE
+from jlora.data.chat.jinja_sandbox import PINNED_DATE
 from jlora.errors import CorruptError
 
 _MAX_CONFIG_BYTES = 64 << 20

@@ -9,11 +9,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jlora.data.control import Encoded, Rendered, Span
-from jlora.data.jsonl import RowError
-from jlora.data.records import ChatRecord
-from jlora.data.template import Conversation
-from jlora.data.tokenizer import Tokenizer
+from jlora.data.chat.chat_template import Conversation
+from jlora.data.chat.control_tokens import Encoded, Rendered, Span
+from jlora.data.read.jsonl import RowError
+from jlora.data.read.records import ChatRecord
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UnsupportedError
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import tokenizers
 
 from jlora.config.llama_config import LlamaConfig
-from jlora.data import tokenizer_files as model_files
-from jlora.data.control import (
+from jlora.data.chat.chat_template import ChatTemplate
+from jlora.data.chat.control_tokens import (
     Encoded,
     GuardedTokenizer,
     Rendered,
@@ -18,7 +18,7 @@ from jlora.data.control import (
     control_pattern,
     encode_data_as_text,
 )
-from jlora.data.template import ChatTemplate
+from jlora.data.tokenize import tokenizer_files as model_files
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
 # What `tokenizers` makes of a text takes 100 times its size: a tenth faster than all

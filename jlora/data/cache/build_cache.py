@@ -26,12 +26,9 @@ from typing import Any
 import numpy as np
 
 from jlora.config.run_config import DataConfig
-from jlora.data.account import Account
-from jlora.data.corpus import open_source
-from jlora.data.files import Chunk
-from jlora.data.jsonl import Problem
-from jlora.data.sources import Source
-from jlora.data.store import (
+from jlora.data.cache.corpus import open_source
+from jlora.data.cache.row_counts import Account
+from jlora.data.cache.token_store import (
     RECORD,
     Block,
     Store,
@@ -39,8 +36,11 @@ from jlora.data.store import (
     cached_store,
     default_cache,
 )
-from jlora.data.tokenizer import Tokenizer
-from jlora.data.tokens import Example, Reading, tokenize
+from jlora.data.read.data_paths import Source
+from jlora.data.read.jsonl import Problem
+from jlora.data.read.row_files import Chunk
+from jlora.data.tokenize.tokenized_rows import Example, Reading, tokenize
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import ResourceError
 
 # A worker takes seconds to start, in which one process has done this much itself.

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jlora.data.account import Account
-from jlora.data.packing import Packing, one_per_row, pack_documents
-from jlora.data.store import Store
-from jlora.data.tokens import Example
+from jlora.data.batch.packing import Packing, one_per_row, pack_documents
+from jlora.data.cache.row_counts import Account
+from jlora.data.cache.token_store import Store
+from jlora.data.tokenize.tokenized_rows import Example
 
 # Rows are rounded up to this many tokens, so that similar files share a compiled step.
 _ROW_MULTIPLE = 64

@@ -9,18 +9,18 @@ from typing import NoReturn
 import numpy as np
 
 from jlora.config.run_config import DataConfig, check_seed
-from jlora.data.account import Account
-from jlora.data.batches import Dataset, make_dataset
-from jlora.data.build import open_corpus, token_cache
-from jlora.data.corpus import check_bad_rows, fit
-from jlora.data.files import place
-from jlora.data.mixing import content_ranks, hold_out, repeat
-from jlora.data.preview import choose_samples
-from jlora.data.sandbox import PINNED_DATE
-from jlora.data.sources import Given, find_sources
-from jlora.data.store import Store
-from jlora.data.tokenizer import Tokenizer
-from jlora.data.tokens import Example
+from jlora.data.batch.batches import Dataset, make_dataset
+from jlora.data.batch.mixing import content_ranks, hold_out, repeat
+from jlora.data.batch.preview import choose_samples
+from jlora.data.cache.build_cache import open_corpus, token_cache
+from jlora.data.cache.corpus import check_bad_rows, fit
+from jlora.data.cache.row_counts import Account
+from jlora.data.cache.token_store import Store
+from jlora.data.chat.jinja_sandbox import PINNED_DATE
+from jlora.data.read.data_paths import Given, find_sources
+from jlora.data.read.row_files import place
+from jlora.data.tokenize.tokenized_rows import Example
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import CorruptError, UsageError, counted, listing
 
 # From here on a user wants to know where the token ids lie.

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from jlora.config.run_config import DataConfig
-from jlora.data.account import MAX_LISTED, Account
-from jlora.data.files import Chunk, place, read_chunks
-from jlora.data.jsonl import Problem, parse_rows
-from jlora.data.records import detect_layout, known_columns
-from jlora.data.sources import Source
-from jlora.data.tokenizer import Tokenizer
-from jlora.data.tokens import Reading, resolve_train_on
+from jlora.data.cache.row_counts import MAX_LISTED, Account
+from jlora.data.read.data_paths import Source
+from jlora.data.read.jsonl import Problem, parse_rows
+from jlora.data.read.records import detect_layout, known_columns
+from jlora.data.read.row_files import Chunk, place, read_chunks
+from jlora.data.tokenize.tokenized_rows import Reading, resolve_train_on
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import CorruptError, JloraError, UsageError, counted, listing
 
 _MAX_SKIPPED_CHUNKS = 32  # of bad rows alone, 8192

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jlora.data.jsonl import RowError, type_name
+from jlora.data.read.jsonl import RowError, type_name
 from jlora.errors import CorruptError, UsageError, listing, nearest
 
 # The columns that a row of each format must have; auto takes the first that fits.

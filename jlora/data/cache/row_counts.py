@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jlora.data.files import place
-from jlora.data.jsonl import Problem
-from jlora.data.records import Layout
-from jlora.data.sources import Source
-from jlora.data.tokens import Reading
+from jlora.data.read.data_paths import Source
+from jlora.data.read.jsonl import Problem
+from jlora.data.read.records import Layout
+from jlora.data.read.row_files import place
+from jlora.data.tokenize.tokenized_rows import Reading
 from jlora.errors import counted, listing
 
 MAX_LISTED = 12

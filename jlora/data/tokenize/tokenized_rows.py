@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.data.control import Encoded, Rendered, Span, check_text
-from jlora.data.files import Chunk, place
-from jlora.data.jsonl import Problem, RowError, parse_rows
-from jlora.data.masks import Plan, find_spans, plan_conversation
-from jlora.data.prefixes import encode_beginnings
-from jlora.data.records import ChatRecord, Layout, TextRecord, make_record
-from jlora.data.tokenizer import Tokenizer
+from jlora.data.chat.control_tokens import Encoded, Rendered, Span, check_text
+from jlora.data.read.jsonl import Problem, RowError, parse_rows
+from jlora.data.read.records import ChatRecord, Layout, TextRecord, make_record
+from jlora.data.read.row_files import Chunk, place
+from jlora.data.tokenize.assistant_masks import Plan, find_spans, plan_conversation
+from jlora.data.tokenize.prefix_ids import encode_beginnings
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UsageError, listing
 
 _CHAT_CHOICES = ("assistant", "last_assistant", "completion", "all")

@@ -9,9 +9,9 @@ import jinja2
 import jinja2.nodes
 from jinja2.exceptions import SecurityError
 
-from jlora.data.control import Rendered, control_pattern, mark, unmark
-from jlora.data.jsonl import RowError
-from jlora.data.sandbox import make_environment
+from jlora.data.chat.control_tokens import Rendered, control_pattern, mark, unmark
+from jlora.data.chat.jinja_sandbox import make_environment
+from jlora.data.read.jsonl import RowError
 from jlora.errors import CorruptError, nearest
 
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function")

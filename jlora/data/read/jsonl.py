@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.data.files import Chunk, place
+from jlora.data.read.row_files import Chunk, place
 from jlora.errors import CorruptError
 
 _TYPE_NAMES = {
