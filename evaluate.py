@@ -6,15 +6,15 @@ from typing import Literal
 
 import jax
 
-from convert.loading import load_params
-from convert.peft import attach_adapter, model_config, open_adapter
-from convert.source import open_source
 from jlora.cli.command import run_command
 from jlora.cli.compilation_cache import keep_compiled
 from jlora.cli.malloc import keep_freed_memory
 from jlora.config.run_config import DataConfig, MeshConfig
 from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
 from jlora.errors import UsageError
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import open_source
+from jlora.formats.peft.attach_adapter import attach_adapter, model_config, open_adapter
 from jlora.model.llama import Llama, compute_dtype
 from jlora.ops.attention import choose_attention
 from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings

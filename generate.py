@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from convert.loading import load_params
-from convert.peft import attach_adapter, model_config, open_adapter
-from convert.source import open_source
 from jlora.cli.command import run_command
 from jlora.cli.compilation_cache import keep_compiled
 from jlora.config.run_config import check_seed
 from jlora.data import Tokenizer
 from jlora.errors import UsageError
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import open_source
+from jlora.formats.peft.attach_adapter import attach_adapter, model_config, open_adapter
 from jlora.lora.adapter_tree import Params
 from jlora.model.generation import generate_tokens
 from jlora.model.llama import Llama, compute_dtype

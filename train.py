@@ -11,9 +11,6 @@ from typing import Literal
 
 import jax
 
-from convert.loading import abstract_params, load_params
-from convert.peft import start_adapter, write_adapter
-from convert.source import open_source
 from jlora.cli.command import run_command
 from jlora.cli.compilation_cache import keep_compiled
 from jlora.cli.malloc import keep_freed_memory
@@ -27,8 +24,11 @@ from jlora.config.run_config import (
     check_seed,
 )
 from jlora.data import Tokenizer, load_split, make_samples, plan_lines
-from jlora.digests import fingerprint
 from jlora.fit import Entry, fit, write_settings
+from jlora.formats.digests import fingerprint
+from jlora.formats.load_params import abstract_params, load_params
+from jlora.formats.model_source import open_source
+from jlora.formats.peft.attach_adapter import start_adapter, write_adapter
 from jlora.loop import stop_requests
 from jlora.lora.adapter_tree import Params, count_parameters, format_parameter_count
 from jlora.model.llama import Llama

@@ -50,9 +50,9 @@ CONFIG: dict[str, Any] = {
 
 def write_checkpoint(folder: Path, layers: int) -> int:
     """Writes an HF folder of random bfloat16 weights; returns its largest tensor's bytes."""
-    from convert.names import all_names
-    from convert.safetensors import Spec, write_safetensors
     from jlora.config.llama_config import LlamaConfig
+    from jlora.formats.safetensors_file import Spec, write_safetensors
+    from jlora.formats.tensor_names import all_names
 
     config = CONFIG | {"num_hidden_layers": layers}
     specs = {
@@ -114,9 +114,9 @@ def drop_from_cache(folder: Path) -> None:
 
 def work(kind: str, folder: Path) -> tuple[Callable[[], Any], Path]:
     """Returns what to time, and the folder whose files it reads."""
-    from convert.base import write_base
-    from convert.loading import load_params
-    from convert.source import open_source
+    from jlora.formats.base.base_folder import write_base
+    from jlora.formats.load_params import load_params
+    from jlora.formats.model_source import open_source
 
     source, base = folder / "hf", folder / "base"
     if kind in ("convert", "nf4"):

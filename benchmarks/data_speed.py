@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from convert.source import open_source
 from jlora.config.run_config import DataConfig
 from jlora.data import Tokenizer, load_dataset
 from jlora.data.batch.packing import pack_documents
+from jlora.formats.model_source import open_source
 
 SEQ_LEN = 4096
 

@@ -1,5 +1,5 @@
 """Formats in and out: HF safetensors, GGUF, PEFT adapters, converted bases."""
 
-from convert.loading import load
+from jlora.formats.load_params import load
 
 __all__ = ["load"]

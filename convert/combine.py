@@ -22,12 +22,12 @@ from typing import Literal
 
 import numpy as np
 
-from convert.names import module_name
-from convert.peft import Adapter, open_adapter, save_adapter
-from convert.target import check_target
 from jlora.cli.command import run_command
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+from jlora.formats.atomic_folder import check_target
+from jlora.formats.peft.attach_adapter import Adapter, open_adapter, save_adapter
+from jlora.formats.tensor_names import module_name
 
 Pair = dict[str, np.ndarray]
 How = Literal["linear", "cat", "svd"]

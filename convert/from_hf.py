@@ -4,11 +4,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.base import open_base, write_base
 from convert.info import describe
-from convert.source import Dtype, open_source, size_as
-from convert.target import check_space, check_target
 from jlora.cli.command import run_command
+from jlora.formats.atomic_folder import check_space, check_target
+from jlora.formats.base.base_folder import open_base, write_base
+from jlora.formats.model_source import Dtype, open_source, size_as
 from jlora.ops.quantize import Format
 
 

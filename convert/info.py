@@ -10,13 +10,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from convert.peft import Adapter, find_adapter, open_adapter
-from convert.source import Source, hashing, open_source
 from jlora.cli.command import run_command
 from jlora.config.llama_config import unused_keys
 from jlora.config.rope_config import RopeParameters
 from jlora.config.strict_json import MAX_JSON_BYTES, parse_json_object
 from jlora.errors import UsageError, listing
+from jlora.formats.model_source import Source, hashing, open_source
+from jlora.formats.peft.attach_adapter import Adapter, find_adapter, open_adapter
 
 # tokenizer.json of a vocabulary of 256,000 takes about 20 MB.
 MAX_TOKENIZER_BYTES = 256 << 20

@@ -15,20 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from convert.checks import first_non_finite
-from convert.files import INDEX, SINGLE
-from convert.hf_config import export_config, reader_notes
-from convert.names import Name, all_names, module_name
-from convert.peft import Adapter, check_fit, open_adapter, start_of
-from convert.peft_keys import EMBEDDING, HEAD
-from convert.peft_tables import changed_tables
-from convert.safetensors import Spec, read_header, read_tensor, write_safetensors
-from convert.source import Dtype, Source, open_source, size_as, stored_dtype
-from convert.target import atomic_folder, check_space, check_target
-from convert.verify import check
 from jlora.cli.command import run_command
-from jlora.digests import leaf_digest
 from jlora.errors import CorruptError
+from jlora.formats.atomic_folder import atomic_folder, check_space, check_target
+from jlora.formats.digests import leaf_digest
+from jlora.formats.hf.hf_config import export_config, reader_notes
+from jlora.formats.model_files import INDEX, SINGLE
+from jlora.formats.model_source import Dtype, Source, open_source, size_as, stored_dtype
+from jlora.formats.peft.adapter_embeddings import changed_tables
+from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
+from jlora.formats.peft.attach_adapter import Adapter, check_fit, open_adapter, start_of
+from jlora.formats.safetensors_file import (
+    Spec,
+    read_header,
+    read_tensor,
+    write_safetensors,
+)
+from jlora.formats.tensor_checks import first_non_finite
+from jlora.formats.tensor_names import Name, all_names, module_name
+from jlora.formats.verify_export import check
 from jlora.lora.merging import merge_module, merge_tied_head
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -6,15 +6,15 @@ from typing import Literal
 
 import numpy as np
 
-from convert.hub import is_hub_id
-from convert.peft import Adapter, open_adapter, plain, save_adapter
-from convert.peft_base import from_base
-from convert.peft_config import warn
-from convert.peft_keys import EMBEDDING, HEAD
-from convert.source import open_config
-from convert.target import check_target
 from jlora.cli.command import run_command
 from jlora.errors import JloraError, UnsupportedError, listing
+from jlora.formats.atomic_folder import check_target
+from jlora.formats.hub import is_hub_id
+from jlora.formats.model_source import open_config
+from jlora.formats.peft.adapter_base import from_base
+from jlora.formats.peft.adapter_config import warn
+from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
+from jlora.formats.peft.attach_adapter import Adapter, open_adapter, plain, save_adapter
 
 # What vLLM accepts as --max-lora-rank; 16 is its default.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -120,8 +120,8 @@ def reload_and_compare() -> tuple[dict[str, float], list[tuple[str, str, str, st
     """Returns the largest logit difference per form, and answers before and after."""
     import convert
     import jlora
-    from convert.source import open_source
     from jlora.data import Tokenizer
+    from jlora.formats.model_source import open_source
 
     source = open_source(str(BASE))
     tokenizer = Tokenizer.from_files(source.files, source.config)

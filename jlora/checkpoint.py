@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 from jlora.config.lora_config import LoraConfig
-from jlora.digests import flatten, leaf_digest
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+from jlora.formats.digests import flatten, leaf_digest
 from jlora.parallel.processes import to_host
 
 # 2: the moments of all layers together. What lies under "trainable" is as in 1.
@@ -46,7 +46,7 @@ class Chunks:
 def save_tree(path: Path, tree: Tree) -> dict[str, Chunks]:
     """Writes arrays as an Orbax checkpoint at `path`, which must not exist.
 
-    Uncompressed, in chunks: what `convert.base` reads one by one. Trained weights hardly
+    Uncompressed, in chunks: what `jlora.formats.base.base_folder` reads one by one. Trained weights hardly
     compress, and doing it took three quarters of the time.
 
     Returns:

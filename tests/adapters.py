@@ -11,8 +11,8 @@ import numpy as np
 import safetensors.numpy
 
 import convert
-from convert.peft import attach_adapter, model_config, read_adapter
-from convert.source import Dtype
+from jlora.formats.model_source import Dtype
+from jlora.formats.peft.attach_adapter import attach_adapter, model_config, read_adapter
 from jlora.lora.adapter_tree import module_at
 
 # Made by tests/golden/make_adapters_golden.py with PEFT.

@@ -16,11 +16,16 @@ from training_cases import (
     random_tokens,
 )
 
-from convert.peft import attach_adapter, open_adapter, read_adapter, write_adapter
 from jlora import LoraConfig, add_lora, merge
 from jlora.checkpoint import RunCheckpoints, load_newest, restore_into
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError
+from jlora.formats.peft.attach_adapter import (
+    attach_adapter,
+    open_adapter,
+    read_adapter,
+    write_adapter,
+)
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
 from jlora.lora.lora_dense import column_norms, linear, norm_squared
 from jlora.lora.merging import merge_module

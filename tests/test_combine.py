@@ -5,9 +5,9 @@ import pytest
 from test_commands import call
 
 from convert.combine import combine
-from convert.peft import Adapter, read_adapter, save_adapter
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.formats.peft.attach_adapter import Adapter, read_adapter, save_adapter
 
 SIZES = {"q_proj": (12, 8), "v_proj": (12, 4)}
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from tiny import CONFIG, EMBEDDING, Q_PROJ, tensors, write_hf, write_sharded
 
-from convert import blocks
-from convert.base import open_base, write_base
 from convert.from_hf import Arguments, main
 from convert.info import describe
-from convert.loading import load_params
-from convert.names import all_names
-from convert.safetensors import Spec, write_safetensors
-from convert.source import Dtype, open_source
 from jlora import checkpoint
 from jlora.checkpoint import restore_tree
 from jlora.cli.command import run_command
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.formats import array_blocks as blocks
+from jlora.formats.base.base_folder import open_base, write_base
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import Dtype, open_source
+from jlora.formats.safetensors_file import Spec, write_safetensors
+from jlora.formats.tensor_names import all_names
 
 
 @pytest.fixture
@@ -252,8 +252,8 @@ def test_description_of_a_source_reads_no_weights(hf):
 PROGRAM = """
 import resource, sys
 from convert.from_hf import Arguments, main
-from convert.loading import load_params
-from convert.source import open_source
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import open_source
 
 folder, load = sys.argv[1], sys.argv[2] == "load"
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from tiny import CONFIG, tensors, write_hf
 
-from convert import blocks
-from convert.blocks import read_box, turned_blocks, whole
-from convert.checks import first_non_finite, is_finite
-from convert.loading import load_params
-from convert.source import open_source
 from jlora.errors import CorruptError
+from jlora.formats import array_blocks as blocks
+from jlora.formats.array_blocks import read_box, turned_blocks, whole
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import open_source
+from jlora.formats.tensor_checks import first_non_finite, is_finite
 
 SHAPE = (700, 300)
 

@@ -16,12 +16,12 @@ from tiny import CONFIG, EMBEDDING, Q_PROJ, tensors
 from tokenizers import Tokenizer
 
 import convert
-from convert.gguf_file import read_gguf
-from convert.loading import load_params
-from convert.names import all_names
-from convert.source import open_source
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.formats.gguf.gguf_file import read_gguf
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import open_source
+from jlora.formats.tensor_names import all_names
 
 gguf = pytest.importorskip("gguf")
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny import CONFIG, write_hf
 
-from convert.blocks import MAX_BUFFER_BYTES, THREADS
-from convert.names import all_names
-from convert.safetensors import Spec, read_header, write_safetensors
 from jlora.config.llama_config import LlamaConfig
+from jlora.formats.array_blocks import MAX_BUFFER_BYTES, THREADS
+from jlora.formats.safetensors_file import Spec, read_header, write_safetensors
+from jlora.formats.tensor_names import all_names
 
 ROOT = Path(__file__).parent.parent
 # Llama-3-70B's proportions (the head is 1.2 layers), small: a layer takes 107 MB, where

@@ -10,9 +10,9 @@ import pytest
 import safetensors.numpy
 from tiny import write_file
 
-from convert.safetensors import Spec, read_header, read_tensor
-from convert.target import atomic_folder
 from jlora.errors import CorruptError, ResourceError, UnsupportedError, UsageError
+from jlora.formats.atomic_folder import atomic_folder
+from jlora.formats.safetensors_file import Spec, read_header, read_tensor
 
 
 def raw(header: bytes | dict, data: bytes = b"", length: int | None = None) -> bytes:

@@ -19,11 +19,11 @@ from tiny import (
 )
 
 import convert
-from convert import loading
-from convert.checks import first_non_finite
-from convert.loading import load_params
-from convert.source import open_source, read_as
 from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.formats import load_params as loading
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import open_source, read_as
+from jlora.formats.tensor_checks import first_non_finite
 
 # What is refused, and with which words: tests/faults.py.
 TIED = CONFIG | {"tie_word_embeddings": True}

@@ -12,10 +12,11 @@ import pytest
 from adapters import golden
 from tiny import CONFIG, tensors, write_hf
 
-from convert import from_hf, target, to_hf
-from convert.base import open_base
-from convert.target import atomic_folder
+from convert import from_hf, to_hf
 from jlora.cli.command import run_command
+from jlora.formats import atomic_folder as target
+from jlora.formats.atomic_folder import atomic_folder
+from jlora.formats.base.base_folder import open_base
 
 ROOT = Path(__file__).parent.parent
 CASE = golden("basic")
@@ -93,8 +94,8 @@ def killed(what, hf, out, place, *more):
 @pytest.mark.parametrize(
     ("what", "place"),
     [
-        ("convert", ("convert.base", "save_tree", "3")),
-        ("convert", ("convert.target", "_sync", "1")),
+        ("convert", ("jlora.formats.base.base_folder", "save_tree", "3")),
+        ("convert", ("jlora.formats.atomic_folder", "_sync", "1")),
         ("export", ("convert.to_hf", "_read_back", "1")),
     ],
 )
@@ -112,7 +113,7 @@ def test_a_command_killed_while_it_replaces_leaves_the_old_folder(place, hf, out
     # "_sync_one" is called for every file, and last when the new folder is in place.
     count = 1 if place == "_sync" else len(list(out.iterdir())) + 2
     more = ["--overwrite", "--dtype", "float16"]
-    killed("export", hf, out, ("convert.target", place, str(count)), *more)
+    killed("export", hf, out, ("jlora.formats.atomic_folder", place, str(count)), *more)
     after = bytes_of(out)
     new = json.loads(after["config.json"])["dtype"] == "float16"
     assert new == (place == "_sync_one")
@@ -159,7 +160,9 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     place = (
-        "convert.base.save_tree" if what == "convert" else "convert.to_hf._read_back"
+        "jlora.formats.base.base_folder.save_tree"
+        if what == "convert"
+        else "convert.to_hf._read_back"
     )
     monkeypatch.setattr(place, full)
     assert run(what, hf, out) == 5

@@ -9,19 +9,20 @@ import pytest
 import safetensors.numpy
 from adapters import CASES, GOLDEN, assert_merged, bits, changed_copy, golden, tensors
 
-from convert import to_hf, verify
-from convert.base import write_base
-from convert.hf_config import export_config
-from convert.names import module_path
-from convert.peft import attach_adapter, check_fit, read_adapter
-from convert.source import open_source
+from convert import to_hf
 from convert.to_hf import plan_shards, write_merged
 from convert.to_peft import Arguments as ToPeft
 from convert.to_peft import bake
 from convert.to_peft import main as to_peft
-from convert.verify import compare
 from jlora.cli.command import run_command
 from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.formats import verify_export as verify
+from jlora.formats.base.base_folder import write_base
+from jlora.formats.hf.hf_config import export_config
+from jlora.formats.model_source import open_source
+from jlora.formats.peft.attach_adapter import attach_adapter, check_fit, read_adapter
+from jlora.formats.tensor_names import module_path
+from jlora.formats.verify_export import compare
 
 HF_GOLDEN = GOLDEN.parent / "hf"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
-from jlora.digests import flatten
 from jlora.errors import UsageError
+from jlora.formats.digests import flatten
 from jlora.lora.adapter_tree import is_trainable, join, split, trainable_mask
 from jlora.model.llama import Llama
 from jlora.ops.dropout import drop, drop_by, seeds

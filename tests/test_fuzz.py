@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CONFIG, tensors, write_hf
 
-from convert.hf_config import export_config
-from convert.names import all_names
-from convert.source import open_source
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
+from jlora.formats.hf.hf_config import export_config
+from jlora.formats.model_source import open_source
+from jlora.formats.tensor_names import all_names
 from jlora.model.rotary import rope_frequencies
 
 EXAMPLES = 100

@@ -16,7 +16,7 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import MeshConfig, OptimConfig
-from jlora.digests import flatten
+from jlora.formats.digests import flatten
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.ops.attention import attend
 from jlora.optimizer import make_optimizer, make_schedule

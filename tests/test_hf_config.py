@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from tiny import CONFIG, tensors, write_hf
 
-from convert.hf_config import export_config, reader_notes
-from convert.source import open_source
 from jlora.config.llama_config import LlamaConfig
+from jlora.formats.hf.hf_config import export_config, reader_notes
+from jlora.formats.model_source import open_source
 
 ROPE = json.loads((Path(__file__).parent / "golden/rope/cases.json").read_text())
 CASES = ROPE["cases"]

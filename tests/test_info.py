@@ -10,9 +10,9 @@ from adapters import golden
 from tiny import CONFIG, tensors, write_hf, write_sharded
 
 from convert import info
-from convert.base import write_base
-from convert.source import open_source
 from jlora.cli.command import run_command
+from jlora.formats.base.base_folder import write_base
+from jlora.formats.model_source import open_source
 
 TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},

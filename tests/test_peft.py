@@ -20,7 +20,12 @@ from adapters import (
 
 import convert
 import jlora
-from convert.peft import (
+from convert.to_peft import Arguments as ToPeft
+from convert.to_peft import main as to_peft
+from jlora.checkpoint import RunCheckpoints
+from jlora.errors import CorruptError, JloraError, UnsupportedError, UsageError
+from jlora.formats.model_source import open_source
+from jlora.formats.peft.attach_adapter import (
     Adapter,
     attach_adapter,
     check_fit,
@@ -28,11 +33,6 @@ from convert.peft import (
     read_adapter,
     write_adapter,
 )
-from convert.source import open_source
-from convert.to_peft import Arguments as ToPeft
-from convert.to_peft import main as to_peft
-from jlora.checkpoint import RunCheckpoints
-from jlora.errors import CorruptError, JloraError, UnsupportedError, UsageError
 from jlora.lora.adapter_tree import module_at, split, trainable_mask
 
 # The keys that PEFT has known since 0.6; an older PEFT stops at any other.

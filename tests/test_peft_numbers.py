@@ -7,11 +7,11 @@ import pytest
 from adapters import CASES, GOLDEN, REFUSED, assert_merged, bits, golden, weight_of
 
 import jlora
-from convert.names import module_name, module_path
-from convert.peft import check_fit, read_adapter
-from convert.peft_keys import parse_key, to_leaf
-from convert.source import open_source
 from jlora.errors import UnsupportedError
+from jlora.formats.model_source import open_source
+from jlora.formats.peft.adapter_keys import parse_key, to_leaf
+from jlora.formats.peft.attach_adapter import check_fit, read_adapter
+from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
 from jlora.training import summed_loss
 

@@ -23,14 +23,14 @@ from training_cases import (
 
 import convert
 from convert import to_hf
-from convert.base import open_base, write_base
 from convert.info import describe
-from convert.loading import abstract_params, load_params
-from convert.source import open_source
 from jlora.cli.command import run_command
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError
+from jlora.formats.base.base_folder import open_base, write_base
+from jlora.formats.load_params import abstract_params, load_params
+from jlora.formats.model_source import open_source
 from jlora.lora.adapter_tree import count_parameters, trainable_mask
 from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import LoRADense
@@ -435,5 +435,5 @@ def test_a_record_of_another_format_is_refused(bases, tmp_path):
     record = json.loads((out / "jlora.json").read_text())
     record["quantize"] = "int8"
     (out / "jlora.json").write_text(json.dumps(record))
-    with pytest.raises(convert.source.CorruptError, match="missing"):  # type: ignore[attr-defined]
+    with pytest.raises(jlora.formats.model_source.CorruptError, match="missing"):  # type: ignore[attr-defined]
         open_base(out)

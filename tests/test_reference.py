@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import reference
 
-from convert.names import all_names
 from jlora.config.llama_config import LlamaConfig
+from jlora.formats.tensor_names import all_names
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask, with_adapter
 from jlora.model.llama import Llama, RMSNorm
 from jlora.model.loss import cross_entropy

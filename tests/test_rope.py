@@ -9,10 +9,10 @@ import pytest
 import reference
 
 import convert
-from convert.loading import load_params
-from convert.source import open_source
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import open_source
 from jlora.model.generation import generate_tokens
 from jlora.model.llama import Llama
 from jlora.model.rotary import apply_rope, rope_angles, rope_frequencies

@@ -21,8 +21,8 @@ from training_cases import (
 
 import jlora.model.llama
 from jlora.config.run_config import MeshConfig
-from jlora.digests import flatten
 from jlora.errors import UsageError
+from jlora.formats.digests import flatten
 from jlora.lora.adapter_tree import count_parameters
 from jlora.lora.initialisation import add_lora
 from jlora.parallel.sharding import (

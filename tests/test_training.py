@@ -19,8 +19,8 @@ from jlora.checkpoint import (
 )
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig, OptimConfig
-from jlora.digests import fingerprint
 from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.formats.digests import fingerprint
 from jlora.lora.adapter_tree import join, trainable_mask
 from jlora.lora.lora_dense import head_parameters
 from jlora.model.loss import cross_entropy

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.names import all_names
-from convert.safetensors import Spec, write_safetensors
 from jlora.config.llama_config import LlamaConfig
+from jlora.formats.safetensors_file import Spec, write_safetensors
+from jlora.formats.tensor_names import all_names
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,7 +1,7 @@
 """Is this config.json a plain Llama? By its names, and by keys that change the maths.
 
 Names alone prove nothing: checkpoints of other architectures are renamed to be loadable.
-What only the tensors' names give away is refused in `convert.hf_folder`.
+What only the tensors' names give away is refused in `jlora.formats.hf.hf_folder`.
 """
 
 from typing import Any

@@ -22,8 +22,8 @@ from peft import LoraConfig, get_peft_model
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from convert import to_hf
-from convert.source import open_source, read_as
 from jlora.cli.command import run_command
+from jlora.formats.model_source import open_source, read_as
 
 
 def export(folder: Path, name: str, tokenizer: list[Path]) -> Path:

@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import convert
 import jlora
 from convert import to_hf, to_peft
-from convert.names import all_names
-from convert.peft import write_adapter
 from jlora.config.peft_fields import FORMS, INERT, REFUSED
+from jlora.formats.peft.attach_adapter import write_adapter
+from jlora.formats.tensor_names import all_names
 from jlora.lora.adapter_tree import map_leaves
 
 EVERY = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]

@@ -7,7 +7,7 @@ from adapters import CASES, GOLDEN, Case, golden
 from peft import PeftModel
 
 from convert import to_peft
-from convert.peft import read_adapter, write_adapter
+from jlora.formats.peft.attach_adapter import read_adapter, write_adapter
 
 # Written from a tree, those of another base than the one given would have to become
 # plain LoRA or bring tables first.

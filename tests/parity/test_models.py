@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import convert
-from convert.hf_config import export_config
-from convert.source import open_source
 from jlora.errors import UnsupportedError
+from jlora.formats.hf.hf_config import export_config
+from jlora.formats.model_source import open_source
 
 
 def jax_logits(path, tokens, **options):

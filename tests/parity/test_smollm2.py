@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
 from convert import to_hf
-from convert.source import open_source
 from jlora.data.tokenize.tokenizer import Tokenizer
+from jlora.formats.model_source import open_source
 from jlora.model.generation import generate_tokens
 
 PROMPTS = [

@@ -8,9 +8,9 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
 import convert
-from convert.names import module_name, module_path
-from convert.peft import read_adapter
 from jlora.config.run_config import MeshConfig, OptimConfig
+from jlora.formats.peft.attach_adapter import read_adapter
+from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import modules
 from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh

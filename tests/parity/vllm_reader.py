@@ -39,11 +39,11 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 import convert
 import jlora
 from convert import to_hf, to_peft
-from convert.hf_config import reader_notes
-from convert.names import module_name
-from convert.peft import open_adapter, plain, write_adapter
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
+from jlora.formats.hf.hf_config import reader_notes
+from jlora.formats.peft.attach_adapter import open_adapter, plain, write_adapter
+from jlora.formats.tensor_names import module_name
 from jlora.model.rotary import rope_angles
 
 lora_model.PIN_MEMORY = False  # for which there must be a GPU

@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.names import all_names, module_name, module_path
-from convert.peft_adapter import Adapter
-from convert.peft_config import warn
-from convert.peft_keys import EMBEDDING, HEAD, adapter_key, is_transposed
-from convert.peft_tables import own_tables
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError, listing, nearest
+from jlora.formats.peft.adapter import Adapter
+from jlora.formats.peft.adapter_config import warn
+from jlora.formats.peft.adapter_embeddings import own_tables
+from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key, is_transposed
+from jlora.formats.tensor_names import all_names, module_name, module_path
 from jlora.lora.lora_dense import WEIGHTS
 from jlora.lora.target_modules import Selection, select
 

@@ -4,13 +4,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from convert.blocks import empty, for_each
-from convert.safetensors import Spec
 from jlora.errors import UnsupportedError, UsageError
+from jlora.formats.array_blocks import empty, for_each
+from jlora.formats.safetensors_file import Spec
 from jlora.ops.quantize import Format, kernel_of, quantize_kernel, quantized_shapes
 
 if TYPE_CHECKING:
-    from convert.source import Source
+    from jlora.formats.model_source import Source
 
 # Columns that are quantised at a time: a few megabytes of float32.
 _COLUMNS = 128

@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.blocks import Index
-from convert.checks import check_names, check_values
-from convert.gguf_config import ROPE_FREQS, config_of
-from convert.gguf_file import PLAIN, GGUFFile, Tensor, read_gguf
-from convert.gguf_tokenizer import tokenizer_files
-from convert.names import Name, all_names
-from convert.safetensors import Spec, read_bytes
-from convert.source import Source, parse_config
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+from jlora.formats.array_blocks import Index
+from jlora.formats.gguf.gguf_config import ROPE_FREQS, config_of
+from jlora.formats.gguf.gguf_file import PLAIN, GGUFFile, Tensor, read_gguf
+from jlora.formats.gguf.gguf_tokenizer import tokenizer_files
+from jlora.formats.model_source import Source, parse_config
+from jlora.formats.safetensors_file import Spec, read_bytes
+from jlora.formats.tensor_checks import check_names, check_values
+from jlora.formats.tensor_names import Name, all_names
 
 _BLOCKS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.checks import first_non_finite
-from convert.files import inside_folder, read_json
-from convert.hub import hub_folder, is_hub_id
-from convert.names import module_path
-from convert.peft_adapter import Adapter
-from convert.peft_config import read_config, warn
-from convert.peft_keys import (
+from jlora.config.lora_config import LoraConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.formats.hub import hub_folder, is_hub_id
+from jlora.formats.model_files import inside_folder, read_json
+from jlora.formats.peft.adapter import Adapter
+from jlora.formats.peft.adapter_config import read_config, warn
+from jlora.formats.peft.adapter_keys import (
     EMBEDDING,
     FORM,
     HEAD,
@@ -26,9 +26,9 @@ from convert.peft_keys import (
     parse_key,
     to_leaf,
 )
-from convert.safetensors import Entry, read_header, read_tensor
-from jlora.config.lora_config import LoraConfig
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.formats.safetensors_file import Entry, read_header, read_tensor
+from jlora.formats.tensor_checks import first_non_finite
+from jlora.formats.tensor_names import module_path
 from jlora.lora.target_modules import is_saved
 
 CONFIG = "adapter_config.json"

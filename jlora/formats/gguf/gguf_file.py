@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from convert.files import reading
-from convert.refusals import refuse_other_format
 from jlora.errors import CorruptError, UnsupportedError
+from jlora.formats.model_files import reading
+from jlora.formats.refusals import refuse_other_format
 
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 """Types of tensors that are no blocks, as NumPy has them."""

@@ -6,9 +6,9 @@ Source: llama.cpp, convert_hf_to_gguf.py and src/llama-vocab.cpp.
 import json
 from typing import Any
 
-from convert.files import reading
-from convert.gguf_file import GGUFFile
 from jlora.errors import CorruptError, UnsupportedError, listing
+from jlora.formats.gguf.gguf_file import GGUFFile
+from jlora.formats.model_files import reading
 
 _CONTROL, _USER_DEFINED = 3, 4
 _LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from convert.refusals import refuse_other_format
 from jlora.config.strict_json import MAX_JSON_BYTES, parse_json_object
 from jlora.errors import CorruptError, UsageError
+from jlora.formats.refusals import refuse_other_format
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -11,7 +11,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from convert.names import module_name
+from jlora.formats.tensor_names import module_name
 
 PREFIX = "base_model.model."
 FORM = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.blocks import Index, as_box, empty, transpose_into, whole
-from convert.leaves import resulting_format
-from convert.names import Params, set_leaf
-from convert.safetensors import Spec
-from convert.source import Dtype, Source, open_source, read_leaves
 from jlora.errors import UsageError, listing
+from jlora.formats.array_blocks import Index, as_box, empty, transpose_into, whole
+from jlora.formats.model_source import Dtype, Source, open_source, read_leaves
+from jlora.formats.safetensors_file import Spec
+from jlora.formats.stored_leaves import resulting_format
+from jlora.formats.tensor_names import Params, set_leaf
 from jlora.ops.quantize import BLOCK, Format
 
 if TYPE_CHECKING:
@@ -167,7 +167,11 @@ def load(
     config, params = source.config, load_params(source, dtype=dtype)
     dropout = 0.0
     if adapter is not None:
-        from convert.peft import attach_adapter, model_config, open_adapter
+        from jlora.formats.peft.attach_adapter import (
+            attach_adapter,
+            model_config,
+            open_adapter,
+        )
 
         opened = open_adapter(adapter)
         params = attach_adapter(params, config, opened)

@@ -9,25 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.blocks import Index, read_box, whole
-from convert.checks import check_names, first_non_finite
-from convert.files import (
-    read_json,
-    read_side_files,
-    reading,
-)
-from convert.hf_index import find_tensors
-from convert.names import Name, all_names
-from convert.refusals import (
-    ADAPTER,
-    META,
-    refuse_other_models,
-    refuse_quantised,
-)
-from convert.safetensors import Entry, Spec, read_bytes
-from convert.source import Source, parse_config
 from jlora.config.llama_config import LlamaConfig, unused_keys
 from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.formats.array_blocks import Index, read_box, whole
+from jlora.formats.hf.hf_index import find_tensors
+from jlora.formats.model_files import read_json, read_side_files, reading
+from jlora.formats.model_source import Source, parse_config
+from jlora.formats.refusals import ADAPTER, META, refuse_other_models, refuse_quantised
+from jlora.formats.safetensors_file import Entry, Spec, read_bytes
+from jlora.formats.tensor_checks import check_names, first_non_finite
+from jlora.formats.tensor_names import Name, all_names
 
 _log = logging.getLogger(__name__)
 

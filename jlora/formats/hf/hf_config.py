@@ -7,10 +7,10 @@ defaults: every place gets the same resolved numbers. All else is the source's.
 import math
 from typing import Any
 
-from convert.source import Source
 from jlora.config.architectures import LLAMA, MISTRAL
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.rope_config import RopeParameters, longrope_mscale, yarn_mscale
+from jlora.formats.model_source import Source
 
 # llama.cpp takes this where config.json has no such key at the top.
 _LLAMA_CPP_ORIGINAL_POSITIONS = 8192

@@ -15,10 +15,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.files import reading
-from convert.refusals import refuse_other_format
 from jlora.config.strict_json import parse_json_object
 from jlora.errors import CorruptError, UnsupportedError, listing
+from jlora.formats.model_files import reading
+from jlora.formats.refusals import refuse_other_format
 
 # A Llama of a thousand layers takes 1.5 MB; parsing takes thirty times the memory.
 MAX_HEADER_BYTES = 4 << 20

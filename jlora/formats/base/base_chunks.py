@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.blocks import (
+from jlora.checkpoint import chunk_files
+from jlora.errors import CorruptError
+from jlora.formats.array_blocks import (
     Index,
     box_shape,
     buffer,
@@ -21,10 +23,8 @@ from convert.blocks import (
     for_each,
     read_into,
 )
-from convert.files import reading
-from convert.safetensors import Spec
-from jlora.checkpoint import chunk_files
-from jlora.errors import CorruptError
+from jlora.formats.model_files import reading
+from jlora.formats.safetensors_file import Spec
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.gguf_file import PLAIN, GGUFFile
-from convert.safetensors import read_bytes
 from jlora.errors import CorruptError, UnsupportedError
+from jlora.formats.gguf.gguf_file import PLAIN, GGUFFile
+from jlora.formats.safetensors_file import read_bytes
 
 ROPE_FREQS = "rope_freqs.weight"
 

@@ -16,20 +16,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from convert.blocks import Index
-from convert.checks import first_non_finite
-from convert.files import reading
-from convert.hub import hub_folder, is_hub_id
-from convert.leaves import (
+from jlora.config.llama_config import LlamaConfig
+from jlora.errors import CorruptError, JloraError, UsageError
+from jlora.formats.array_blocks import Index
+from jlora.formats.hub import hub_folder, is_hub_id
+from jlora.formats.model_files import reading
+from jlora.formats.refusals import refuse_other_file
+from jlora.formats.safetensors_file import Spec
+from jlora.formats.stored_leaves import (
     is_quantizable,
     quantize_tensor,
     quantized_specs,
     resulting_format,
 )
-from convert.refusals import refuse_other_file
-from convert.safetensors import Spec
-from jlora.config.llama_config import LlamaConfig
-from jlora.errors import CorruptError, JloraError, UsageError
+from jlora.formats.tensor_checks import first_non_finite
 from jlora.ops.quantize import Format
 
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -86,10 +86,10 @@ def open_source(path: str) -> Source:
         return _open_file(location)
     if location.is_dir():
         if (location / "jlora.json").is_file():
-            from convert.base import open_base
+            from jlora.formats.base.base_folder import open_base
 
             return open_base(location)
-        from convert.hf_folder import open_hf
+        from jlora.formats.hf.hf_folder import open_hf
 
         return open_hf(location, {"format": "hf", "source": path})
     if not is_hub_id(path) or location.exists():
@@ -108,14 +108,14 @@ def open_config(path: str) -> LlamaConfig:
     """
     if Path(path).exists() or not is_hub_id(path):
         return open_source(path).config
-    from convert.hf_folder import read_config
+    from jlora.formats.hf.hf_folder import read_config
 
     return read_config(hub_folder(path, ["config.json"]))[1]
 
 
 def _open_file(path: Path) -> Source:
     if path.suffix == ".gguf":
-        from convert.from_gguf import open_gguf
+        from jlora.formats.gguf.gguf_model import open_gguf
 
         return open_gguf(path)
     if path.suffix == ".safetensors":
@@ -125,7 +125,7 @@ def _open_file(path: Path) -> Source:
 
 
 def _open_hub(name: str) -> Source:
-    from convert.hf_folder import open_hf
+    from jlora.formats.hf.hf_folder import open_hf
 
     snapshot = hub_folder(
         name,

@@ -17,20 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from convert.loading import load_params
-from convert.names import Params, module_name, module_path
-from convert.peft_adapter import Adapter, takes_start_out
-from convert.peft_base import plain, start_of
-from convert.peft_fit import check_fit, model_config
-from convert.peft_keys import EMBEDDING, HEAD
-from convert.peft_read import find_adapter, read_adapter
-from convert.peft_tables import changed_tables
-from convert.peft_write import adapter_of, save_adapter, write_adapter
-from convert.source import open_source
 from jlora.checkpoint import newest_adapter
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import open_source
+from jlora.formats.peft.adapter import Adapter, takes_start_out
+from jlora.formats.peft.adapter_base import plain, start_of
+from jlora.formats.peft.adapter_embeddings import changed_tables
+from jlora.formats.peft.adapter_fit import check_fit, model_config
+from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
+from jlora.formats.peft.adapter_reader import find_adapter, read_adapter
+from jlora.formats.peft.adapter_writer import adapter_of, save_adapter, write_adapter
+from jlora.formats.tensor_names import Params, module_name, module_path
 from jlora.lora.adapter_tree import join, modules, with_adapter
 from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import norm_squared, weight_of

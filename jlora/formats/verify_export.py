@@ -6,12 +6,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from convert.loading import load_params
-from convert.names import Params
-from convert.peft import Adapter, attach_adapter, model_config
-from convert.source import Source, open_source
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError
+from jlora.formats.load_params import load_params
+from jlora.formats.model_source import Source, open_source
+from jlora.formats.peft.attach_adapter import Adapter, attach_adapter, model_config
+from jlora.formats.tensor_names import Params
 from jlora.lora.adapter_tree import map_leaves
 from jlora.lora.merging import merge
 from jlora.model.llama import Llama

@@ -16,19 +16,14 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from convert.blocks import Index, whole
-from convert.checks import check_names
-from convert.chunks import StoredLeaf, read_chunks
-from convert.files import read_json, read_side_files
-from convert.leaves import (
-    dequantize_tensor,
-    is_quantizable,
-    quantized_specs,
-    resulting_format,
-)
-from convert.names import Params, all_names, set_leaf
-from convert.safetensors import Spec, are_sizes
-from convert.source import (
+from jlora.checkpoint import save_tree
+from jlora.errors import CorruptError, UnsupportedError, listing
+from jlora.formats.array_blocks import Index, whole
+from jlora.formats.atomic_folder import atomic_folder
+from jlora.formats.base.base_chunks import StoredLeaf, read_chunks
+from jlora.formats.digests import leaf_digest
+from jlora.formats.model_files import read_json, read_side_files
+from jlora.formats.model_source import (
     Dtype,
     Source,
     hashing,
@@ -36,10 +31,15 @@ from convert.source import (
     read_leaves,
     stored_dtype,
 )
-from convert.target import atomic_folder
-from jlora.checkpoint import save_tree
-from jlora.digests import leaf_digest
-from jlora.errors import CorruptError, UnsupportedError, listing
+from jlora.formats.safetensors_file import Spec, are_sizes
+from jlora.formats.stored_leaves import (
+    dequantize_tensor,
+    is_quantizable,
+    quantized_specs,
+    resulting_format,
+)
+from jlora.formats.tensor_checks import check_names
+from jlora.formats.tensor_names import Params, all_names, set_leaf
 from jlora.ops.quantize import Format
 
 SCHEMA_VERSION = 2

@@ -9,11 +9,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.files import INDEX, SINGLE, inside_folder, read_json
-from convert.refusals import refuse_other_models, refuse_other_weights, refuse_quantised
-from convert.safetensors import Entry, read_header
 from jlora.config.json_fields import joined
 from jlora.errors import CorruptError, UsageError, listing
+from jlora.formats.model_files import INDEX, SINGLE, inside_folder, read_json
+from jlora.formats.refusals import (
+    refuse_other_models,
+    refuse_other_weights,
+    refuse_quantised,
+)
+from jlora.formats.safetensors_file import Entry, read_header
 
 MAX_INDEX_BYTES = 4 << 20  # a Llama of a thousand layers takes 1 MB
 _MAX_NAME_BYTES = 255  # of most file systems

@@ -7,12 +7,12 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from convert.hub import is_hub_id
-from convert.names import module_name, module_path
-from convert.peft_adapter import Adapter, Tensors, without_starts
-from convert.peft_keys import EMBEDDING, HEAD
-from convert.source import open_source
 from jlora.errors import JloraError, UsageError
+from jlora.formats.hub import is_hub_id
+from jlora.formats.model_source import open_source
+from jlora.formats.peft.adapter import Adapter, Tensors, without_starts
+from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
+from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.initialisation import initial_pair
 
 Found = TypeVar("Found")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.names import module_name, module_path
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UsageError, listing
+from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.target_modules import select_modules
 
 Tensors = dict[str, dict[str, np.ndarray]]

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.peft_adapter import Adapter
-from convert.peft_config import warn
-from convert.peft_keys import EMBEDDING, HEAD, adapter_key
 from jlora.errors import CorruptError, listing
+from jlora.formats.peft.adapter import Adapter
+from jlora.formats.peft.adapter_config import warn
+from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key
 from jlora.parallel.processes import to_host
 
 _TABLE, _KERNEL = f"{EMBEDDING}/embedding", f"{HEAD}/kernel"

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.hub import is_hub_id
-from convert.names import Params, module_name, module_path
-from convert.peft_adapter import Adapter, Tensors, takes_start_out, without_starts
-from convert.peft_config import config_to_write
-from convert.peft_keys import EMBEDDING, HEAD, adapter_key, to_leaf
-from convert.peft_read import CONFIG, WEIGHTS
-from convert.safetensors import Spec, write_safetensors
-from convert.target import atomic_folder
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
+from jlora.formats.atomic_folder import atomic_folder
+from jlora.formats.hub import is_hub_id
+from jlora.formats.peft.adapter import Adapter, Tensors, takes_start_out, without_starts
+from jlora.formats.peft.adapter_config import config_to_write
+from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key, to_leaf
+from jlora.formats.peft.adapter_reader import CONFIG, WEIGHTS
+from jlora.formats.safetensors_file import Spec, write_safetensors
+from jlora.formats.tensor_names import Params, module_name, module_path
 from jlora.lora.adapter_tree import is_trainable, linear_modules, modules
 from jlora.lora.lora_dense import WEIGHTS as BASE_WEIGHTS
 
