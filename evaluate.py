@@ -19,7 +19,7 @@ from jlora.model.llama import Llama, compute_dtype
 from jlora.ops.attention import choose_attention
 from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
 from jlora.report.run_report import show_samples
-from jlora.training import evaluate, make_eval_step
+from jlora.train.step import evaluate, make_eval_step
 
 
 @dataclass(frozen=True)

@@ -24,21 +24,21 @@ from jlora.config.run_config import (
     check_seed,
 )
 from jlora.data import Tokenizer, load_split, make_samples, plan_lines
-from jlora.fit import Entry, fit, write_settings
 from jlora.formats.digests import fingerprint
 from jlora.formats.load_params import abstract_params, load_params
 from jlora.formats.model_source import open_source
 from jlora.formats.peft.attach_adapter import start_adapter, write_adapter
-from jlora.loop import stop_requests
 from jlora.lora.adapter_tree import Params, count_parameters, format_parameter_count
 from jlora.model.llama import Llama
 from jlora.parallel.processes import check_agreement, joined_processes
 from jlora.parallel.sharding import check_divisible, make_mesh, parameter_sharding
-from jlora.plan import flops_per_token, memory_table, plan_workload
 from jlora.report.run_report import plot, show_samples
-from jlora.resuming import check_run, locked
-from jlora.sweep import start_member
-from jlora.sweep_file import check_members, compute_of_sweep, read_sweep
+from jlora.train.fit import Entry, fit, write_settings
+from jlora.train.loop import stop_requests
+from jlora.train.memory_estimate import flops_per_token, memory_table, plan_workload
+from jlora.train.resuming import check_run, locked
+from jlora.train.sweep import start_member
+from jlora.train.sweep_file import check_members, compute_of_sweep, read_sweep
 
 
 @dataclass(frozen=True)

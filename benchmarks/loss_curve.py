@@ -32,9 +32,9 @@ import convert
 import jlora
 from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.model.llama import Llama
-from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
-from jlora.training import TrainState, make_train_step
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, make_train_step
 
 RATE = 5e-4
 ADAPTER = jlora.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])

@@ -136,10 +136,10 @@ class Trainer:
 
         from jlora.config.run_config import ComputeConfig, OptimConfig
         from jlora.model.llama import Llama
-        from jlora.optimizer import make_optimizer, make_schedule
-        from jlora.plan import peak_memory_bytes, plan_workload
-        from jlora.prefetch import Prefetch
-        from jlora.training import TrainState, make_train_step
+        from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
+        from jlora.train.optimizer import make_optimizer, make_schedule
+        from jlora.train.prefetch import Prefetch
+        from jlora.train.step import TrainState, make_train_step
 
         rows, length = data.batch_size, data.row_length
         compute = ComputeConfig(dtype=self.dtype.name, remat="minimal")

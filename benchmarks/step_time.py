@@ -39,15 +39,15 @@ from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
-from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import batch_sharding, make_mesh
-from jlora.plan import (
+from jlora.train.memory_estimate import (
     flops_per_token,
     peak_flops,
     peak_memory_bytes,
     plan_workload,
 )
-from jlora.training import TrainState, make_train_step
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, make_train_step
 
 STEPS, WARM_UP = 8, 3
 RESULTS = Path(__file__).parent / "results" / "step_time.jsonl"

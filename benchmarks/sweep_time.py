@@ -1,7 +1,7 @@
 """How long does an adapter's step take beside others? One JSON line per named workload.
 
 k adapters of one base, each with a small batch of its own, are stepped one after another
-(the step of a single run, k times) and together (`jlora.sweep`, as `train.py --sweep`).
+(the step of a single run, k times) and together (`jlora.train.sweep`, as `train.py --sweep`).
 Random weights and tokens; the median of the timed steps after warm-up.
 
     for name in 8B-1024 8B-512 8B-256; do python benchmarks/sweep_time.py $name; done
@@ -26,12 +26,12 @@ from step_time import ALL, LLAMA_3_8B, SMOLLM2, llama, random_base
 import jlora
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.model.llama import Llama
-from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
-from jlora.plan import peak_memory_bytes, plan_workload
-from jlora.sweep import Member, Sweep
-from jlora.sweep_file import compute_of_sweep
-from jlora.training import TrainState, make_train_step
+from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, make_train_step
+from jlora.train.sweep import Member, Sweep
+from jlora.train.sweep_file import compute_of_sweep
 
 STEPS, WARM_UP, TOTAL = 8, 3, 100
 TINY = llama(512, 128, 256, 2, 4, 2, theta=1e4)

@@ -17,7 +17,6 @@ from training_cases import (
 )
 
 from jlora import LoraConfig, add_lora, merge
-from jlora.checkpoint import RunCheckpoints, load_newest, restore_into
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.formats.peft.attach_adapter import (
@@ -30,7 +29,8 @@ from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
 from jlora.lora.lora_dense import column_norms, linear, norm_squared
 from jlora.lora.merging import merge_module
 from jlora.model.llama import Llama
-from jlora.training import summed_loss
+from jlora.train.checkpoint import RunCheckpoints, load_newest, restore_into
+from jlora.train.step import summed_loss
 
 Q0 = "model.layers.0.self_attn.q_proj"
 EVERYWHERE = ["q_proj", "down_proj", "embed_tokens", "lm_head"]

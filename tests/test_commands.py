@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny import CONFIG, tensors, write_hf
 
 from jlora.cli.command import run_command
-from jlora.resuming import locked
+from jlora.train.resuming import locked
 
 ROOT = Path(__file__).parent.parent
 POSITIONAL = {

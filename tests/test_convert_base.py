@@ -11,8 +11,6 @@ from tiny import CONFIG, EMBEDDING, Q_PROJ, tensors, write_hf, write_sharded
 
 from convert.from_hf import Arguments, main
 from convert.info import describe
-from jlora import checkpoint
-from jlora.checkpoint import restore_tree
 from jlora.cli.command import run_command
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
@@ -22,6 +20,8 @@ from jlora.formats.load_params import load_params
 from jlora.formats.model_source import Dtype, open_source
 from jlora.formats.safetensors_file import Spec, write_safetensors
 from jlora.formats.tensor_names import all_names
+from jlora.train import checkpoint
+from jlora.train.checkpoint import restore_tree
 
 
 @pytest.fixture

@@ -174,7 +174,7 @@ def test_an_error_in_a_worker_is_the_users_message(path, two_workers):
 
 def test_names_and_modules_of_the_library_load_when_asked_for():
     code = (
-        "import jlora; print(jlora.merge.__name__, jlora.training.make_train_step"
+        "import jlora; print(jlora.merge.__name__, jlora.train.step.make_train_step"
         ".__name__, hasattr(jlora, 'nothing'))"
     )
     done = subprocess.run(

@@ -26,7 +26,7 @@ from jlora.ops.hopper import product_kernels as hopper_products
 from jlora.ops.hopper import swiglu_kernel as hopper_swiglu
 from jlora.ops.hopper.fused_projections import Leaves
 from jlora.parallel.sharding import MESH_AXES, make_mesh
-from jlora.training import make_eval_step
+from jlora.train.step import make_eval_step
 from tests.training_cases import (
     ALL_LINEAR,
     Run,

@@ -8,7 +8,7 @@ import pytest
 
 import convert
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask, with_adapter
-from jlora.training import summed_loss
+from jlora.train.step import summed_loss
 
 # Made by tests/golden/make_hf_golden.py with Transformers and PEFT.
 GOLDEN = Path(__file__).parent / "golden" / "hf"

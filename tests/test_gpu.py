@@ -19,9 +19,9 @@ from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.formats.digests import flatten
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.ops.attention import attend
-from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
-from jlora.training import TrainState, make_train_step
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, make_train_step
 from tests.training_cases import (
     Run,
     adapted_params,

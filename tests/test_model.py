@@ -19,7 +19,7 @@ from jlora.errors import UsageError
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.llama import KVCache, Llama
 from jlora.ops.dropout import drop_by
-from jlora.training import summed_loss
+from jlora.train.step import summed_loss
 
 LENGTH = 24
 

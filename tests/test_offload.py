@@ -15,13 +15,13 @@ from training_cases import (
     ragged_batch,
 )
 
-from jlora import plan
 from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.llama import KVCache, Llama
-from jlora.optimizer import make_optimizer, make_schedule
-from jlora.sweep import Member, Sweep
-from jlora.training import TrainState, summed_loss
+from jlora.train import memory_estimate as plan
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, summed_loss
+from jlora.train.sweep import Member, Sweep
 
 CONFIG = llama_config(num_hidden_layers=3)
 EVERYWHERE = replace(ALL_LINEAR, target_modules=["q_proj", "down_proj", "embed_tokens"])

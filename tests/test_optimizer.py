@@ -8,9 +8,9 @@ from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import split, trainable_mask
-from jlora.optimizer import Numbers, group_of, make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
-from jlora.plan import memory_bytes, plan_workload
+from jlora.train.memory_estimate import memory_bytes, plan_workload
+from jlora.train.optimizer import Numbers, group_of, make_optimizer, make_schedule
 
 STEPS, RATE = 5, 1e-2
 B1, B2, EPS = 0.9, 0.999, 1e-8

@@ -13,7 +13,7 @@ from data_cases import dataset_of
 from jlora.data.tokenize.tokenized_rows import Example
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.llama import Llama
-from jlora.training import summed_loss
+from jlora.train.step import summed_loss
 from tests.training_cases import CONFIG, adapted_params, llama_config
 
 SEQ_LEN = 64

@@ -22,7 +22,6 @@ import convert
 import jlora
 from convert.to_peft import Arguments as ToPeft
 from convert.to_peft import main as to_peft
-from jlora.checkpoint import RunCheckpoints
 from jlora.errors import CorruptError, JloraError, UnsupportedError, UsageError
 from jlora.formats.model_source import open_source
 from jlora.formats.peft.attach_adapter import (
@@ -34,6 +33,7 @@ from jlora.formats.peft.attach_adapter import (
     write_adapter,
 )
 from jlora.lora.adapter_tree import module_at, split, trainable_mask
+from jlora.train.checkpoint import RunCheckpoints
 
 # The keys that PEFT has known since 0.6; an older PEFT stops at any other.
 OLDEST_KEYS = {

@@ -13,7 +13,7 @@ from jlora.formats.peft.adapter_keys import parse_key, to_leaf
 from jlora.formats.peft.attach_adapter import check_fit, read_adapter
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
-from jlora.training import summed_loss
+from jlora.train.step import summed_loss
 
 
 @pytest.fixture(params=CASES)

@@ -11,7 +11,7 @@ from jlora.config.run_config import MeshConfig
 from jlora.data.batch.batches import Dataset
 from jlora.data.tokenize.tokenized_rows import Example
 from jlora.parallel.sharding import batch_sharding, make_mesh
-from jlora.prefetch import Prefetch, place_batch
+from jlora.train.prefetch import Prefetch, place_batch
 
 MESHES = [
     MeshConfig(data=1),

@@ -45,7 +45,7 @@ from jlora.ops.quantize import (
     quantized_matmul,
 )
 from jlora.parallel.sharding import make_mesh, parameter_sharding
-from jlora.plan import Workload, memory_bytes
+from jlora.train.memory_estimate import Workload, memory_bytes
 
 FORMATS: tuple[Format, ...] = ("fp8", "int8", "nf4")
 # As bitsandbytes publishes it (functional.py, get_4bit_type("nf4")), to seven digits.

@@ -12,7 +12,7 @@ from jlora.lora.adapter_tree import join, module_at, split, trainable_mask, with
 from jlora.model.llama import Llama, RMSNorm
 from jlora.model.loss import cross_entropy
 from jlora.model.rotary import rope_angles
-from jlora.training import summed_loss
+from jlora.train.step import summed_loss
 
 PLAIN = {
     "model_type": "llama",

@@ -12,7 +12,7 @@ from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.llama import Llama
 from jlora.ops.attention import attend
 from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh
-from jlora.training import make_eval_step, summed_loss
+from jlora.train.step import make_eval_step, summed_loss
 from tests.training_cases import adapted_params, llama_config, ragged_batch
 
 SEGMENTS = np.zeros((2, 200), np.int32)  # a full row, and one with a padded tail

@@ -18,10 +18,10 @@ from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
-from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
-from jlora.sweep import Member, Sweep
-from jlora.training import COMPILER_OPTIONS, TrainState, make_train_step
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import COMPILER_OPTIONS, TrainState, make_train_step
+from jlora.train.sweep import Member, Sweep
 
 STEPS = 4
 CONFIG = llama_config(num_hidden_layers=1)

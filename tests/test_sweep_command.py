@@ -12,7 +12,7 @@ from data_cases import make_files, write_rows
 from test_commands import HF_CONFIG, Done, adapter_bytes, call, metrics, succeed
 from tiny import tensors, write_hf
 
-import jlora.fit
+import jlora.train.fit
 
 STEPS = 6
 SWEEP = """\
@@ -124,14 +124,14 @@ def test_one_adapter_of_a_sweep_goes_on_as_a_run_of_its_own(sweep):
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_adapters(sweep, monkeypatch):
-    take = jlora.fit._Run.add
+    take = jlora.train.fit._Run.add
 
     def add(run: Any, step: int, *rest: Any) -> None:
         take(run, step, *rest)
         if (run.entry.name, step) == ("wide", 3):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(jlora.fit._Run, "add", add)
+    monkeypatch.setattr(jlora.train.fit._Run, "add", add)
     done = call("train", *words("stopped", "--sweep", "sweep.yaml"))
     assert (done.status, done.err.split()[1:4]) == (75, ["step", "3", "is"])
     monkeypatch.undo()

@@ -11,12 +11,6 @@ import numpy as np
 import optax
 import pytest
 
-from jlora.checkpoint import (
-    RunCheckpoints,
-    load_newest,
-    newest_adapter,
-    restore_into,
-)
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
@@ -24,9 +18,15 @@ from jlora.formats.digests import fingerprint
 from jlora.lora.adapter_tree import join, trainable_mask
 from jlora.lora.lora_dense import head_parameters
 from jlora.model.loss import cross_entropy
-from jlora.optimizer import make_schedule
-from jlora.resuming import resume
-from jlora.training import make_eval_step, summed_loss
+from jlora.train.checkpoint import (
+    RunCheckpoints,
+    load_newest,
+    newest_adapter,
+    restore_into,
+)
+from jlora.train.optimizer import make_schedule
+from jlora.train.resuming import resume
+from jlora.train.step import make_eval_step, summed_loss
 from tests.training_cases import (
     ADAM,
     LENGTH,
@@ -145,7 +145,7 @@ def test_evaluation_sums_the_same_loss():
 
 
 def test_the_whole_logits_never_exist(monkeypatch):
-    monkeypatch.setattr("jlora.training.loss_chunk_tokens", lambda: 256)
+    monkeypatch.setattr("jlora.train.step.loss_chunk_tokens", lambda: 256)
     run = Run()
     text = str(run.step.lower(run.state, run.frozen, ragged_batch()).as_text())
     vocab = run.model.config.vocab_size

@@ -13,9 +13,9 @@ from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.lora.adapter_tree import Params, is_trainable, map_leaves
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
-from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
-from jlora.training import TrainState, make_train_step
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, make_train_step
 
 # Every size a mesh may cut is a multiple of 8, and no two weights have the same shape
 # as an activation: the tests that look for shapes rely on it.

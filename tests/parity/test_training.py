@@ -12,9 +12,9 @@ from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.formats.peft.attach_adapter import read_adapter
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import modules
-from jlora.optimizer import make_optimizer, make_schedule
 from jlora.parallel.sharding import make_mesh
-from jlora.training import TrainState, make_train_step
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, make_train_step
 
 STEPS = 5
 RATE = 1e-2

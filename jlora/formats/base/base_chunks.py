@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 
-from jlora.checkpoint import chunk_files
 from jlora.errors import CorruptError
 from jlora.formats.array_blocks import (
     Index,
@@ -25,6 +24,7 @@ from jlora.formats.array_blocks import (
 )
 from jlora.formats.model_files import reading
 from jlora.formats.safetensors_file import Spec
+from jlora.train.checkpoint import chunk_files
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from typing import Any, get_args
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.checkpoint import save_tree
 from jlora.errors import CorruptError, UnsupportedError, listing
 from jlora.formats.array_blocks import Index, whole
 from jlora.formats.atomic_folder import atomic_folder
@@ -41,6 +40,7 @@ from jlora.formats.stored_leaves import (
 from jlora.formats.tensor_checks import check_names
 from jlora.formats.tensor_names import Params, all_names, set_leaf
 from jlora.ops.quantize import Format
+from jlora.train.checkpoint import save_tree
 
 SCHEMA_VERSION = 2
 # About 200 bytes per leaf and 12 per chunk: room for a model of 500 billion weights.

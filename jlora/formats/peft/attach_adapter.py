@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jlora.checkpoint import newest_adapter
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError
@@ -35,6 +34,7 @@ from jlora.lora.adapter_tree import join, modules, with_adapter
 from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import norm_squared, weight_of
 from jlora.lora.merging import without_start
+from jlora.train.checkpoint import newest_adapter
 
 __all__ = [
     "Adapter",

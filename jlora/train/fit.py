@@ -13,20 +13,20 @@ from typing import Any
 import yaml
 from jax.sharding import Mesh
 
-from jlora.checkpoint import RunCheckpoints
 from jlora.config.run_config import TrainConfig
 from jlora.data import Dataset
 from jlora.errors import DivergedError, StopRequested, listing
-from jlora.loop import StepLog, check_remaining, clear_outcome, is_due
 from jlora.lora.adapter_tree import Params, is_adapter, is_trainable, map_leaves
 from jlora.model.llama import Llama
-from jlora.optimizer import make_schedule
 from jlora.parallel.processes import StopVote, check_agreement, is_first, to_host
-from jlora.prefetch import Prefetch
 from jlora.report.run_report import Report
-from jlora.resuming import locked, resume_all
-from jlora.sweep import Alone, Member, Sweep, make_trainer
-from jlora.training import TrainState, evaluate, make_eval_step
+from jlora.train.checkpoint import RunCheckpoints
+from jlora.train.loop import StepLog, check_remaining, clear_outcome, is_due
+from jlora.train.optimizer import make_schedule
+from jlora.train.prefetch import Prefetch
+from jlora.train.resuming import locked, resume_all
+from jlora.train.step import TrainState, evaluate, make_eval_step
+from jlora.train.sweep import Alone, Member, Sweep, make_trainer
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Entry:
     folder: Path
     member: Member
     meta: dict[str, Any]
-    """What is noted in its checkpoints; see `jlora.resuming.resume`."""
+    """What is noted in its checkpoints; see `jlora.train.resuming.resume`."""
     data: Dataset
     held_out: Dataset | None
     flops_per_token: float
@@ -65,14 +65,14 @@ def fit(
         config: how often to do what.
         total_steps: where training ends.
         packed: whether rows hold several documents.
-        mode: of resuming; see `jlora.resuming.resume`.
+        mode: of resuming; see `jlora.train.resuming.resume`.
         stop: set when asked to stop, at any time.
         export: called with the index and the whole tree of every adapter at the end.
 
     Raises:
         StopRequested: when asked to, after saving.
         DivergedError: naming adapters that diverged; the others are exported.
-        UsageError, CorruptError: as `jlora.resuming.resume`.
+        UsageError, CorruptError: as `jlora.train.resuming.resume`.
     """
     with ExitStack() as stack:
         for entry in entries:

@@ -9,16 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jlora.checkpoint import (
+from jlora.config.lora_config import LoraConfig
+from jlora.errors import UsageError, listing
+from jlora.parallel.processes import is_first
+from jlora.train.checkpoint import (
     Saved,
     load_newest,
     load_newest_common,
     restore_into,
     saved_steps,
 )
-from jlora.config.lora_config import LoraConfig
-from jlora.errors import UsageError, listing
-from jlora.parallel.processes import is_first
 
 # Parts of a run's identity whose values say nothing to a reader.
 DIGESTS = ("base", "tokenizer", "data")

@@ -24,8 +24,8 @@ from jlora.model.llama import compute_dtype
 from jlora.ops.attention import choose_attention
 from jlora.ops.hopper.matmul_kernel import choose_kernels
 from jlora.ops.quantize import SCALES, is_quantized, kernel_shape, num_weights
-from jlora.optimizer import stack_layers
-from jlora.training import loss_chunk_tokens
+from jlora.train.optimizer import stack_layers
+from jlora.train.step import loss_chunk_tokens
 
 # Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.
 PEAK_FLOPS = {

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from jlora.errors import DivergedError, UsageError
-from jlora.plan import peak_flops, peak_memory_bytes
 from jlora.report.run_report import Report
+from jlora.train.memory_estimate import peak_flops, peak_memory_bytes
 
 MAX_SKIPPED_IN_A_ROW = 5
 

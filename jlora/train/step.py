@@ -20,14 +20,14 @@ from jlora.lora.lora_dense import head_parameters
 from jlora.model.llama import Llama
 from jlora.model.loss import cross_entropy
 from jlora.ops.dropout import drop
-from jlora.optimizer import stack_layers
 from jlora.parallel.sharding import (
     batch_sharding,
     over_rows,
     row_shards,
     tree_shardings,
 )
-from jlora.prefetch import Prefetch
+from jlora.train.optimizer import stack_layers
+from jlora.train.prefetch import Prefetch
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
@@ -215,7 +215,7 @@ def make_train_step(
 
     Args:
         model: the forward pass.
-        optimizer: of the whole tree, masked; see `jlora.optimizer`.
+        optimizer: of the whole tree, masked; see `jlora.train.optimizer`.
         mesh: devices; see `jlora.parallel.sharding`.
         state: arrays or shapes, for their structure only.
         frozen: likewise.

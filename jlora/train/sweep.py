@@ -23,10 +23,9 @@ from jlora.config.run_config import OptimConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.model.llama import Llama
-from jlora.optimizer import Numbers, make_optimizer, make_schedule
 from jlora.parallel.sharding import batch_sharding, tree_shardings
-from jlora.sweep_file import check_same_parts
-from jlora.training import (
+from jlora.train.optimizer import Numbers, make_optimizer, make_schedule
+from jlora.train.step import (
     Batch,
     TrainState,
     compiler_options,
@@ -34,6 +33,7 @@ from jlora.training import (
     make_train_step,
     step_function,
 )
+from jlora.train.sweep_file import check_same_parts
 
 
 @dataclass(frozen=True)
