@@ -10,6 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.training_cases import (
+    Run,
+    adapted_params,
+    equations,
+    llama_config,
+    moved,
+)
 
 import jlora
 from jlora.config.llama_config import LlamaConfig
@@ -22,13 +29,6 @@ from jlora.ops.attention import attend
 from jlora.parallel.sharding import make_mesh
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
-from tests.training_cases import (
-    Run,
-    adapted_params,
-    equations,
-    llama_config,
-    moved,
-)
 
 pytestmark = [
     pytest.mark.gpu,

@@ -310,7 +310,7 @@ class LoRADense(nn.Module):
 def to_fuse(
     x: Array, layers: Sequence[LoRADense]
 ) -> tuple[list[Params], Dropout | None] | None:
-    """Returns the layers' leaves and dropout if `jlora.ops.hopper.fused_projections` is to compute them.
+    """Returns the layers' leaves and dropout if fused kernels are to compute them.
 
     DoRA's leaves are among them: it scales what comes out.
     """

@@ -1,7 +1,7 @@
 """Causal grouped-query attention behind one function, with segment ids throughout.
 
 `xla` is the reference, with float32 scores, and runs everywhere, on a CPU in the order of
-`jlora.ops.attention_cpu`. `cudnn` is the flash kernel on NVIDIA GPUs, `splash` that of TPUs, both for
+`attention_cpu`. `cudnn` is the flash kernel on NVIDIA GPUs, `splash` that of TPUs, both for
 dense rows and for packed ones.
 """
 

@@ -46,7 +46,7 @@ class Chunks:
 def save_tree(path: Path, tree: Tree) -> dict[str, Chunks]:
     """Writes arrays as an Orbax checkpoint at `path`, which must not exist.
 
-    Uncompressed, in chunks: what `jlora.formats.base.base_folder` reads one by one. Trained weights hardly
+    Uncompressed, in chunks: what `base_folder` reads one by one. Trained weights hardly
     compress, and doing it took three quarters of the time.
 
     Returns:

@@ -3,7 +3,7 @@
 import llamas
 import numpy as np
 import pytest
-from adapters import CASES, GOLDEN, Case, golden
+from helpers.adapters import CASES, GOLDEN, Case, golden
 from peft import PeftModel
 
 from convert import to_peft

@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from data_cases import GOLDEN, TEMPLATES, make_tokenizer
+from helpers.data_cases import GOLDEN, TEMPLATES, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from jlora.data.chat.control_tokens import Rendered

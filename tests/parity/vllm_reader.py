@@ -27,8 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from adapters import ALL, GOLDEN, golden
-from tiny import CONFIG, tensors, write_hf
+from helpers.adapters import ALL, GOLDEN, golden
+from helpers.tiny import CONFIG, tensors, write_hf
 from vllm.config import DeviceConfig, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.config.lora import LoRAConfig
 from vllm.lora import lora_model

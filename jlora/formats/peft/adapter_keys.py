@@ -1,7 +1,8 @@
 """The names of an adapter's tensors: PEFT key <-> (module, leaf).
 
 `base_model.model.` + the module's HF name + an ending. Leaves are named as in the tree
-(see `jlora.lora.lora_dense`); a whole weight is `weight` or `bias` until the settings say what it is.
+(see `jlora.lora.lora_dense`); a whole weight is `weight` or `bias` until the settings
+say what it is.
 
 Source: PEFT `utils/save_and_load.py`, `get_peft_model_state_dict`.
 """

@@ -1,4 +1,4 @@
-"""The projections of a layer that share their input, as few kernels of `jlora.ops.hopper.product_kernels`.
+"""The projections of a layer that share their input, as few kernels of `product_kernels`.
 
 The same sums as `LoRADense` makes one by one, grouped so that each large array is read
 and written once: x W + (x A) s B is one product whose inner length is longer by the
@@ -6,8 +6,8 @@ rank, and the gradients that q, k and v (or gate and up) send to their common in
 one sum. The frozen kernels get no gradient here.
 
 With dropout each adapter has a mask of its own for the common input, so that s becomes
-drop(x) A and its gradient reaches x through that mask; `jlora.ops.hopper.dropout_kernels` does both,
-but for down's gradient, which `jlora.ops.hopper.swiglu_kernel` has at hand. The file is long because
+drop(x) A and its gradient reaches x through that mask; `dropout_kernels` does both,
+but for down's gradient, which `swiglu_kernel` has at hand. The file is long because
 the two custom gradients, of a group and of the MLP, share all their parts.
 """
 

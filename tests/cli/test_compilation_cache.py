@@ -1,0 +1,59 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+PROGRAM = """
+import jax
+from jlora.cli.compilation_cache import keep_compiled
+
+hits = []
+jax.monitoring.register_event_listener(lambda event: hits.append("cache_hits" in event))
+keep_compiled()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(jax.jit(lambda x: x * 3 + 1)(2.0), sum(hits))
+"""
+
+
+def run(home: Path, **more: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # that of the tests
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env={**environment, "PYTHONPATH": str(ROOT), "HOME": str(home), **more},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_a_second_start_finds_what_the_first_compiled(tmp_path) -> None:
+    assert run(tmp_path) == "7.0 0"
+    kept = tmp_path / ".cache" / "jlora" / "compiled"
+    assert len(list(kept.glob("*-cache"))) == 1
+    assert kept.stat().st_mode & 0o077 == 0
+    assert run(tmp_path) == "7.0 1"
+
+
+def test_a_cache_folder_of_the_users_choice_is_taken(tmp_path) -> None:
+    run(tmp_path, XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    run(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax"))
+    kept = sorted(tmp_path.rglob("*-cache"))
+    assert [path.relative_to(tmp_path).parts[0] for path in kept] == ["jax", "xdg"]
+
+
+@pytest.mark.parametrize("fault", ["a file", "writable by others"])
+def test_without_a_folder_to_trust_nothing_is_kept(tmp_path, fault: str) -> None:
+    folder = tmp_path / ".cache" / "jlora" / "compiled"
+    if fault == "a file":
+        (tmp_path / ".cache").write_text("")
+    else:
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+    assert run(tmp_path) == "7.0 0"
+    assert not list(tmp_path.rglob("*-cache"))

@@ -1,0 +1,1 @@
+from helpers.commands import base, compiled, inside, place, run  # noqa: F401

@@ -1,0 +1,103 @@
+import shutil
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.tiny import CONFIG, write_hf
+
+from jlora.config.llama_config import LlamaConfig
+from jlora.formats.array_blocks import MAX_BUFFER_BYTES, THREADS
+from jlora.formats.safetensors_file import Spec, read_header, write_safetensors
+from jlora.formats.tensor_names import all_names
+
+# Llama-3-70B's proportions (the head is 1.2 layers), small: a layer takes 107 MB, where
+# one of 70B takes 1.7 GB. What the threads' buffers take does not grow with the model.
+BUFFERS = max(64 << 20, THREADS * MAX_BUFFER_BYTES)
+SCALED = CONFIG | {
+    "hidden_size": 2048,
+    "intermediate_size": 7168,
+    "num_attention_heads": 16,
+    "vocab_size": 32768,
+}
+# Converts a tiny model, so that libraries and threads are there; then the other one with
+# so many bytes more, which the system enforces.
+CONVERT_WITHIN = """
+import resource, sys
+from pathlib import Path
+from convert import from_hf
+from jlora.cli.command import run_command
+
+def convert(source, out, *more):
+    return run_command(from_hf.main, from_hf.Arguments, positional=("src", "out"),
+                       argv=[source, out, *more])
+
+tiny, source, out, allowed, *more = sys.argv[1:]
+assert convert(tiny, out + ".tiny", *more) == 0
+status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+limit = int(status["VmData"].split()[0]) * 1024 + int(allowed)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+sys.exit(convert(source, out, *more))
+"""
+
+
+def write_bfloat16(folder, config):
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    names = all_names(LlamaConfig.from_hf(config))
+    specs = {name.key: Spec(name.hf_shape, dtype) for name in names}
+    values = np.random.default_rng(0).normal(size=1 << 20).astype(dtype)
+    write_hf(folder, config, {})
+    write_safetensors(
+        folder / "model.safetensors",
+        specs,
+        lambda key: np.resize(values, specs[key].shape),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scaled")
+    small = CONFIG | {"hidden_size": 64, "intermediate_size": 64}
+    yield (
+        write_bfloat16(folder / "tiny", small),
+        write_bfloat16(folder / "scaled", SCALED),
+    )
+    shutil.rmtree(folder)
+
+
+def convert_within(sources, out, layers, *more):
+    tiny, scaled = sources
+    header = read_header(scaled / "model.safetensors")
+    layer = sum(spec.nbytes for key, spec in header.items() if ".layers.0." in key)
+    words = [*map(str, (tiny, scaled, out, layers * layer + BUFFERS)), *more]
+    # Small stacks: the system counts them as the process's data.
+    command = ["sh", "-c", 'ulimit -s 1024; exec "$@"', "sh", sys.executable, "-c"]
+    return subprocess.run(
+        [*command, CONVERT_WITHIN, *words], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.parametrize("quantize", ["nf4", "fp8"])
+def test_a_model_is_quantised_within_the_memory_of_two_layers(
+    sources, tmp_path, quantize
+):
+    done = convert_within(sources, tmp_path / "out", 2, "--quantize", quantize)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "jlora.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_a_conversion_that_runs_out_of_memory_is_told_and_leaves_nothing(
+    sources, tmp_path
+):
+    done = convert_within(sources, tmp_path / "out", 0, "--quantize", "nf4")
+    assert done.returncode == 5, done.stderr
+    assert "memory" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,196 @@
+"""Remat "offload": gradients as without remat, whatever is trained and wherever."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.training_cases import (
+    ADAM,
+    ALL_LINEAR,
+    Run,
+    adapted_params,
+    llama_config,
+    ragged_batch,
+)
+
+from jlora.config.run_config import ComputeConfig, MeshConfig
+from jlora.lora.adapter_tree import join, split, trainable_mask
+from jlora.model.llama import KVCache, Llama
+from jlora.train import memory_estimate as plan
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, summed_loss
+from jlora.train.sweep import Member, Sweep
+
+CONFIG = llama_config(num_hidden_layers=3)
+EVERYWHERE = replace(ALL_LINEAR, target_modules=["q_proj", "down_proj", "embed_tokens"])
+
+
+def loss_of(remat, lora, dropout):
+    model = Llama(CONFIG, remat=remat, lora_dropout=dropout)
+    params = adapted_params(CONFIG, lora)
+    trainable, frozen = split(params, trainable_mask(params))
+    batch = jax.tree.map(jnp.asarray, ragged_batch(rows=4))
+
+    def loss(trainable):
+        key = jax.random.key(0) if dropout else None
+        params = join(trainable, frozen)
+        return summed_loss(model, params, batch, packed=True, chunk=5, dropout_key=key)
+
+    return loss, trainable
+
+
+def assert_close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = np.abs(b).max()
+        assert scale > 0
+        # Other fusions: some units in the last place of the largest terms.
+        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("lora", "dropout"),
+    [
+        (ALL_LINEAR, 0.2),
+        (EVERYWHERE, 0.0),  # the embedding's adapter needs the gradient of the input
+        (replace(ALL_LINEAR, use_dora=True), 0.0),
+        (replace(ALL_LINEAR, target_modules=["v_proj"], layers_to_transform=[1]), 0.0),
+        (replace(ALL_LINEAR, modules_to_save=["input_layernorm", "lm_head"]), 0.0),
+    ],
+)
+def test_gradients_are_those_without_remat(lora, dropout):
+    found, expected = (
+        jax.jit(jax.value_and_grad(loss))(trainable)
+        for loss, trainable in (
+            loss_of(remat, lora, dropout) for remat in ("offload", "none")
+        )
+    )
+    assert_close(found, expected)
+
+
+def test_every_copy_is_tied_to_a_layer():
+    loss, trainable = loss_of("offload", ALL_LINEAR, 0.0)
+    steps = jax.make_jaxpr(jax.grad(loss))(trainable).eqns
+    tied = {"optimization_barrier"}
+    places = []
+    for step in steps:
+        if step.primitive.name == "device_put":
+            (place,) = step.params["devices"]
+            if place in (jax.memory.Space.Host, jax.memory.Space.Device):
+                places.append(place)
+                # To the host: a barrier ends it. Back: one begins it, and one ends it.
+                after = {s.primitive.name for s in steps if step.outvars[0] in s.invars}
+                before = {
+                    s.primitive.name for s in steps if step.invars[0] in s.outvars
+                }
+                assert tied <= after
+                assert place == jax.memory.Space.Host or before == tied
+    # All but the last layer's, which is needed again at once.
+    assert places == [jax.memory.Space.Host] * 2 + [jax.memory.Space.Device] * 2
+    # Each copy to the host and back, what the last layer is made again from, and the end
+    # of each layer's gradient.
+    names = [step.primitive.name for step in steps]
+    assert names.count("optimization_barrier") == 2 + 2 + 1 + 3
+
+
+def test_eight_devices_train_as_without_remat():
+    mesh = MeshConfig(2, 2, 2)
+    found, expected = (
+        Run(mesh, config=CONFIG, remat=remat, lora_dropout=0.2).train(3)
+        for remat in ("offload", "none")
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+
+
+def test_a_sweep_of_dropout_rates_trains_as_without_remat():
+    run = Run(config=CONFIG)
+
+    def train(remat):
+        members = []
+        for seed, rate in ((0, 0.0), (1, 0.4)):
+            schedule = make_schedule(ADAM, 2)
+            params = adapted_params(CONFIG)
+            optimizer = make_optimizer(ADAM, schedule)
+            state, frozen = TrainState.create(params, optimizer, run.mesh)
+            members.append(Member(ADAM, seed, rate, state, frozen))
+        sweep = Sweep(
+            members,
+            Llama(CONFIG, remat=remat),
+            run.mesh,
+            total_steps=2,
+            orders=[0, 0],
+        )
+        state, losses = sweep.state, []
+        for step in range(2):
+            state, metrics = sweep.step(state, sweep.frozen, [ragged_batch(step)])
+            losses.append(np.asarray(metrics["loss"]))
+        return losses
+
+    np.testing.assert_allclose(train("offload"), train("none"), rtol=1e-6)
+
+
+def test_decoding_and_logits_are_the_same():
+    params, tokens = adapted_params(CONFIG), jnp.arange(12).reshape(2, 6)
+    cache = KVCache.empty(CONFIG, 2, 8, jnp.float32)
+    for method, more in (("__call__", ()), ("decode", (cache, jnp.int32(6)))):
+        found, expected = (
+            Llama(CONFIG, remat=remat).apply(
+                {"params": params}, tokens, *more, method=method
+            )
+            for remat in ("offload", "none")
+        )
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [
+        ("gpu", ["none", "minimal", "full", "offload"]),
+        ("cpu", ["none", "minimal", "full"]),
+    ],
+)
+def test_auto_is_the_least_recomputation_that_fits(monkeypatch, backend, expected):
+    params, mesh = adapted_params(CONFIG), Run(config=CONFIG).mesh
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def work(remat):
+        compute = ComputeConfig(dtype="float32", remat=remat, attention="xla")
+        return plan.plan_workload(
+            CONFIG, params, mesh, compute=compute, rows=4, length=512
+        )
+
+    sizes = [sum(plan.memory_bytes(params, work(r)).values()) for r in expected]
+    assert sizes == sorted(set(sizes), reverse=True)
+    found = []
+    for size in sizes:
+        monkeypatch.setattr(
+            plan,
+            "device_memory_bytes",
+            lambda size=size: (size + 1) / plan.USABLE_SHARE,
+        )
+        found.append(work("auto").remat)
+    assert found == expected
+    monkeypatch.setattr(plan, "device_memory_bytes", lambda: 1)
+    assert work("auto").remat == expected[-1]
+
+
+def test_the_plan_shows_what_the_host_keeps(monkeypatch):
+    params, mesh = adapted_params(CONFIG), Run(config=CONFIG).mesh
+
+    def work(remat):
+        compute = ComputeConfig(dtype="bfloat16", remat=remat, attention="xla")
+        return plan.plan_workload(
+            CONFIG, params, mesh, compute=compute, rows=4, length=2**20
+        )
+
+    # A CPU has no other memory: all stays there, as under full.
+    same = plan.memory_table(params, work("full"))
+    assert plan.memory_table(params, work("offload")) == same
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    offload = work("offload")
+    assert plan.host_bytes(offload) == 2 * 4 * 2**20 * CONFIG.hidden_size * 2
+    size = jax.local_device_count() * plan.host_bytes(offload) / 2**30
+    assert f"on the host: {size:.2f} GiB" in plan.memory_table(params, offload)[-1]

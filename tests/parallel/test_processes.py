@@ -1,0 +1,277 @@
+"""Two processes of `train.py`, of two devices each, do what one process of four does."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.commands import metrics, place, training  # noqa: F401 (a fixture)
+
+from jlora.cli.command import run_command
+from jlora.errors import ResourceError, UsageError
+from jlora.parallel import processes
+
+STEPS = 60
+WORDS = [
+    *("--train.max_steps", STEPS, "--train.save_every", STEPS),
+    # Low, so that what differs in rounding does not grow.
+    *("--optim.learning_rate", 1e-3),
+]
+
+
+def start(
+    folder: Path, run: str, *more: Any, count: int, index: int, port: int
+) -> subprocess.Popen[str]:
+    several = {
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *map(str, training(run, *WORDS, *more)),
+        ],
+        cwd=folder,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
+            **(several if count > 1 else {}),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_all(
+    folder: Path, run: str, *, count: int, own: Any = None
+) -> list[subprocess.Popen[str]]:
+    """Starts all processes, with the words that `own` gives each of them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    where = {"count": count, "port": port}
+    return [
+        start(folder, run, *(own(index) if own else ()), **where, index=index)
+        for index in range(count)
+    ]
+
+
+def finish(running: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    outputs = [process.communicate(timeout=240)[0] for process in running]
+    codes = [process.returncode for process in running]
+    return list(zip(codes, outputs, strict=True))
+
+
+def log(folder: Path) -> np.ndarray:
+    names = ("step", "loss", "grad_norm", "tokens", "learning_rate")
+    return np.array([[line[name] for name in names] for line in metrics(folder)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "axis",
+    [
+        "fsdp",  # weights and adapters in parts over all devices, and so both processes
+        "data",  # all of them on every device, each with rows and dropout of its own
+    ],
+)
+def test_two_processes_stop_together_go_on_and_end_as_one_does(
+    place,  # noqa: F811
+    axis,
+):
+    two, one = f"two-{axis}", f"one-{axis}"
+
+    def own(_):
+        return f"--mesh.{axis}", 4, "--lora.lora_dropout", 0.2
+
+    running = start_all(place, two, count=2, own=own)
+    stdout: Any = running[0].stdout
+    while not stdout.readline().startswith("step 1/"):
+        assert running[0].poll() is None
+    running[1].send_signal(signal.SIGTERM)  # which process 0 does not get
+    (first, _), (second, quiet) = finish(running)
+    assert (first, second) == (75, 75)
+    # JAX itself says whom it met; jlora one line, of how many there are.
+    told = [line for line in quiet.splitlines() if "peer ranks" not in line]
+    assert told == ["process 1 of 2: 2 of 4 devices"]
+    assert [code for code, _ in finish(start_all(place, two, count=2, own=own))] == [
+        0,
+        0,
+    ]
+    [(code, _)] = finish(start_all(place, one, count=1, own=own))
+    assert code == 0
+    # Float32 sums in another order.
+    np.testing.assert_allclose(log(place / two), log(place / one), rtol=1e-4)
+    alone, together = (
+        json.loads((place / run / "adapter" / "adapter_config.json").read_text())
+        for run in (one, two)
+    )
+    assert alone == together
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_end_before_they_compute(place):  # noqa: F811
+    running = start_all(place, "other", count=2, own=lambda i: ("--seed", i))
+    errors = [process.communicate(timeout=240)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2]
+    assert all("processes 1 have other settings" in text for text in errors)
+    assert not (place / "other").exists()
+
+
+SETTINGS = {"jax_platforms": "tpu", "update": lambda *_: None}
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """A command."""
+
+    seed: int = 0
+    """Unused."""
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict[str, Any]]:
+    """What JAX was asked to join."""
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **to: found.append(to))
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, []),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, []),  # a shell in a job
+        ({"SLURM_STEP_NUM_TASKS": "1"}, []),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, [{}]),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, [{}]),
+        ({"SLURM_STEP_NUM_TASKS": "8", "JAX_COORDINATOR_ADDRESS": "a:1"}, [{}]),
+        (
+            dict(zip(processes.VARIABLES, ("a:1", "4", "3"), strict=True)),
+            [{"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}],
+        ),
+    ],
+)
+def test_processes_are_joined_where_the_environment_tells_of_several(
+    asked, monkeypatch, environment, expected
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with processes.joined_processes():
+        pass
+    assert asked == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("a:1", "", ""),
+        ("", "2", "0"),
+        ("a:1", "two", "0"),
+        ("a", "2", "0"),
+        ("a:", "2", "0"),
+        (":1", "2", "0"),
+    ],
+)
+def test_variables_that_are_half_set_are_refused(asked, monkeypatch, values):
+    for name, value in zip(processes.VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UsageError, match="set all of JAX_COORDINATOR_ADDRESS"),
+        processes.joined_processes(),
+    ):
+        pass
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("SLURM_STEP_NUM_TASKS", "x", "SLURM_STEP_NUM_TASKS=x: not a number"),
+        ("OMPI_COMM_WORLD_SIZE", "-2", "OMPI_COMM_WORLD_SIZE=-2: not a number"),
+        ("JAX_COORDINATOR_ADDRESS", "a", "JAX_COORDINATOR_ADDRESS=a: set all of"),
+    ],
+)
+def test_what_a_launcher_tells_is_checked(asked, monkeypatch, name, value, message):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message), processes.joined_processes():
+        pass
+    assert asked == []
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_a_tpu_without_other_processes_is_no_failure_and_all_else_is(
+    asked, monkeypatch, kind
+):
+    message = "coordinator_address should be defined."
+
+    def fail(**_: Any) -> None:
+        raise kind(message)
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: "libtpu")
+    monkeypatch.setattr(processes.jax, "config", SimpleNamespace(**SETTINGS))
+    with processes.joined_processes():
+        pass
+    message = "DEADLINE_EXCEEDED: Barrier timed out"
+    with (
+        pytest.raises(UsageError, match="did not meet: DEADLINE_EXCEEDED"),
+        processes.joined_processes(),
+    ):
+        pass
+
+
+def test_processes_that_would_not_do_the_same_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    parts = np.zeros((3, 32), np.uint8)
+    gather = lambda digest: parts + digest  # noqa: E731
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    processes.check_agreement({"seed": 0})
+    parts[2] = 1
+    with pytest.raises(UsageError, match="processes 2 have other settings"):
+        processes.check_agreement({"seed": 0})
+
+
+def test_a_process_that_is_lost_is_told(asked, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with (
+        pytest.raises(ResourceError, match="another process of this run has ended"),
+        processes.joined_processes(),
+    ):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo context initialization failed")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Failed to allocate 8 bytes for a NCCL communicator",
+        "INTERNAL: NCCL operation failed: Cuda failure 2 'out of memory'",
+    ],
+)
+def test_a_lack_of_memory_is_not_taken_for_a_lost_process(
+    asked, monkeypatch, capsys, message
+):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+
+    def main(_: Any) -> None:
+        with processes.joined_processes():
+            raise jax.errors.JaxRuntimeError(message)
+
+    assert run_command(main, Nothing, argv=[]) == ResourceError.exit_status
+    assert "error: out of device memory" in capsys.readouterr().err
