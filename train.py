@@ -12,8 +12,7 @@ from typing import Literal
 import jax
 
 from jlora.cli.command import run_command
-from jlora.cli.compilation_cache import keep_compiled
-from jlora.cli.malloc import keep_freed_memory
+from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import (
     ComputeConfig,

@@ -31,8 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jlora
-from jlora.cli.compilation_cache import keep_compiled
-from jlora.cli.malloc import keep_freed_memory
+from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.config.rope_config import RopeParameters

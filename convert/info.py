@@ -5,12 +5,13 @@ fact. Of a run, the newest checkpoint is read if it holds no adapter yet.
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from jlora.cli.command import run_command
+from jlora.cli.flags import POSITIONAL
 from jlora.config.llama_config import unused_keys
 from jlora.config.rope_config import RopeParameters
 from jlora.config.strict_json import MAX_JSON_BYTES, parse_json_object
@@ -26,7 +27,7 @@ MAX_TOKENIZER_BYTES = 256 << 20
 class Arguments:
     """Show what a model, adapter or run folder, hub id or .gguf file holds."""
 
-    path: str
+    path: str = field(metadata=POSITIONAL)
     """Converted base, HF folder, hub id (owner/name), .gguf file, PEFT adapter or run."""
     digest: bool = False
     """Also read the files with weights and print their sha256."""
@@ -209,4 +210,4 @@ def _template(files: dict[str, bytes]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments, positional=("path",)))
+    raise SystemExit(run_command(main, Arguments))

@@ -295,7 +295,7 @@ def test_an_adapter_of_peft_on_a_quantised_base_is_used_and_merged(name, tmp_pat
     )
     words = [str(tmp_path / "merged"), "--model", base, "--adapter", str(case.folder)]
     # It verifies: base and adapter, merged in memory, and the files give the same logits.
-    assert not run_command(to_hf.main, to_hf.Arguments, positional=("out",), argv=words)
+    assert not run_command(to_hf.main, to_hf.Arguments, argv=words)
 
 
 def test_the_plan_counts_the_weights_that_are_dequantised():

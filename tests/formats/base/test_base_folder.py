@@ -41,7 +41,7 @@ def convert_to(hf, out, dtype: Dtype = "keep", overwrite=False):
 
 
 def command(*words):
-    return run_command(main, Arguments, positional=("src", "out"), argv=words)
+    return run_command(main, Arguments, argv=words)
 
 
 @pytest.mark.parametrize("dtype", ["keep", "float32", "bfloat16", "float16"])
