@@ -5,7 +5,13 @@ from dataclasses import dataclass, fields
 
 from jlora.cli.command import run_command
 from jlora.cli.process_setup import keep_compiled, keep_freed_memory
-from jlora.config.run_config import DataConfig, MeshConfig, ModelConfig, RowConfig
+from jlora.config.run_config import (
+    ComputeConfig,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RowConfig,
+)
 from jlora.errors import UsageError
 
 
@@ -40,8 +46,8 @@ def main(args: Arguments) -> None:
         model_config,
         open_adapter,
     )
-    from jlora.model.llama import Llama, compute_dtype
-    from jlora.ops.attention import choose_attention
+    from jlora.model.llama import Llama
+    from jlora.ops.compute_choices import choose_compute
     from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
     from jlora.report.run_report import show_samples
     from jlora.train.step import evaluate, make_eval_step
@@ -76,9 +82,13 @@ def main(args: Arguments) -> None:
     if adapter is not None:
         params = attach_adapter(params, source.config, adapter)
     params = jax.device_put(params, tree_shardings(mesh, params))
-    dtype = compute_dtype(args.dtype)
-    attention = choose_attention("auto", dtype=dtype, head_dim=config.head_dim)
-    model = Llama(config, dtype, attention, max_segments=data.max_segments)
+    compute = choose_compute(
+        ComputeConfig(dtype=args.dtype, kernels="xla"),
+        mesh,
+        head_dim=config.head_dim,
+        max_segments=data.max_segments,
+    )
+    model = Llama.with_compute(config, compute)
     step = make_eval_step(model, mesh, params=params, packed=args.packing)
     loss, count = evaluate(step, params, data, mesh)
     print(

@@ -53,7 +53,8 @@ def main(args: Arguments) -> None:
         open_adapter,
     )
     from jlora.model.generation import generate_tokens
-    from jlora.model.llama import Llama, compute_dtype
+    from jlora.model.llama import Llama
+    from jlora.ops.compute_choices import choose_dtype, default_platform
 
     source = open_source(args.model)
     keep_compiled()
@@ -62,7 +63,7 @@ def main(args: Arguments) -> None:
         adapter = open_adapter(args.adapter)
         params = attach_adapter(params, config, adapter)
         config = model_config(adapter, config)
-    model = Llama(config, compute_dtype(args.dtype))
+    model = Llama(config, choose_dtype(args.dtype, default_platform()))
     tokenizer = Tokenizer.from_files(source.files, config)
     sample = partial(
         generate_tokens,

@@ -164,16 +164,10 @@ def prepare(
         compute=work.compute,
         rows=work.rows * mesh.size,
         length=work.length,
-    )
-    model = Llama(
-        work.config,
-        plan.dtype,
-        plan.attention,
-        plan.remat,
-        work.lora.lora_dropout,
-        work.length // (work.document or work.length),
-        kernels=plan.kernels,
-    )
+        max_segments=work.length // (work.document or work.length),
+    ).compute
+    model = Llama.with_compute(work.config, plan)
+    model = model.clone(lora_dropout=work.lora.lora_dropout)
     settings = OptimConfig()
     optimizer = make_optimizer(settings, make_schedule(settings, 100))
     state, frozen = TrainState.create(params, optimizer, mesh)

@@ -36,6 +36,7 @@ from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import LoRADense
 from jlora.lora.merging import merge
 from jlora.model.llama import Llama
+from jlora.ops.compute_choices import Compute
 from jlora.ops.quantize import (
     NF4,
     Format,
@@ -190,7 +191,7 @@ def test_gradients_are_those_through_the_dequantised_kernel(name):
 def test_what_stays_for_the_backward_pass_is_the_stored_form():
     leaves = jax.tree.map(jnp.asarray, quantize_kernel(random_kernel(), "nf4"))
     x = jnp.ones((3, 192))
-    _, backward = jax.vjp(lambda x: quantized_matmul(x, leaves, jnp.float32), x)
+    _, backward = jax.vjp(lambda x: quantized_matmul(x, leaves, Compute()), x)
     kept = jax.tree.leaves(backward)
     assert all(leaf.shape != (192, 40) for leaf in kept)
 
