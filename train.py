@@ -9,8 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import jax
+
 from jlora.cli.command import run_command
-from jlora.cli.process_setup import keep_compiled, keep_freed_memory
+from jlora.cli.compilation_cache import keep_compiled
+from jlora.cli.malloc import keep_freed_memory
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import (
     ComputeConfig,
@@ -23,8 +26,9 @@ from jlora.config.run_config import (
 from jlora.data import Tokenizer, load_split, make_samples, plan_lines
 from jlora.formats.digests import fingerprint
 from jlora.formats.load_params import abstract_params, load_params
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.formats.peft.attach_adapter import start_adapter, write_adapter
+from jlora.loading import open_adapter
 from jlora.lora.adapter_tree import Params, count_parameters, format_parameter_count
 from jlora.model.llama import Llama
 from jlora.parallel.processes import check_agreement, joined_processes
@@ -83,7 +87,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
         check_run(Path(own.output_dir), args.resume)
     mesh = make_mesh(args.mesh)
     keep_compiled()
-    source = open_source(args.model)
+    source = open_model(args.model)
     config = source.config
     sized = args.data.sized(config.max_position_embeddings)
     config.check_length(sized.row_length, "data.seq_len")
@@ -96,7 +100,8 @@ def train(args: Arguments, stop: threading.Event) -> None:
     data, held_out = splits[seeds[0]]
 
     def start(own: Arguments, base: Params) -> tuple[Params, LoraConfig]:
-        return start_adapter(base, config, own.lora, own.seed, own.init_adapter)
+        adapter = None if own.init_adapter is None else open_adapter(own.init_adapter)
+        return start_adapter(base, config, own.lora, own.seed, adapter)
 
     shapes = abstract_params(source, dtype=args.compute.base_dtype)  # type: ignore[arg-type]
     planned = {name: start(own, shapes) for name, own in every.items()}
@@ -108,7 +113,6 @@ def train(args: Arguments, stop: threading.Event) -> None:
     epoch_steps = math.ceil(args.train.num_epochs * data.steps_per_epoch)
     total_steps = args.train.max_steps or epoch_steps
     params = max(trees.values(), key=count_parameters)
-    segments = max(d.max_segments for d in (data, held_out) if d)
     work = plan_workload(
         config,
         params,
@@ -116,22 +120,22 @@ def train(args: Arguments, stop: threading.Event) -> None:
         compute=compute_of_sweep(args.compute, len(every), packed=args.data.packing),
         rows=args.train.batch_size // args.train.grad_accum_steps,
         length=data.row_length,
-        max_segments=segments,
         adapters=len(every),
     )
-    compute = work.compute
     beside = f" for each of {len(every)} adapters" * (len(every) > 1)
     print(
         f"{total_steps} steps of {args.train.batch_size} x {data.row_length} tokens"
-        f"{beside} on {mesh.size} {mesh.devices.flat[0].device_kind}: {compute.dtype.name}, "
-        f"attention {compute.attention}, kernels {compute.kernels}, remat {compute.remat}",
+        f"{beside} on {mesh.size} {jax.devices()[0].device_kind}: {work.dtype.name}, "
+        f"attention {work.attention}, kernels {work.kernels}, remat {work.remat}",
         flush=True,
     )
     if args.plan:
         print("\n".join([*plan_lines(data), *memory_table(params, work), ""]))
         show_samples(make_samples(data, tokenizer))
         return
-    model = Llama.with_compute(config, compute)
+    segments = max(d.max_segments for d in (data, held_out) if d)
+    options = (work.dtype, work.attention, work.remat)
+    model = Llama(config, *options, max_segments=segments, kernels=work.kernels)
     base = load_params(
         source,
         dtype=args.compute.base_dtype,  # type: ignore[arg-type]

@@ -114,20 +114,20 @@ def drop_from_cache(folder: Path) -> None:
 
 def work(kind: str, folder: Path) -> tuple[Callable[[], Any], Path]:
     """Returns what to time, and the folder whose files it reads."""
-    from jlora.formats.base.base_folder import write_base
+    from jlora.formats.base.base_writer import write_base
     from jlora.formats.load_params import load_params
-    from jlora.formats.model_source import open_source
+    from jlora.formats.open_model import open_model
 
     source, base = folder / "hf", folder / "base"
     if kind in ("convert", "nf4"):
         out, quantize = folder / "again", "none" if kind == "convert" else kind
         shutil.rmtree(out, ignore_errors=True)
         return (
-            lambda: write_base(open_source(str(source)), out, "keep", False, quantize),
+            lambda: write_base(open_model(str(source)), out, "keep", False, quantize),
             source,
         )
     read = base if kind == "base" else source
-    return lambda: load_params(open_source(str(read))), read
+    return lambda: load_params(open_model(str(read))), read
 
 
 def measure(kind: str, folder: Path, cold: bool) -> dict[str, Any]:

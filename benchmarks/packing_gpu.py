@@ -150,9 +150,15 @@ class Trainer:
             compute=compute,
             rows=rows,
             length=length,
-            max_segments=data.max_segments if packed else 0,
         )
-        model = Llama.with_compute(self.config, work.compute)
+        model = Llama(
+            self.config,
+            self.dtype,
+            work.attention,
+            work.remat,
+            max_segments=data.max_segments if packed else 0,
+            kernels=work.kernels,
+        )
         optim = OptimConfig(learning_rate=RATE, lr_schedule="constant")
         optimizer = make_optimizer(optim, make_schedule(optim, 100))
         state, frozen = TrainState.create(self.params, optimizer, self.mesh)
@@ -169,7 +175,7 @@ class Trainer:
                 state, metrics = step(state, frozen, batch)
                 log.add(metrics, batches.waited_s)
             log.flush()
-        how = f"{work.compute.attention}, kernels {work.compute.kernels}"
+        how = f"{work.attention}, kernels {work.kernels}"
         return log.figures(name, data, how, peak_memory_bytes(), jax)
 
 

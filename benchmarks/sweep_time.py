@@ -103,7 +103,8 @@ def measure(name: str) -> dict[str, Any]:
             length=length,
             adapters=adapters,
         )
-        return Llama.with_compute(config, work.compute), work.compute.remat
+        options = (config, work.dtype, work.attention, work.remat)
+        return Llama(*options, kernels=work.kernels), work.remat
 
     # First, as the single step donates the state of the adapter that it trains.
     model, remat_together = model_for(count)

@@ -16,19 +16,19 @@ Source: PEFT 0.21 `tuners/lora/model.py`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from jlora.cli.command import run_command
-from jlora.cli.flags import POSITIONAL
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.formats.atomic_folder import check_target
-from jlora.formats.peft.attach_adapter import Adapter, open_adapter, save_adapter
+from jlora.formats.peft.attach_adapter import Adapter, save_adapter
 from jlora.formats.tensor_names import module_name
+from jlora.loading import open_adapter
 
 Pair = dict[str, np.ndarray]
 How = Literal["linear", "cat", "svd"]
@@ -38,7 +38,7 @@ How = Literal["linear", "cat", "svd"]
 class Arguments:
     """Combine several adapters into one PEFT adapter folder."""
 
-    out: str = field(metadata=POSITIONAL)
+    out: str
     """Folder to write; it appears whole or not at all."""
     adapters: list[str]
     """PEFT adapter folders or run folders: [A,B]."""
@@ -251,4 +251,4 @@ def _check_shapes(
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments))
+    raise SystemExit(run_command(main, Arguments, positional=("out",)))

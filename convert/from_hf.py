@@ -1,15 +1,16 @@
 """Converts an HF folder, a hub id or a GGUF file into a jlora base checkpoint."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from convert.info import describe
 from jlora.cli.command import run_command
-from jlora.cli.flags import POSITIONAL
 from jlora.formats.atomic_folder import check_space, check_target
-from jlora.formats.base.base_folder import open_base, write_base
-from jlora.formats.model_source import Dtype, open_source, size_as
+from jlora.formats.base.base_reader import open_base
+from jlora.formats.base.base_writer import write_base
+from jlora.formats.describe import describe_model
+from jlora.formats.model_source import Dtype, size_as
+from jlora.formats.open_model import open_model
 from jlora.ops.quantize import Format
 
 
@@ -17,9 +18,9 @@ from jlora.ops.quantize import Format
 class Arguments:
     """Convert an HF folder, a hub id or a .gguf file into a jlora base checkpoint."""
 
-    src: str = field(metadata=POSITIONAL)
+    src: str
     """HF folder, hub id (owner/name or owner/name@revision) or .gguf file."""
-    out: str = field(metadata=POSITIONAL)
+    out: str
     """Folder to write; it appears whole or not at all."""
     dtype: Dtype = "keep"
     """Storage of every tensor; keep: as stored, quantised GGUF blocks as float32."""
@@ -34,12 +35,12 @@ def main(arguments: Arguments) -> None:
     start = time.perf_counter()
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)  # before anything is fetched or read
-    source = open_source(arguments.src)
+    source = open_model(arguments.src)
     check_space(out, size_as(source, arguments.dtype, arguments.quantize))
     write_base(source, out, arguments.dtype, arguments.overwrite, arguments.quantize)
-    print("\n".join(describe(open_base(out))))
+    print("\n".join(describe_model(open_base(out))))
     print(f"{'written':<14}{out} in {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments))
+    raise SystemExit(run_command(main, Arguments, positional=("src", "out")))

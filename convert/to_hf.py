@@ -9,23 +9,23 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jlora.cli.command import run_command
-from jlora.cli.flags import POSITIONAL
 from jlora.errors import CorruptError
 from jlora.formats.atomic_folder import atomic_folder, check_space, check_target
 from jlora.formats.digests import leaf_digest
 from jlora.formats.hf.hf_config import export_config, reader_notes
 from jlora.formats.model_files import INDEX, SINGLE
-from jlora.formats.model_source import Dtype, Source, open_source, size_as, stored_dtype
+from jlora.formats.model_source import Dtype, ModelSource, size_as, stored_dtype
+from jlora.formats.open_model import open_model
 from jlora.formats.peft.adapter_embeddings import changed_tables
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
-from jlora.formats.peft.attach_adapter import Adapter, check_fit, open_adapter, start_of
+from jlora.formats.peft.attach_adapter import Adapter, check_fit, start_of
 from jlora.formats.safetensors_file import (
     Spec,
     read_header,
@@ -35,6 +35,7 @@ from jlora.formats.safetensors_file import (
 from jlora.formats.tensor_checks import first_non_finite
 from jlora.formats.tensor_names import Name, all_names, module_name
 from jlora.formats.verify_export import check
+from jlora.loading import open_adapter
 from jlora.lora.merging import merge_module, merge_tied_head
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -47,7 +48,7 @@ _TABLE = f"{EMBEDDING}/embedding"
 class Arguments:
     """Merge an adapter into its base model and write a Hugging Face folder."""
 
-    out: str = field(metadata=POSITIONAL)
+    out: str
     """Folder to write; it appears whole or not at all."""
     model: str
     """Base model: converted base, HF folder, hub id (owner/name) or .gguf file."""
@@ -66,7 +67,7 @@ def main(arguments: Arguments) -> None:
     start = time.perf_counter()
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
-    source = open_source(arguments.model)
+    source = open_model(arguments.model)
     adapter = open_adapter(arguments.adapter)
     check_target(out, arguments.overwrite, adapter.location)
     check_fit(adapter, source.config)
@@ -87,7 +88,7 @@ def main(arguments: Arguments) -> None:
 
 
 def write_merged(
-    source: Source, adapter: Adapter, folder: Path, dtype: Dtype
+    source: ModelSource, adapter: Adapter, folder: Path, dtype: Dtype
 ) -> list[str]:
     """Writes the merged model into an existing folder and reads every tensor back.
 
@@ -124,7 +125,7 @@ def write_merged(
         file.write_bytes(data)
     _read_back(folder, list(shards), digests)
     main_dtype = _main_dtype(specs)
-    document = export_config(source, main_dtype)
+    document = export_config(source.hf_config, source.config, main_dtype)
     # Said in so many words, as the base may say it by leaving it out.
     if merger.config != source.config:
         document["tie_word_embeddings"] = merger.config.tie_word_embeddings
@@ -140,7 +141,7 @@ def write_merged(
 class Merger:
     """The merged model, tensor by tensor."""
 
-    def __init__(self, source: Source, adapter: Adapter, dtype: Dtype) -> None:
+    def __init__(self, source: ModelSource, adapter: Adapter, dtype: Dtype) -> None:
         """Checks that the adapter fits, and whether it parts a tied head from its table."""
         self._source, self._adapter = source, adapter
         self._dtype: Dtype = dtype
@@ -275,4 +276,4 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments))
+    raise SystemExit(run_command(main, Arguments, positional=("out",)))

@@ -1,21 +1,21 @@
 """Writes the adapter of a run as a PEFT folder, if need be in a form others read."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from jlora.cli.command import run_command
-from jlora.cli.flags import POSITIONAL
 from jlora.errors import JloraError, UnsupportedError, listing
 from jlora.formats.atomic_folder import check_target
 from jlora.formats.hub import is_hub_id
-from jlora.formats.model_source import open_config
+from jlora.formats.open_model import open_config
 from jlora.formats.peft.adapter_base import from_base
 from jlora.formats.peft.adapter_config import warn
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
-from jlora.formats.peft.attach_adapter import Adapter, open_adapter, plain, save_adapter
+from jlora.formats.peft.attach_adapter import Adapter, plain, save_adapter
+from jlora.loading import open_adapter
 
 # What vLLM accepts as --max-lora-rank; 16 is its default.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -26,7 +26,7 @@ _MERGE = "merge the adapter with convert.to_hf and serve the merged model"
 class Arguments:
     """Write a run's adapter as a PEFT adapter folder."""
 
-    out: str = field(metadata=POSITIONAL)
+    out: str
     """Folder to write; it appears whole or not at all."""
     adapter: str
     """Run folder of train.py, or PEFT adapter folder."""
@@ -176,4 +176,4 @@ def bake(adapter: Adapter) -> Adapter:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments))
+    raise SystemExit(run_command(main, Arguments, positional=("out",)))

@@ -121,9 +121,9 @@ def reload_and_compare() -> tuple[dict[str, float], list[tuple[str, str, str, st
     import convert
     import jlora
     from jlora.data import Tokenizer
-    from jlora.formats.model_source import open_source
+    from jlora.formats.open_model import open_model
 
-    source = open_source(str(BASE))
+    source = open_model(str(BASE))
     tokenizer = Tokenizer.from_files(source.files, source.config)
     lines = HELD_OUT.read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines[:: len(lines) // SAMPLES]][:SAMPLES]

@@ -1,7 +1,11 @@
-"""Llama with LoRA in pure JAX: exact, fast, and small enough to read in an afternoon.
+"""Fine-tune Llama models with LoRA in pure JAX.
 
-Names are loaded when they are asked for: what needs no JAX (reading data, converting
-settings) does not wait for it.
+    model, params, tokenizer = jlora.load("meta-llama/Llama-3.2-1B")
+    params = jlora.add_lora(params, jlora.LoraConfig(r=8), jax.random.key(0))
+    logits = model.apply({"params": params}, tokens)
+
+`docs/architecture.md` explains the packages. A name below is imported when it is first
+used, so that `import jlora` takes no time and starts no device.
 """
 
 import importlib
@@ -11,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jlora.config.llama_config import LlamaConfig
     from jlora.config.lora_config import LoraConfig
+    from jlora.formats.peft.adapter_writer import write_adapter as save_adapter
+    from jlora.loading import load
     from jlora.lora.adapter_tree import count_parameters, trainable_mask
     from jlora.lora.initialisation import add_lora
     from jlora.lora.lora_dense import LoRADense
     from jlora.lora.merging import merge
+    from jlora.model.generation import generate
     from jlora.model.llama import Llama
 
 __all__ = [
@@ -24,24 +31,31 @@ __all__ = [
     "LoraConfig",
     "add_lora",
     "count_parameters",
+    "generate",
+    "load",
     "merge",
+    "save_adapter",
     "trainable_mask",
 ]
-_MODULES = {
+_PLACES = {
     "Llama": "model.llama",
     "LlamaConfig": "config.llama_config",
     "LoRADense": "lora.lora_dense",
     "LoraConfig": "config.lora_config",
     "add_lora": "lora.initialisation",
     "count_parameters": "lora.adapter_tree",
+    "generate": "model.generation",
+    "load": "loading",
     "merge": "lora.merging",
+    "save_adapter": "formats.peft.adapter_writer:write_adapter",
     "trainable_mask": "lora.adapter_tree",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value = getattr(importlib.import_module(f"jlora.{_MODULES[name]}"), name)
+    if name in _PLACES:
+        module, _, own_name = _PLACES[name].partition(":")
+        value = getattr(importlib.import_module(f"jlora.{module}"), own_name or name)
         globals()[name] = value
         return value
     if importlib.util.find_spec(f"jlora.{name}"):

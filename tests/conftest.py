@@ -8,9 +8,7 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Token caches of the tests, also in processes that they start, and compiled programs
-# die with the machine's temporary files; a folder named beforehand keeps programs.
+# Token caches and compiled programs of the tests, also in processes that they start, die
+# with the machine's temporary files.
 os.environ["JLORA_CACHE"] = tempfile.mkdtemp(prefix="jlora-tests-")
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", os.environ["JLORA_CACHE"] + "/compiled"
-)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JLORA_CACHE"] + "/compiled"

@@ -36,7 +36,7 @@ OWNERS = {
     "huggingface_hub": ("jlora.formats",),
     "rich": ("jlora.report",),
     "matplotlib": ("jlora.report",),
-    "yaml": ("jlora.cli", "jlora.train"),
+    "jsonargparse": ("jlora.cli",),
     "torch": (),
     "transformers": (),
     "peft": (),

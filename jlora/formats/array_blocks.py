@@ -183,6 +183,15 @@ def copy_transposed(target: np.ndarray, block: np.ndarray) -> None:
     target.view(bits)[...] = block.view(bits).T
 
 
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """Returns the array itself, or a row-major copy of a transposed view."""
+    if array.flags.c_contiguous:
+        return array
+    result = empty(array.shape, array.dtype)
+    transpose_into(result, array.T)
+    return result
+
+
 def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
     """Sets target [C, R] to the transpose of array [R, C]."""
 

@@ -1,29 +1,28 @@
 """Params from a source: each tensor read once, straight to the devices that hold it."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jlora.errors import UsageError, listing
 from jlora.formats.array_blocks import Index, as_box, empty, transpose_into, whole
-from jlora.formats.model_source import Dtype, Source, open_source, read_leaves
+from jlora.formats.model_source import Dtype, ModelSource, read_leaves, resulting_format
 from jlora.formats.safetensors_file import Spec
-from jlora.formats.stored_leaves import resulting_format
 from jlora.formats.tensor_names import Params, set_leaf
 from jlora.ops.quantize import BLOCK, Format
 
-if TYPE_CHECKING:
-    from jlora.model.llama import Llama
-
 BaseDtype = Dtype | Literal["fp8", "int8", "nf4"]
+BASE_DTYPES = tuple(name for part in get_args(BaseDtype) for name in get_args(part))
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
 
 def load_params(
-    source: Source, *, dtype: BaseDtype = "keep", sharding: ShardingOf | None = None
+    source: ModelSource,
+    *,
+    dtype: BaseDtype = "keep",
+    sharding: ShardingOf | None = None,
 ) -> Params:
     """Returns the params as jax arrays, read one tensor at a time.
 
@@ -80,7 +79,7 @@ def _check_shards(
         )
 
 
-def abstract_params(source: Source, *, dtype: BaseDtype = "keep") -> Params:
+def abstract_params(source: ModelSource, *, dtype: BaseDtype = "keep") -> Params:
     """Returns shapes and dtypes as `load_params` would give, without a byte read."""
     params: Params = {}
     plain, quantize = _split_dtype(source, dtype)
@@ -90,7 +89,7 @@ def abstract_params(source: Source, *, dtype: BaseDtype = "keep") -> Params:
     return params
 
 
-def _split_dtype(source: Source, dtype: BaseDtype) -> tuple[Dtype, Format]:
+def _split_dtype(source: ModelSource, dtype: BaseDtype) -> tuple[Dtype, Format]:
     """Returns (dtype of plain leaves, format of the projections)."""
     if dtype in ("fp8", "int8", "nf4"):
         return "keep", resulting_format(source, "keep", dtype)
@@ -146,36 +145,3 @@ def _aligned_copy(array: np.ndarray) -> np.ndarray:
     else:
         result[...] = array
     return result
-
-
-def load(
-    path: str, adapter: str | None = None, dtype: Dtype = "float32"
-) -> "tuple[Llama, Params]":
-    """Returns the model and its params, ready for `model.apply({"params": params}, tokens)`.
-
-    Args:
-        path: HF folder, hub id, .gguf file or converted base.
-        adapter: PEFT folder or run folder, or None. Its dropout acts where a "dropout"
-            rng is given, as in PEFT's training mode.
-        dtype: of the params and of the computation.
-    """
-    from jlora.model.llama import Llama
-
-    if dtype not in get_args(Dtype):
-        raise UsageError(f"dtype={dtype!r}; expected one of {listing(get_args(Dtype))}")
-    source = open_source(str(path))
-    config, params = source.config, load_params(source, dtype=dtype)
-    dropout = 0.0
-    if adapter is not None:
-        from jlora.formats.peft.attach_adapter import (
-            attach_adapter,
-            model_config,
-            open_adapter,
-        )
-
-        opened = open_adapter(adapter)
-        params = attach_adapter(params, config, opened)
-        config = model_config(opened, config)
-        dropout = float(opened.config.lora_dropout)
-    compute = jnp.float32 if dtype == "keep" else jnp.dtype(dtype)
-    return Llama(config, dtype=compute, lora_dropout=dropout), params

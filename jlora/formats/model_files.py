@@ -4,6 +4,7 @@ No link is followed out of the folder, and a failure to read is one message.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,20 +58,26 @@ def read_json(
         CorruptError: missing, too large, or not a JSON object.
     """
     where = f"{folder / name}"
-    return parse_json_object(_read_side(folder, name, max_bytes), where, max_bytes)
+    return parse_json_object(read_file(folder, name, max_bytes), where, max_bytes)
 
 
 def read_side_files(folder: Path) -> dict[str, bytes]:
     """Returns the tokenizer, template and generation files of a folder by name."""
     found = (path for pattern in SIDE_FILES for path in sorted(folder.glob(pattern)))
     names = [path.relative_to(folder).as_posix() for path in found]
-    return {name: _read_side(folder, name, MAX_SIDE_FILE_BYTES) for name in names}
+    return {name: read_file(folder, name) for name in names}
 
 
-def _read_side(folder: Path, name: str, max_bytes: int) -> bytes:
+def read_file(folder: Path, name: str, max_bytes: int = MAX_SIDE_FILE_BYTES) -> bytes:
+    """Returns the bytes of a small file in a model folder.
+
+    Raises:
+        CorruptError: missing, too large, not a file, or a link out of the folder.
+    """
     path = inside_folder(folder, name)
     with reading(path), path.open("rb") as file:
-        data = file.read(max_bytes + 1)
+        # Python takes memory for as much as it is asked to read.
+        data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > max_bytes:
         raise CorruptError(f"{path}: more than {max_bytes:,} bytes")
     if path.suffix in (".json", ".model"):

@@ -1,7 +1,7 @@
-"""Where a model comes from: an HF folder, a hub id, a GGUF file or a converted base.
+"""An opened model whose tensors are read one at a time, in jlora's layout.
 
-`open_source` checks names, shapes and dtypes before a byte of weights is read; a
-`Source` then hands out one tensor at a time in jlora's layout.
+`jlora.formats.open_model` makes a `ModelSource` of a path; the functions below read
+its tensors in the dtype and format that the caller wants.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,15 +19,12 @@ import numpy as np
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, JloraError, UsageError
 from jlora.formats.array_blocks import Index
-from jlora.formats.hub import hub_folder, is_hub_id
 from jlora.formats.model_files import reading
-from jlora.formats.refusals import refuse_other_file
 from jlora.formats.safetensors_file import Spec
 from jlora.formats.stored_leaves import (
     is_quantizable,
     quantize_tensor,
     quantized_specs,
-    resulting_format,
 )
 from jlora.formats.tensor_checks import first_non_finite
 from jlora.ops.quantize import Format
@@ -35,6 +32,7 @@ from jlora.ops.quantize import Format
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 
 
+@runtime_checkable
 class Read(Protocol):
     """Reads one tensor, or a box of it that one process needs."""
 
@@ -44,7 +42,7 @@ class Read(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A checked model that can be read tensor by tensor, in jlora's layout."""
 
     kind: Literal["hf", "gguf", "base"]
@@ -73,69 +71,6 @@ class Source:
         return {path: Spec(spec.shape, stored_dtype(spec, dtype))}
 
 
-def open_source(path: str) -> Source:
-    """Returns the model at a folder, hub id (owner/name or owner/name@revision) or .gguf.
-
-    Raises:
-        UsageError: nothing usable there.
-        UnsupportedError: a format or architecture that jlora does not read.
-        CorruptError: files that are damaged or contradict each other.
-    """
-    location = Path(path)
-    if location.is_file():
-        return _open_file(location)
-    if location.is_dir():
-        if (location / "jlora.json").is_file():
-            from jlora.formats.base.base_folder import open_base
-
-            return open_base(location)
-        from jlora.formats.hf.hf_folder import open_hf
-
-        return open_hf(location, {"format": "hf", "source": path})
-    if not is_hub_id(path) or location.exists():
-        raise UsageError(
-            f"{path}: no such file or folder; give an HF folder, a converted base, "
-            "a .gguf file or a hub id (owner/name)"
-        )
-    return _open_hub(path)
-
-
-def open_config(path: str) -> LlamaConfig:
-    """Returns the architecture of a model; of a hub id, only config.json is fetched.
-
-    Raises:
-        UsageError, UnsupportedError, CorruptError: as `open_source`.
-    """
-    if Path(path).exists() or not is_hub_id(path):
-        return open_source(path).config
-    from jlora.formats.hf.hf_folder import read_config
-
-    return read_config(hub_folder(path, ["config.json"]))[1]
-
-
-def _open_file(path: Path) -> Source:
-    if path.suffix == ".gguf":
-        from jlora.formats.gguf.gguf_model import open_gguf
-
-        return open_gguf(path)
-    if path.suffix == ".safetensors":
-        raise UsageError(f"{path}: give the folder that holds it and its config.json")
-    refuse_other_file(path)
-    raise UsageError(f"{path}: not a model folder nor a .gguf file")
-
-
-def _open_hub(name: str) -> Source:
-    from jlora.formats.hf.hf_folder import open_hf
-
-    snapshot = hub_folder(
-        name,
-        ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"],
-        ["original/*", "consolidated*", "adapter_*", "onnx/*"],
-    )
-    provenance = {"source": name.partition("@")[0], "revision": snapshot.name}
-    return open_hf(snapshot, {"format": "hf", **provenance})
-
-
 def parse_config(hf_config: dict[str, Any], where: str) -> LlamaConfig:
     """Returns the architecture; errors start with `where`, then name the key."""
     try:
@@ -151,7 +86,25 @@ def stored_dtype(spec: Spec, dtype: Dtype) -> np.dtype[Any]:
     return np.dtype(np.float32) if spec.dtype == np.float64 else spec.dtype
 
 
-def size_as(source: Source, dtype: Dtype, quantize: Format = "none") -> int:
+def resulting_format(source: ModelSource, dtype: str, quantize: Format) -> Format:
+    """Returns the format that the projections get.
+
+    A quantised model stays as it is, and another dtype than keep dequantises it.
+
+    Raises:
+        UsageError: the model is quantised in another format.
+    """
+    if quantize == "none":
+        return source.quantize if dtype == "keep" else "none"
+    if source.quantize not in ("none", quantize):
+        raise UsageError(
+            f"{source.location}: quantised as {source.quantize} already, and cannot "
+            f"become {quantize}; convert the original model"
+        )
+    return quantize
+
+
+def size_as(source: ModelSource, dtype: Dtype, quantize: Format = "none") -> int:
     """Returns the bytes that all tensors take in the dtype and format asked for."""
     quantize = resulting_format(source, dtype, quantize)
     return sum(
@@ -162,7 +115,7 @@ def size_as(source: Source, dtype: Dtype, quantize: Format = "none") -> int:
 
 
 def read_as(
-    source: Source, path: str, dtype: Dtype, box: Index | None = None
+    source: ModelSource, path: str, dtype: Dtype, box: Index | None = None
 ) -> np.ndarray:
     """Returns a tensor, or a box of it, in the dtype asked for.
 
@@ -186,13 +139,13 @@ def read_as(
 
 
 def read_leaves(
-    source: Source,
+    source: ModelSource,
     path: str,
     dtype: Dtype,
     quantize: Format,
     boxes: Mapping[str, Index],
 ) -> dict[str, np.ndarray]:
-    """Returns {params path: array} of what `Source.specs` promises, or boxes of it.
+    """Returns {params path: array} of what `ModelSource.specs` promises, or boxes of it.
 
     Only to quantise, a kernel is read as a whole.
     """
@@ -205,7 +158,7 @@ def read_leaves(
 
 
 @contextlib.contextmanager
-def hashing(source: Source) -> Iterator[Callable[[], dict[str, str]]]:
+def hashing(source: ModelSource) -> Iterator[Callable[[], dict[str, str]]]:
     """Yields a function that returns {file name: sha256} of the files with weights.
 
     They are hashed by a thread meanwhile: whoever reads them too finds them in the page

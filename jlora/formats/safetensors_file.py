@@ -28,7 +28,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of jlora's own files; Hugging Face folders with them are refused.
+QUANTISED_DTYPES: dict[str, np.dtype[Any]] = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_ALL_DTYPES = DTYPES | QUANTISED_DTYPES
+_DTYPE_NAMES = {dtype: name for name, dtype in _ALL_DTYPES.items()}
 _OTHER_DTYPE = re.compile(r"BOOL|[IU](8|16|32|64)|F[468](_E\dM\d\w*)?|C64")
 
 
@@ -53,8 +60,12 @@ class Entry(Spec):
     offset: int
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path, *, quantised: bool = False) -> dict[str, Entry]:
     """Returns the tensors of a safetensors file by name, without reading their data.
+
+    Args:
+        path: the file.
+        quantised: whether tensors of `QUANTISED_DTYPES` are accepted.
 
     Raises:
         CorruptError: the file is cut, longer than declared or contradicts itself.
@@ -86,6 +97,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         if isinstance(fields, dict)
         and isinstance(fields.get("dtype"), str)
         and _OTHER_DTYPE.fullmatch(fields["dtype"])
+        and not (quantised and fields["dtype"] in QUANTISED_DTYPES)
     ]
     if unsupported:
         raise UnsupportedError(
@@ -112,13 +124,13 @@ def _problem(fields: Any) -> str | None:
     }:
         return "expected dtype, shape and data_offsets"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in _ALL_DTYPES:
         return f"unknown dtype {dtype!r:.40}"
     if not are_sizes(shape) or len(shape) > 8:
         return f"shape {shape!r:.80} is not a list of sizes"
     if not are_sizes(offsets) or len(offsets) != 2:
         return f"data_offsets {offsets!r:.80} are not two offsets"
-    expected = DTYPES[dtype].itemsize
+    expected = _ALL_DTYPES[dtype].itemsize
     for size in shape:  # Python integers: a product that overflows 64 bits is seen
         expected *= size
     if offsets[1] - offsets[0] != expected:
@@ -132,7 +144,8 @@ def _problem(fields: Any) -> str | None:
 def _entry(path: Path, fields: dict[str, Any], start: int) -> Entry:
     """Returns a checked line of the header."""
     begin = fields["data_offsets"][0]
-    return Entry(tuple(fields["shape"]), DTYPES[fields["dtype"]], path, start + begin)
+    dtype = _ALL_DTYPES[fields["dtype"]]
+    return Entry(tuple(fields["shape"]), dtype, path, start + begin)
 
 
 def are_sizes(values: Any) -> bool:
@@ -217,4 +230,5 @@ def write_safetensors(
                 raise ValueError(
                     f"{name}: promised {specs[name]}, got {array.dtype}{array.shape}"
                 )
-            array.reshape(-1).view(np.uint8).tofile(file)
+            # tofile would not say that the disk is full
+            file.write(array.reshape(-1).view(np.uint8).data)

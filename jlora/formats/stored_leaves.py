@@ -1,16 +1,11 @@
 """What a model's tensors are stored as: plain leaves, or those of a quantised kernel."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from jlora.errors import UnsupportedError, UsageError
+from jlora.errors import UnsupportedError
 from jlora.formats.array_blocks import empty, for_each
 from jlora.formats.safetensors_file import Spec
 from jlora.ops.quantize import Format, kernel_of, quantize_kernel, quantized_shapes
-
-if TYPE_CHECKING:
-    from jlora.formats.model_source import Source
 
 # Columns that are quantised at a time: a few megabytes of float32.
 _COLUMNS = 128
@@ -19,24 +14,6 @@ _COLUMNS = 128
 def is_quantizable(path: str) -> bool:
     """Whether a params path is the kernel of one of a layer's seven projections."""
     return path.startswith("layers/") and path.endswith("/kernel")
-
-
-def resulting_format(source: "Source", dtype: str, quantize: Format) -> Format:
-    """Returns the format that the projections get.
-
-    A quantised model stays as it is, and another dtype than keep dequantises it.
-
-    Raises:
-        UsageError: the model is quantised in another format.
-    """
-    if quantize == "none":
-        return source.quantize if dtype == "keep" else "none"
-    if source.quantize not in ("none", quantize):
-        raise UsageError(
-            f"{source.location}: quantised as {source.quantize} already, and cannot "
-            f"become {quantize}; convert the original model"
-        )
-    return quantize
 
 
 def quantized_specs(

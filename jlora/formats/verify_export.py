@@ -9,7 +9,8 @@ import numpy as np
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError
 from jlora.formats.load_params import load_params
-from jlora.formats.model_source import Source, open_source
+from jlora.formats.model_source import ModelSource
+from jlora.formats.open_model import open_model
 from jlora.formats.peft.attach_adapter import Adapter, attach_adapter, model_config
 from jlora.formats.tensor_names import Params
 from jlora.lora.adapter_tree import map_leaves
@@ -64,7 +65,7 @@ class Figures:
         )
 
 
-def check(source: Source, adapter: Adapter, folder: Path) -> Figures:
+def check(source: ModelSource, adapter: Adapter, folder: Path) -> Figures:
     """Returns the figures of a merged folder.
 
     Raises:
@@ -78,10 +79,10 @@ def check(source: Source, adapter: Adapter, folder: Path) -> Figures:
     return figures
 
 
-def compare(source: Source, adapter: Adapter, folder: Path) -> Figures:
+def compare(source: ModelSource, adapter: Adapter, folder: Path) -> Figures:
     """Runs a few rows of tokens through base+adapter, merged in memory and from disk."""
     config = source.config
-    reloaded = open_source(str(folder))
+    reloaded = open_model(str(folder))
     params = attach_adapter(load_params(source, dtype="float32"), config, adapter)
     unmerged = _logits(model_config(adapter, config), params)
     params = map_leaves(

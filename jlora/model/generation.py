@@ -1,7 +1,8 @@
 """Text from a model: one token at a time through a key-value cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,72 @@ from jlora.model.llama import KVCache, Llama
 
 # Prompts are padded to a multiple of this, so that few lengths are ever compiled.
 PROMPT_MULTIPLE = 64
+NEW_TOKENS = 256
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """What `generate` needs of `jlora.data.Tokenizer`."""
+
+    stop_ids: frozenset[int]
+
+    def encode(self, text: str, *, add_bos: bool) -> list[int]:
+        """Returns the ids of plain text."""
+        ...
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    ) -> list[int]:
+        """Returns the ids of a conversation in the model's chat template."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of ids."""
+        ...
+
+
+def generate(
+    model: Llama,
+    params: Params,
+    tokenizer: TextTokenizer,
+    prompt: str | Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """Returns the text that continues a prompt, or the answer to a conversation.
+
+    Args:
+        model: as `jlora.load` returns it, as are `params` and `tokenizer`.
+        params: of the model, with or without an adapter.
+        tokenizer: of the model.
+        prompt: text to continue, or messages such as
+            [{"role": "user", "content": "Hello"}].
+        max_new_tokens: None: 256, or as many as the model's positions have room for.
+        temperature: 0 takes the most likely token; higher is more random.
+        seed: of the sampling.
+
+    Raises:
+        UsageError: the prompt is empty or too long.
+    """
+    if isinstance(prompt, str):
+        tokens = tokenizer.encode(prompt, add_bos=True)
+    else:
+        tokens = tokenizer.encode_chat(prompt, add_generation_prompt=True)
+    if max_new_tokens is None:
+        room = model.config.max_position_embeddings - len(tokens)
+        max_new_tokens = max(1, min(NEW_TOKENS, room))
+    new = generate_tokens(
+        model,
+        params,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        stop_ids=tokenizer.stop_ids,
+        temperature=temperature,
+        seed=seed,
+    )
+    return tokenizer.decode(list(new))
 
 
 @partial(jax.jit, static_argnames=("model", "greedy"), donate_argnames="cache")

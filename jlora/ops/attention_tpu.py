@@ -3,7 +3,6 @@
 Off TPU the kernel is interpreted, which is exact and very slow: for tests.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -18,12 +17,7 @@ _BLOCKS = (512, 256, 128)
 
 
 def splash_attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-    *,
-    interpret: bool,
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:
     """Returns causal attention [B, T, N, H]; see `attention.attend`.
 
@@ -32,28 +26,22 @@ def splash_attend(
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return _local(q, k, v, segment_ids, interpret=interpret)
+        return _local(q, k, v, segment_ids)
     rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
     specs = (heads, heads, heads, None if segment_ids is None else rows)
-    local = functools.partial(_local, interpret=interpret)
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(
+    return jax.shard_map(_local, in_specs=specs, out_specs=heads, check_vma=False)(
         q, k, v, segment_ids
     )
 
 
 def _local(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-    *,
-    interpret: bool,
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> jax.Array:
     """Returns the attention of one device's rows and heads."""
     length, heads = q.shape[1:3]
     padding = -length % _BLOCKS[-1]
     size = length + padding
-    kernel = _kernel(heads, size, interpret)
+    kernel = _kernel(heads, size)
     # Scaled in float32; the kernel multiplies plain q by k.
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     by_head = [
@@ -69,7 +57,7 @@ def _local(
     return jnp.swapaxes(out[:, :, :length], 1, 2)
 
 
-def _kernel(heads: int, size: int, interpret: bool) -> Any:
+def _kernel(heads: int, size: int) -> Any:
     block = next(block for block in _BLOCKS if size % block == 0)
     return splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((size, size))] * heads),
@@ -85,5 +73,5 @@ def _kernel(heads: int, size: int, interpret: bool) -> Any:
         ),
         head_shards=1,
         q_seq_shards=1,
-        interpret=interpret,
+        interpret=jax.default_backend() != "tpu",
     )

@@ -1,1 +1,5 @@
-"""TODO."""
+"""Where arrays live and who computes what.
+
+Read `sharding` first: the mesh of devices, and the table of rules that lays every array
+out over it. `processes` joins several processes, on one host or many, into one run.
+"""

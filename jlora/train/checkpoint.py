@@ -2,26 +2,17 @@
 
 Orbax checks no array data (a flipped byte is restored as a wrong number), so the sha256
 of every leaf is kept beside the arrays and compared on the way back.
-
-Above 300 lines, because it is the only module that knows Orbax and its files: those of
-bases and those of runs.
 """
 
-import asyncio
-import itertools
 import json
-import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
@@ -30,112 +21,7 @@ from jlora.parallel.processes import to_host
 
 # 2: the moments of all layers together. What lies under "trainable" is as in 1.
 SCHEMA_VERSION = 2
-# Of a converted base; a chunk is the least that a process reads of a leaf.
-CHUNK_BYTES = 16 << 20
 Tree = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """How a leaf lies on disk: the shape of its chunks, and a checksum of each, in order."""
-
-    shape: tuple[int, ...]
-    crc32: list[int]
-
-
-def save_tree(path: Path, tree: Tree) -> dict[str, Chunks]:
-    """Writes arrays as an Orbax checkpoint at `path`, which must not exist.
-
-    Uncompressed, in chunks: what `base_folder` reads one by one. Trained weights hardly
-    compress, and doing it took three quarters of the time.
-
-    Returns:
-        {dotted path: its chunks}, whose shape divides the leaf's.
-    """
-    arrays = _ChunkHandler()
-    handler: Any = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False,
-        use_compression=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, arrays)
-        ),
-    )
-    how = jax.tree.map(
-        lambda leaf: ocp.SaveArgs(chunk_byte_size=_chunk_bytes(leaf.shape)), tree
-    )
-    with ocp.Checkpointer(handler) as checkpointer:
-        arguments = ocp.args.PyTreeSave(tree, save_args=how)
-        checkpointer.save(path.absolute(), args=arguments)
-    return arrays.written
-
-
-class _ChunkHandler(ocp.type_handlers.NumpyHandler):
-    """Orbax's handler of arrays, which has them written chunk by chunk, in little memory.
-
-    TensorStore copies every chunk that is not contiguous in its array, and faster than
-    it writes them: given a whole array, it held another one.
-    """
-
-    def __init__(self) -> None:
-        try:
-            super().__init__(deepcopy_host_arrays=False)
-        # Orbax 0.12.4 and 0.12.5 always copy: one more layer in memory.
-        except TypeError:
-            super().__init__()
-        self.written: dict[str, Chunks] = {}
-        self._threads = ThreadPoolExecutor(2)
-        self._buffers: SimpleQueue[np.ndarray] = SimpleQueue()
-        for _ in range(2):
-            self._buffers.put(np.empty(CHUNK_BYTES, np.uint8))
-
-    async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
-        store: Any = await tensorstore.open(
-            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
-        )
-        shape = store.chunk_layout.write_chunk.shape
-        loop = asyncio.get_running_loop()
-        checksums = await asyncio.gather(
-            *(
-                loop.run_in_executor(self._threads, self._write, store[box], value[box])
-                for box in chunk_files(value.shape, shape).values()
-            )
-        )
-        self.written[Path(store.kvstore.path).name] = Chunks(shape, checksums)
-
-    def _write(self, place: Any, part: np.ndarray) -> int:
-        """Writes one chunk and returns its checksum."""
-        memory = self._buffers.get()
-        try:
-            if not part.flags.c_contiguous:
-                copy = memory[: part.nbytes].view(part.dtype).reshape(part.shape)
-                copy[...] = part
-                part = copy
-            place.write(part, can_reference_source_data_indefinitely=True).result()
-            return zlib.crc32(part.reshape(-1).view(np.uint8).data)
-        finally:
-            self._buffers.put(memory)
-
-
-def chunk_files(
-    shape: tuple[int, ...], chunk: tuple[int, ...]
-) -> dict[str, tuple[slice, ...]]:
-    """Returns {file name: box} of the chunks of a leaf, in order."""
-    counts = [range(size // part) for size, part in zip(shape, chunk, strict=True)]
-    return {
-        ".".join(map(str, numbers)) or "0": tuple(
-            slice(i * part, (i + 1) * part)
-            for i, part in zip(numbers, chunk, strict=True)
-        )
-        for numbers in itertools.product(*counts)
-    }
-
-
-def _chunk_bytes(shape: tuple[int, ...]) -> int | None:
-    """Returns the size of chunks, or None for a single one.
-
-    Orbax cuts by divisors: a vocabulary of 32,003, a prime, would give a file per row.
-    """
-    return CHUNK_BYTES if all(size % 16 == 0 for size in shape) else None
 
 
 def restore_tree(path: Path) -> Tree:

@@ -25,9 +25,9 @@ from convert.to_peft import main as to_peft
 from jlora.cli.command import run_command
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.formats import verify_export as verify
-from jlora.formats.base.base_folder import write_base
+from jlora.formats.base.base_writer import write_base
 from jlora.formats.hf.hf_config import export_config
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.formats.peft.attach_adapter import attach_adapter, check_fit, read_adapter
 from jlora.formats.tensor_names import module_path
 from jlora.formats.verify_export import compare
@@ -131,7 +131,7 @@ def test_a_resized_vocabulary_is_exported_with_its_size(out):
 @pytest.mark.parametrize("name", ["patterns", "tied", "bf16_rslora"])
 def test_exported_model_equals_base_and_adapter(name, out):
     case = golden(name)
-    source, adapter = open_source(str(case.base)), read_adapter(case.folder)
+    source, adapter = open_model(str(case.base)), read_adapter(case.folder)
     figures = compare(source, adapter, export(case, out))
     assert figures.agree
     assert figures.memory_to_disk == 0
@@ -195,16 +195,19 @@ def test_other_settings_are_kept_verbatim(name, out):
 
 
 def test_an_exported_configuration_means_the_same_model(out):
-    source = open_source(str(HF_GOLDEN / "llama3"))
+    source = open_model(str(HF_GOLDEN / "llama3"))
     out.mkdir()
     for name, data in files(HF_GOLDEN / "llama3").items():
         (out / name).write_bytes(data)
-    (out / "config.json").write_text(json.dumps(export_config(source, "float32")))
-    assert open_source(str(out)).config == source.config
+    (out / "config.json").write_text(
+        json.dumps(export_config(source.hf_config, source.config, "float32"))
+    )
+    assert open_model(str(out)).config == source.config
 
 
 def test_llama3_rope_is_written_for_every_reader():
-    config = export_config(open_source(str(HF_GOLDEN / "llama3")), "bfloat16")
+    source = open_model(str(HF_GOLDEN / "llama3"))
+    config = export_config(source.hf_config, source.config, "bfloat16")
     numbers = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -256,7 +259,7 @@ def test_exporting_twice_gives_the_same_bytes(tmp_path):
 
 def test_a_converted_base_exports_the_same_model(tmp_path):
     case = golden("bf16")
-    write_base(open_source(str(case.base)), tmp_path / "base", "keep", False)
+    write_base(open_model(str(case.base)), tmp_path / "base", "keep", False)
     converted = case._replace(base=tmp_path / "base")
     first, second = (
         export(c, tmp_path / name) for c, name in ((case, "a"), (converted, "b"))
@@ -279,7 +282,7 @@ def test_an_adapter_of_zeros_gives_the_bytes_of_the_base(out, tmp_path):
 @pytest.mark.parametrize("name", ["patterns", "bf16"])
 def test_another_dtype_is_rounded_to_once(name, dtype, out):
     case = golden(name)
-    source, adapter = open_source(str(case.base)), read_adapter(case.folder)
+    source, adapter = open_model(str(case.base)), read_adapter(case.folder)
     written = tensors(export(case, out, dtype=dtype))
     assert {value.dtype.name for value in written.values()} == {dtype}
     pair, path = adapter.tensors, module_path("model.layers.1.mlp.gate_proj")
@@ -347,13 +350,13 @@ def test_shards_hold_every_tensor_once_below_the_limit(out, monkeypatch):
 def test_a_sharded_export_is_read_again(out, monkeypatch):
     monkeypatch.setattr(to_hf, "MAX_SHARD_BYTES", 60_000)
     case = golden("basic")
-    source, adapter = open_source(str(case.base)), read_adapter(case.folder)
+    source, adapter = open_model(str(case.base)), read_adapter(case.folder)
     assert compare(source, adapter, export(case, out)).agree
 
 
 def test_a_tensor_above_the_limit_has_a_shard_of_its_own(monkeypatch):
     monkeypatch.setattr(to_hf, "MAX_SHARD_BYTES", 1)
-    specs = open_source(str(golden("basic").base)).tensors
+    specs = open_model(str(golden("basic").base)).tensors
     shards = plan_shards(specs)
     assert [len(keys) for keys in shards.values()] == [1] * len(specs)
 
@@ -404,7 +407,7 @@ def test_an_adapter_of_another_model_is_refused_before_writing(out):
 
 def test_merging_reads_each_tensor_once(out, monkeypatch):
     case = golden("basic")
-    source, adapter = open_source(str(case.base)), read_adapter(case.folder)
+    source, adapter = open_model(str(case.base)), read_adapter(case.folder)
     paths = []
     read = source.read
     object.__setattr__(source, "read", lambda path: paths.append(path) or read(path))
@@ -416,13 +419,13 @@ def test_merging_reads_each_tensor_once(out, monkeypatch):
 def test_the_command_reports_and_succeeds(out, capsys):
     case = golden("patterns")
     words = ["--model", str(case.base), "--adapter", str(case.folder), str(out)]
-    assert run_command(to_hf.main, to_hf.Arguments, argv=words) == 0
+    assert run_command(to_hf.main, to_hf.Arguments, positional=["out"], argv=words) == 0
     assert "merged 14 of 21 tensors" in capsys.readouterr().out
 
 
 def test_the_command_fails_with_one_message(out, capsys):
     words = ["--model", str(out / "none"), "--adapter", "x", str(out)]
-    status = run_command(to_hf.main, to_hf.Arguments, argv=words)
+    status = run_command(to_hf.main, to_hf.Arguments, positional=["out"], argv=words)
     assert status == 2
     assert capsys.readouterr().err.startswith(f"error: {out / 'none'}: no such file")
 
@@ -481,7 +484,7 @@ def test_baked_adapters_have_one_rank_and_no_patterns(out):
     assert settings["rank_pattern"] == settings["alpha_pattern"] == {}
     assert (settings["r"], settings["lora_alpha"]) == (8, 8)
     assert {p["lora_A"].shape[1] for p in adapter.tensors.values()} == {8}
-    check_fit(adapter, open_source(str(golden("patterns").base)).config)
+    check_fit(adapter, open_model(str(golden("patterns").base)).config)
 
 
 @pytest.mark.parametrize("reader", ["peft", "vllm", "gguf"])
@@ -549,7 +552,7 @@ def test_an_adapter_is_not_written_over_its_source(tmp_path):
 
 def test_the_adapter_command_takes_its_reader_as_a_flag(out, capsys):
     words = ["--adapter", str(golden("basic").folder), "--for", "vllm", str(out)]
-    assert run_command(to_peft, ToPeft, argv=words) == 0
+    assert run_command(to_peft, ToPeft, positional=["out"], argv=words) == 0
     assert "written for vllm" in capsys.readouterr().out
 
 

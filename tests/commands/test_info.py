@@ -11,8 +11,8 @@ from helpers.tiny import CONFIG, tensors, write_hf, write_sharded
 
 from convert import info
 from jlora.cli.command import run_command
-from jlora.formats.base.base_folder import write_base
-from jlora.formats.model_source import open_source
+from jlora.formats.base.base_writer import write_base
+from jlora.formats.open_model import open_model
 
 TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
@@ -43,7 +43,9 @@ def hf(tmp_path):
 @pytest.fixture
 def show(capsys):
     def command(*words):
-        status = run_command(info.main, info.Arguments, argv=[*map(str, words)])
+        status = run_command(
+            info.main, info.Arguments, positional=("path",), argv=[*map(str, words)]
+        )
         printed = capsys.readouterr()
         assert status == 0, printed.err
         lines = (line.split("  ", 1) for line in printed.out.splitlines())
@@ -77,7 +79,7 @@ def test_facts_of_a_hugging_face_folder(hf, show):
 
 
 def test_facts_of_a_converted_base_with_its_source_and_digests(hf, tmp_path, show):
-    digest = write_base(open_source(str(hf)), tmp_path / "base", "keep", False)
+    digest = write_base(open_model(str(hf)), tmp_path / "base", "keep", False)
     file = hashlib.sha256((hf / "model.safetensors").read_bytes()).hexdigest()
     assert show(tmp_path / "base") == FACTS | {
         "format": "base",
@@ -93,7 +95,7 @@ def test_every_file_with_weights_is_in_the_record(tmp_path, show):
     keys = sorted(arrays)
     shards = [{k: arrays[k] for k in part} for part in (keys[:9], keys[9:])]
     folder = write_sharded(tmp_path / "hf", CONFIG, shards)
-    write_base(open_source(str(folder)), tmp_path / "base", "bfloat16", False)
+    write_base(open_model(str(folder)), tmp_path / "base", "bfloat16", False)
     digests = [
         f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}"
         for path in sorted(folder.glob("*.safetensors"))
@@ -165,7 +167,9 @@ def test_an_exported_folder_is_a_model(tmp_path, show):
 
 @pytest.mark.parametrize("path", ["nothing", __file__])
 def test_what_is_no_model_is_refused(path, capsys):
-    status = run_command(info.main, info.Arguments, argv=[str(path)])
+    status = run_command(
+        info.main, info.Arguments, positional=("path",), argv=[str(path)]
+    )
     assert status == 2
     assert capsys.readouterr().err.startswith(f"error: {path}")
 

@@ -9,7 +9,7 @@ from jlora.errors import CorruptError
 from jlora.formats import array_blocks as blocks
 from jlora.formats.array_blocks import read_box, turned_blocks, whole
 from jlora.formats.load_params import load_params
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.formats.tensor_checks import first_non_finite, is_finite
 
 SHAPE = (700, 300)
@@ -67,7 +67,7 @@ def test_a_file_that_ends_before_is_told(stored, transposed):
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
 def test_a_file_that_becomes_shorter_after_its_header_was_read_is_told(tmp_path, kept):
     folder = write_hf(tmp_path / "model", CONFIG, tensors(CONFIG))
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     path = folder / "model.safetensors"
     os.truncate(path, int(path.stat().st_size * kept))
     with pytest.raises(CorruptError, match="cut while it was read"):

@@ -17,7 +17,7 @@ from convert import from_hf, to_hf
 from jlora.cli.command import run_command
 from jlora.formats import atomic_folder as target
 from jlora.formats.atomic_folder import atomic_folder
-from jlora.formats.base.base_folder import open_base
+from jlora.formats.base.base_reader import open_base
 
 CASE = golden("basic")
 
@@ -42,7 +42,10 @@ def words_of(what, hf, out):
 
 def run(what, hf, out, *more):
     module, words = words_of(what, hf, out)
-    return run_command(module.main, module.Arguments, argv=[*words, *more])
+    positional = ("src", "out") if what == "convert" else ("out",)
+    return run_command(
+        module.main, module.Arguments, positional=positional, argv=[*words, *more]
+    )
 
 
 def bytes_of(folder):
@@ -70,7 +73,8 @@ setattr(owner, name, deadly)
 command, words = sys.argv[4], sys.argv[5:]
 from jlora.cli.command import run_command
 main = importlib.import_module(command)
-run_command(main.main, main.Arguments, argv=words)
+positional = ("src", "out") if command == "convert.from_hf" else ("out",)
+run_command(main.main, main.Arguments, positional=positional, argv=words)
 """
 
 
@@ -90,7 +94,7 @@ def killed(what, hf, out, place, *more):
 @pytest.mark.parametrize(
     ("what", "place"),
     [
-        ("convert", ("jlora.formats.base.base_folder", "save_tree", "3")),
+        ("convert", ("jlora.formats.base.base_writer", "write_safetensors", "3")),
         ("convert", ("jlora.formats.atomic_folder", "_sync", "1")),
         ("export", ("convert.to_hf", "_read_back", "1")),
     ],
@@ -156,7 +160,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     place = (
-        "jlora.formats.base.base_folder.save_tree"
+        "jlora.formats.base.base_writer.write_safetensors"
         if what == "convert"
         else "convert.to_hf._read_back"
     )
@@ -174,7 +178,7 @@ from convert import from_hf
 from jlora.cli.command import run_command
 usage = shutil.disk_usage
 shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)
-sys.exit(run_command(from_hf.main, from_hf.Arguments,
+sys.exit(run_command(from_hf.main, from_hf.Arguments, positional=("src", "out"),
                      argv=sys.argv[1:]))
 """
 MOUNT = 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"'

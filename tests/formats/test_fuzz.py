@@ -5,7 +5,6 @@ Longer: raise EXAMPLES and remove derandomize.
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
 from jlora.formats.hf.hf_config import export_config
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.formats.tensor_names import all_names
 from jlora.model.rotary import rope_frequencies
 
@@ -72,7 +71,7 @@ def damaged(data: bytes, edits: list[tuple[str, float, Any]], head: int) -> byte
 def read_all(path: Path) -> None:
     """Reads a model as a conversion would; a refusal is one sentence of some length."""
     try:
-        source = open_source(str(path))
+        source = open_model(str(path))
         for name in source.tensors:
             source.read(name)
     except JloraError as error:
@@ -172,6 +171,5 @@ def test_a_wild_configuration_is_understood_or_refused(changes, rope, place):
     if config.head_dim < 1000:
         for length in (1, 100, 10**6):
             assert np.isfinite(rope_frequencies(config, length)).all()
-    source: Any = SimpleNamespace(hf_config=document, config=config)
-    again = json.loads(json.dumps(export_config(source, "float32")))
+    again = json.loads(json.dumps(export_config(document, config, "float32")))
     assert LlamaConfig.from_hf(again) == config

@@ -1,12 +1,14 @@
+import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from helpers import ROOT
-from helpers.tiny import CONFIG, write_hf
+from helpers.tiny import CONFIG, tensors, write_hf
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.formats.array_blocks import MAX_BUFFER_BYTES, THREADS
@@ -31,7 +33,7 @@ from convert import from_hf
 from jlora.cli.command import run_command
 
 def convert(source, out, *more):
-    return run_command(from_hf.main, from_hf.Arguments,
+    return run_command(from_hf.main, from_hf.Arguments, positional=("src", "out"),
                        argv=[source, out, *more])
 
 tiny, source, out, allowed, *more = sys.argv[1:]
@@ -101,3 +103,71 @@ def test_a_conversion_that_runs_out_of_memory_is_told_and_leaves_nothing(
     assert "memory" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+PROGRAM = """
+import resource, sys
+from convert.from_hf import Arguments, main
+from jlora.formats.describe import describe_model
+from jlora.formats.load_params import load_params
+from jlora.formats.open_model import open_model
+
+folder, load = sys.argv[1], sys.argv[2] == "load"
+
+def work(name):
+    if load:
+        load_params(open_model(f"{folder}/{name}"))
+    else:
+        main(Arguments(f"{folder}/{name}", f"{folder}/base-{name}"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = work("small")  # what the libraries take whatever the model's size
+print("peak", (work("large") - before) * 1024)
+"""
+
+
+def write_large(folder: Path) -> dict[str, int]:
+    config = CONFIG | {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 1000,
+    }
+    rng = np.random.default_rng(0)
+    specs = {
+        name.key: Spec(name.hf_shape, np.dtype(np.float32))
+        for name in all_names(LlamaConfig.from_hf(config))
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    write_safetensors(
+        folder / "model.safetensors",
+        specs,
+        lambda key: rng.random(specs[key].shape, np.float32),
+    )
+    sizes = {key: spec.nbytes for key, spec in specs.items()}
+    layer = sum(size for key, size in sizes.items() if "layers.0." in key)
+    return {
+        "total": sum(sizes.values()),
+        "layer": layer,
+        "tensor": max(sizes.values()),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["convert", "load"])
+def test_peak_memory_stays_small(tmp_path, work):
+    write_hf(tmp_path / "small", CONFIG, tensors(CONFIG))
+    size = write_large(tmp_path / "large")
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), work],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    peak = int(result.stdout.split("peak ")[1])
+    kept = size["layer"] if work == "convert" else size["total"]
+    assert peak < kept + 2 * size["tensor"]

@@ -11,7 +11,7 @@ import convert
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError
 from jlora.formats.load_params import load_params
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.model.generation import generate_tokens
 from jlora.model.llama import Llama
 from jlora.model.rotary import apply_rope, rope_angles, rope_frequencies
@@ -46,7 +46,7 @@ def apply(model: Any, params, tokens) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def params():
-    return load_params(open_source(str(GOLDEN)), dtype="float32")
+    return load_params(open_model(str(GOLDEN)), dtype="float32")
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -188,7 +188,7 @@ def test_all_problems_of_the_settings_are_told_at_once():
 
 def test_angles_are_computed_once_for_all_layers():
     def turn(x, positions):
-        cos, sin = rope_angles(make({}), positions, 8, "cpu")
+        cos, sin = rope_angles(make({}), positions, 8)
         for _ in range(3):
             x = jnp.cumsum(apply_rope(x, cos, sin), axis=1)  # not one fusion
         return x

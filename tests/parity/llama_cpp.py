@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from convert import to_hf
 from jlora.cli.command import run_command
-from jlora.formats.model_source import open_source, read_as
+from jlora.formats.model_source import read_as
+from jlora.formats.open_model import open_model
 
 
 def export(folder: Path, name: str, tokenizer: list[Path]) -> Path:
@@ -39,7 +40,7 @@ def export(folder: Path, name: str, tokenizer: list[Path]) -> Path:
     adapted.save_pretrained(folder / "adapter")
     words = [str(folder / "merged"), "--model", str(folder / "hf")]
     words += ["--adapter", str(folder / "adapter"), "--verify", "false"]
-    assert not run_command(to_hf.main, to_hf.Arguments, argv=words)
+    assert not run_command(to_hf.main, to_hf.Arguments, positional=("out",), argv=words)
     return folder / "merged"
 
 
@@ -68,7 +69,7 @@ def main() -> None:
             if name == "longrope":  # of a Llama it writes no factors
                 print(f"{name}: {warnings}")
                 continue
-            ours, theirs = (open_source(str(path)) for path in (merged, file))
+            ours, theirs = (open_model(str(path)) for path in (merged, file))
             pairs = (
                 [read_as(source, path, "float32") for source in (ours, theirs)]
                 for path in ours.tensors

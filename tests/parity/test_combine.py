@@ -6,7 +6,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import convert
 from convert import combine, to_hf
-from jlora.formats.peft.attach_adapter import open_adapter, save_adapter
+from jlora.formats.peft.attach_adapter import save_adapter
+from jlora.loading import open_adapter
 
 EVERY = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
 SETTINGS = [

@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralForCausalLM
 import convert
 from jlora.errors import UnsupportedError
 from jlora.formats.hf.hf_config import export_config
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 
 
 def jax_logits(path, tokens, **options):
@@ -107,7 +107,8 @@ def test_the_layout_of_transformers_4_means_the_same(name, key, tmp_path):
 def test_an_exported_configuration_means_the_same_in_transformers(name, tmp_path):
     theirs = llamas.save(tmp_path / "a", name)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    exported = export_config(open_source(str(tmp_path / "a")), "float32")
+    source = open_model(str(tmp_path / "a"))
+    exported = export_config(source.hf_config, source.config, "float32")
     change_config(tmp_path / "b", lambda _: exported)
     assert_same_logits(tmp_path / "b", theirs)
     again = llamas.load(tmp_path / "b")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import convert
 from convert import to_hf
 from jlora.data.tokenize.tokenizer import Tokenizer
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.model.generation import generate_tokens
 
 PROMPTS = [
@@ -51,7 +51,7 @@ def ours(gguf):
 
 @pytest.fixture(scope="module")
 def our_tokenizer(gguf):
-    source = open_source(str(gguf))
+    source = open_model(str(gguf))
     return Tokenizer.from_files(source.files, source.config)
 
 

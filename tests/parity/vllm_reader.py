@@ -42,8 +42,9 @@ from convert import to_hf, to_peft
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
 from jlora.formats.hf.hf_config import reader_notes
-from jlora.formats.peft.attach_adapter import open_adapter, plain, write_adapter
+from jlora.formats.peft.attach_adapter import plain, write_adapter
 from jlora.formats.tensor_names import module_name
+from jlora.loading import open_adapter
 from jlora.model.rotary import rope_angles
 
 lora_model.PIN_MEMORY = False  # for which there must be a GPU
@@ -112,7 +113,7 @@ def read_config(folder: Path, longest: int | None = None) -> tuple[ModelConfig, 
 
 def table(config: LlamaConfig, rows: int, length: int) -> np.ndarray:
     """Returns jlora's [rows, H], cos before sin, of a call of some length."""
-    angles = rope_angles(config, jnp.arange(rows)[None], length, "cpu")
+    angles = rope_angles(config, jnp.arange(rows)[None], length)
     return np.concatenate([np.asarray(x)[0, :, 0] for x in angles], axis=-1)
 
 

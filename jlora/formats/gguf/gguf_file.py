@@ -117,7 +117,7 @@ class _Reader:
             )
         return self._file.read(count)
 
-    def _number(self, code: str) -> int:
+    def _number(self, code: str) -> Any:
         return struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))[0]
 
     def _text(self) -> str:

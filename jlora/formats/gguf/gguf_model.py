@@ -1,4 +1,4 @@
-"""GGUF files as a `Source`: names, rotary layout and block formats.
+"""GGUF files as a `ModelSource`: names, rotary layout and block formats.
 
 llama.cpp's converter interleaves the rotary pairs of q and k; here the rows are put back
 in HF's order. Quantised blocks become float32, one tensor at a time.
@@ -21,7 +21,7 @@ from jlora.formats.array_blocks import Index
 from jlora.formats.gguf.gguf_config import ROPE_FREQS, config_of
 from jlora.formats.gguf.gguf_file import PLAIN, GGUFFile, Tensor, read_gguf
 from jlora.formats.gguf.gguf_tokenizer import tokenizer_files
-from jlora.formats.model_source import Source, parse_config
+from jlora.formats.model_source import ModelSource, parse_config
 from jlora.formats.safetensors_file import Spec, read_bytes
 from jlora.formats.tensor_checks import check_names, check_values
 from jlora.formats.tensor_names import Name, all_names
@@ -69,7 +69,7 @@ _MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def open_gguf(path: Path) -> Source:
+def open_gguf(path: Path) -> ModelSource:
     """Returns the Llama of a GGUF file.
 
     Raises:
@@ -98,7 +98,7 @@ def open_gguf(path: Path) -> Source:
         array = names[path].to_params(_restore_rows(array, names[path], config))
         return array if box is None else array[box]
 
-    return Source(
+    return ModelSource(
         kind="gguf",
         location=path,
         config=config,

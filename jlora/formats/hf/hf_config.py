@@ -10,7 +10,6 @@ from typing import Any
 from jlora.config.architectures import LLAMA, MISTRAL
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.rope_config import RopeParameters, longrope_mscale, yarn_mscale
-from jlora.formats.model_source import Source
 
 # llama.cpp takes this where config.json has no such key at the top.
 _LLAMA_CPP_ORIGINAL_POSITIONS = 8192
@@ -18,14 +17,22 @@ _ORIGINAL = "original_max_position_embeddings"
 _STRIPPED = ("auto_map", "quantization_config")
 
 
-def export_config(source: Source, dtype: str) -> dict[str, Any]:
-    """Returns the config.json of a merged model whose tensors are mostly `dtype`."""
+def export_config(
+    hf_config: dict[str, Any], parsed: LlamaConfig, dtype: str
+) -> dict[str, Any]:
+    """Returns the config.json of an exported model whose tensors are mostly `dtype`.
+
+    Args:
+        hf_config: config.json of the base model.
+        parsed: what it says.
+        dtype: the new value of torch_dtype and dtype.
+    """
     config = {
         key: value
-        for key, value in source.hf_config.items()
+        for key, value in hf_config.items()
         if key not in _STRIPPED and not key.startswith("_")
     }
-    rope = source.config.rope_parameters
+    rope = parsed.rope_parameters
     scaling = _scaling(config, rope)
     config["rope_theta"] = rope.rope_theta
     config["rope_scaling"] = scaling if rope.rope_type != "default" else None

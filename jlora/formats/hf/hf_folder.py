@@ -1,4 +1,4 @@
-"""Hugging Face folders as a `Source`.
+"""Hugging Face folders as a `ModelSource`.
 
 Names, shapes and dtypes are compared with config.json before a byte of weights is read.
 """
@@ -14,7 +14,7 @@ from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.formats.array_blocks import Index, read_box, whole
 from jlora.formats.hf.hf_index import find_tensors
 from jlora.formats.model_files import read_json, read_side_files, reading
-from jlora.formats.model_source import Source, parse_config
+from jlora.formats.model_source import ModelSource, parse_config
 from jlora.formats.refusals import ADAPTER, META, refuse_other_models, refuse_quantised
 from jlora.formats.safetensors_file import Entry, Spec, read_bytes
 from jlora.formats.tensor_checks import check_names, first_non_finite
@@ -23,7 +23,7 @@ from jlora.formats.tensor_names import Name, all_names
 _log = logging.getLogger(__name__)
 
 
-def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
+def open_hf(folder: Path, provenance: dict[str, Any]) -> ModelSource:
     """Returns the model of a Hugging Face folder.
 
     Raises:
@@ -48,7 +48,7 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> Source:
             stored[name.key], name.key, in_file, transposed=name.transposed
         )
 
-    return Source(
+    return ModelSource(
         kind="hf",
         location=folder,
         config=config,

@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora.errors import JloraError, UsageError
 from jlora.formats.hub import is_hub_id
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.formats.peft.adapter import Adapter, Tensors, without_starts
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
 from jlora.formats.tensor_names import module_name, module_path
@@ -23,7 +23,7 @@ def from_base(adapter: Adapter, read: Callable[[str], Found], why: str) -> Found
 
     Args:
         adapter: its settings name the base, and its revision on the hub.
-        read: `open_source`, or `open_config` where the architecture is enough.
+        read: `open_model`, or `open_config` where the architecture is enough.
         why: what needs the base, for messages.
 
     Raises:
@@ -71,7 +71,7 @@ def plain(adapter: Adapter) -> Adapter:
     if not adapter.takes_start_out:
         return adapter
     why = f"init_lora_weights={adapter.config.init_lora_weights!r}"
-    source = from_base(adapter, open_source, why)
+    source = from_base(adapter, open_model, why)
     starts: Tensors = {}
     for path in adapter.pairs:
         if path != EMBEDDING:

@@ -9,7 +9,6 @@ Source: PEFT 0.21 `utils/save_and_load.py`, `tuners/lora/layer.py`.
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,21 +19,18 @@ from jax.core import Tracer
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError
-from jlora.formats.load_params import load_params
-from jlora.formats.model_source import open_source
-from jlora.formats.peft.adapter import Adapter, takes_start_out
+from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_base import plain, start_of
 from jlora.formats.peft.adapter_embeddings import changed_tables
 from jlora.formats.peft.adapter_fit import check_fit, model_config
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
 from jlora.formats.peft.adapter_reader import find_adapter, read_adapter
-from jlora.formats.peft.adapter_writer import adapter_of, save_adapter, write_adapter
+from jlora.formats.peft.adapter_writer import save_adapter, write_adapter
 from jlora.formats.tensor_names import Params, module_name, module_path
-from jlora.lora.adapter_tree import join, modules, with_adapter
+from jlora.lora.adapter_tree import modules, with_adapter
 from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import norm_squared, weight_of
 from jlora.lora.merging import without_start
-from jlora.train.checkpoint import newest_adapter
 
 __all__ = [
     "Adapter",
@@ -42,7 +38,6 @@ __all__ = [
     "check_fit",
     "find_adapter",
     "model_config",
-    "open_adapter",
     "plain",
     "read_adapter",
     "save_adapter",
@@ -50,27 +45,6 @@ __all__ = [
     "start_of",
     "write_adapter",
 ]
-
-
-def open_adapter(folder: str | Path) -> Adapter:
-    """Returns the adapter of a PEFT folder or hub id, or of a run: its newest checkpoint.
-
-    Raises:
-        UsageError: neither an adapter nor a run.
-        UnsupportedError, CorruptError: as `read_adapter`.
-    """
-    found = find_adapter(folder)
-    if found is not None:
-        return read_adapter(found)
-    config, tree, meta = newest_adapter(Path(folder))
-    settings = meta["settings"]
-    if takes_start_out(config):  # a checkpoint does not hold the start
-        base = load_params(
-            open_source(settings["model"]), dtype=settings["compute"]["base_dtype"]
-        )
-        tree = join(tree, add_lora(base, config, jax.random.key(settings["seed"])))
-    name = config.base_model_name_or_path or settings["model"]
-    return adapter_of(tree, config, Path(folder), name)
 
 
 def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
@@ -97,7 +71,7 @@ def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
 def attach_adapter(
     params: Params,
     config: LlamaConfig,
-    adapter: str | Path | Adapter,
+    adapter: Adapter,
     *,
     train: bool = False,
 ) -> Params:
@@ -109,15 +83,13 @@ def attach_adapter(
     Args:
         params: the base model.
         config: its architecture.
-        adapter: a PEFT folder, a run folder, or what `open_adapter` returned.
+        adapter: its tensors and settings.
         train: whether training goes on. A start that PEFT took out of the base (PiSSA,
             OLoRA) then becomes leaves, and the base stays as it is.
 
     Raises:
-        UsageError, UnsupportedError, CorruptError: as `open_adapter`, `check_fit`.
+        UnsupportedError, CorruptError: as `check_fit`.
     """
-    if not isinstance(adapter, Adapter):
-        adapter = open_adapter(adapter)
     if train:
         _check_trainable(adapter, config)
     fit = check_fit(adapter, config)
@@ -144,7 +116,11 @@ def attach_adapter(
 
 
 def start_adapter(
-    base: Params, config: LlamaConfig, lora: LoraConfig, seed: int, init: str | None
+    base: Params,
+    config: LlamaConfig,
+    lora: LoraConfig,
+    seed: int,
+    adapter: Adapter | None,
 ) -> tuple[Params, LoraConfig]:
     """Returns (base with an adapter to train, its settings); of shapes, shapes.
 
@@ -153,12 +129,11 @@ def start_adapter(
         config: of the base.
         lora: of a new adapter; of a continued one, its dropout and the base's name.
         seed: of a new adapter's start.
-        init: PEFT adapter or run to continue from, or None.
+        adapter: to continue from, or None.
     """
-    if init is None:
+    if adapter is None:
         start = partial(add_lora, config=lora, key=jax.random.key(seed))
     else:
-        adapter = open_adapter(init)
         lora = replace(
             adapter.config,
             lora_dropout=lora.lora_dropout,

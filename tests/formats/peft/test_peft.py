@@ -23,15 +23,15 @@ import jlora
 from convert.to_peft import Arguments as ToPeft
 from convert.to_peft import main as to_peft
 from jlora.errors import CorruptError, JloraError, UnsupportedError, UsageError
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.formats.peft.attach_adapter import (
     Adapter,
     attach_adapter,
     check_fit,
-    open_adapter,
     read_adapter,
     write_adapter,
 )
+from jlora.loading import open_adapter
 from jlora.lora.adapter_tree import module_at, split, trainable_mask
 from jlora.train.checkpoint import RunCheckpoints
 
@@ -76,7 +76,7 @@ def folder(tmp_path):
 
 
 def config_of(base):
-    return open_source(str(GOLDEN / "_base" / base)).config
+    return open_model(str(GOLDEN / "_base" / base)).config
 
 
 def read_settings(folder):
@@ -125,7 +125,7 @@ def test_written_adapter_reads_back_equal(rewritten, folder):
     fields = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias")
     for field in fields:
         assert getattr(before.config, field) == getattr(after.config, field)
-    check_fit(after, open_source(str(rewritten.base)).config)
+    check_fit(after, open_model(str(rewritten.base)).config)
 
 
 def test_written_tensors_are_those_of_peft(rewritten, folder):
@@ -264,7 +264,7 @@ def test_new_adapter_of_add_lora_reads_back(folder):
     config = jlora.LoraConfig(r=2, lora_alpha=3.5, target_modules=["up_proj"])
     params = jlora.add_lora(base, config, jax.random.key(0))
     write_adapter(params, config, folder, None)
-    again = attach_adapter(base, model.config, folder)
+    again = attach_adapter(base, model.config, read_adapter(folder))
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
@@ -492,14 +492,14 @@ def test_a_table_of_the_old_size_that_differs_is_refused(folder):
     changed_copy(folder, "basic", arrays=lambda a: a | {HEAD: table})
     model, base, _ = golden("basic").load()
     with pytest.raises(CorruptError, match=r"lm_head\.weight differs from the base"):
-        attach_adapter(base, model.config, folder)
+        attach_adapter(base, model.config, read_adapter(folder))
 
 
 def test_a_copy_of_the_bases_table_changes_nothing(folder):
     model, base, expected = golden("basic").load()
     copy = np.asarray(base["lm_head"]["kernel"]).T.copy()
     changed_copy(folder, "basic", arrays=lambda a: a | {HEAD: copy})
-    found = attach_adapter(base, model.config, folder)
+    found = attach_adapter(base, model.config, read_adapter(folder))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
@@ -586,7 +586,7 @@ def test_trained_biases_are_not_trained_on():
     case = golden("bias_all")
     model, base, _ = case.load()
     with pytest.raises(UnsupportedError, match=r"bias_all: bias='all'.*to_hf"):
-        attach_adapter(base, model.config, case.folder, train=True)
+        attach_adapter(base, model.config, read_adapter(case.folder), train=True)
 
 
 def test_a_resized_vocabulary_is_not_trained_on():
@@ -594,14 +594,14 @@ def test_a_resized_vocabulary_is_not_trained_on():
     _, base, _ = case.load()
     config = config_of("untied_fp32")
     with pytest.raises(UnsupportedError, match=r"84 tokens, the base has 80.*to_hf"):
-        attach_adapter(base, config, case.folder, train=True)
+        attach_adapter(base, config, read_adapter(case.folder), train=True)
 
 
 def test_a_different_table_of_an_adapted_embedding_replaces_the_bases(folder, capsys):
     key = "base_model.model.model.embed_tokens.base_layer.weight"
     changed_copy(folder, "embed", arrays=with_value(key, lambda e: 2 * e))
     model, base, _ = golden("embed").load()
-    found = attach_adapter(base, model.config, folder)
+    found = attach_adapter(base, model.config, read_adapter(folder))
     table = 2 * base["embed_tokens"]["embedding"]
     np.testing.assert_array_equal(found["embed_tokens"]["embedding"], table)
     assert "replaces a different base's" in capsys.readouterr().err
@@ -611,7 +611,7 @@ def test_two_pairs_under_one_tie_are_used_as_two(folder, capsys):
     key = "base_model.model.lm_head.lora_B.weight"
     changed_copy(folder, "tied_embed_ensured", arrays=with_value(key, lambda b: 2 * b))
     model, base, _ = golden("tied_embed_ensured").load()
-    found = attach_adapter(base, model.config, folder)
+    found = attach_adapter(base, model.config, read_adapter(folder))
     assert "lora_shared" not in found["lm_head"]
     assert "they are used as two" in capsys.readouterr().err
 

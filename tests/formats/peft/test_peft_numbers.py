@@ -16,7 +16,7 @@ from helpers.adapters import (
 
 import jlora
 from jlora.errors import UnsupportedError
-from jlora.formats.model_source import open_source
+from jlora.formats.open_model import open_model
 from jlora.formats.peft.adapter_keys import parse_key, to_leaf
 from jlora.formats.peft.attach_adapter import check_fit, read_adapter
 from jlora.formats.tensor_names import module_name, module_path
@@ -46,7 +46,7 @@ def test_modules_ranks_and_scalings_equal_peft(case):
 
 
 def test_an_adapter_of_peft_fits_its_base(case):
-    check_fit(read_adapter(case.folder), open_source(str(case.base)).config)
+    check_fit(read_adapter(case.folder), open_model(str(case.base)).config)
 
 
 def test_logits_equal_peft(case):

@@ -1,0 +1,156 @@
+"""Opens a converted base: every byte that is read is compared with its checksum."""
+
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jlora.config.strict_json import parse_json_object
+from jlora.errors import CorruptError, listing
+from jlora.formats.array_blocks import (
+    Index,
+    box_shape,
+    buffer,
+    empty,
+    for_each,
+    read_into,
+    whole,
+)
+from jlora.formats.base.base_record import (
+    RECORD,
+    StoredTensor,
+    check_files,
+    file_digests,
+    part_of,
+    read_record,
+)
+from jlora.formats.model_files import inside_folder, read_file, read_side_files, reading
+from jlora.formats.model_source import ModelSource, parse_config
+from jlora.formats.safetensors_file import Entry, Spec, read_header
+from jlora.formats.stored_leaves import (
+    dequantize_tensor,
+    is_quantizable,
+    quantized_specs,
+)
+from jlora.formats.tensor_checks import check_names
+from jlora.formats.tensor_names import all_names
+
+
+def open_base(folder: Path) -> ModelSource:
+    """Returns the model of a converted base; weights are verified as they are read.
+
+    Raises:
+        UnsupportedError: written by another version of jlora.
+        CorruptError: a missing, added, changed or damaged file.
+    """
+    record = read_record(folder)
+    files = {"config.json": read_file(folder, "config.json"), **read_side_files(folder)}
+    check_files(folder, record.files, file_digests(files))
+    hf_config = parse_json_object(files.pop("config.json"), f"{folder}/config.json")
+    config = parse_config(hf_config, f"{folder}/")
+    tensors: dict[str, Spec] = {}
+    leaves: dict[str, dict[str, Spec]] = {}
+    for name in all_names(config):
+        path = name.path
+        if record.quantize != "none" and is_quantizable(path):
+            tensors[path] = Spec(name.shape, record.kernel_dtype)
+            leaves[path] = quantized_specs(path, name.shape, record.quantize)
+        else:
+            stored = record.tensors.get(path, Spec(name.shape, record.kernel_dtype))
+            tensors[path] = Spec(name.shape, stored.dtype)
+            leaves[path] = {path: tensors[path]}
+    expected = {leaf: spec for specs in leaves.values() for leaf, spec in specs.items()}
+    _check_specs(f"{folder / RECORD}", record.tensors, expected)
+    entries: dict[str, Entry] = {}
+    for part in dict.fromkeys(map(part_of, tensors)):
+        name = f"params/{part}.safetensors"
+        entries |= read_header(inside_folder(folder, name), quantised=True)
+    _check_specs(f"{folder / 'params'}", entries, expected)
+
+    def read(path: str, box: Index | None = None) -> np.ndarray:
+        if path not in entries:  # a quantised kernel
+            arrays = {leaf: read(leaf) for leaf in leaves[path]}
+            kernel = dequantize_tensor(arrays, tensors[path].shape)
+            return kernel if box is None else kernel[box]
+        box = whole(expected[path].shape) if box is None else box
+        return read_verified(entries[path], record.tensors[path], path, box)
+
+    return ModelSource(
+        kind="base",
+        location=folder,
+        config=config,
+        hf_config=hf_config,
+        tensors=tensors,
+        read=read,
+        files=files,
+        provenance=record.provenance,
+        quantize=record.quantize,
+    )
+
+
+def _check_specs(
+    where: str, found: Mapping[str, Spec], expected: Mapping[str, Spec]
+) -> None:
+    """Raises CorruptError if names, shapes or dtypes are not the model's."""
+    shapes = ({k: x.shape for k, x in specs.items()} for specs in (found, expected))
+    check_names(where, *shapes)
+    wrong = [
+        f"{path} {found[path].dtype} instead of {spec.dtype}"
+        for path, spec in expected.items()
+        if found[path].dtype != spec.dtype
+    ]
+    if wrong:
+        raise CorruptError(f"{where}: other dtypes: {listing(wrong)}")
+
+
+def read_verified(
+    entry: Entry, stored: StoredTensor, path: str, box: Index
+) -> np.ndarray:
+    """Returns a box of a tensor; each block of rows that it touches is read once.
+
+    Raises:
+        CorruptError: a block is cut, or not what was written.
+    """
+    result = empty(box_shape(box), entry.dtype)
+    count, rows = entry.shape[0], stored.block_rows
+    row_bytes = entry.nbytes // count
+    full_rows = box[1:] == whole(entry.shape)[1:]
+    descriptor = _open(entry.file)
+
+    def copy(number: int) -> None:
+        first, end = number * rows, min((number + 1) * rows, count)
+        start, stop = max(first, box[0].start), min(end, box[0].stop)
+        target = result[start - box[0].start : stop - box[0].start]
+        if full_rows and (start, stop) == (first, end):
+            block = target
+        else:
+            memory = buffer((end - first) * row_bytes)
+            block = memory.view(entry.dtype).reshape(end - first, *entry.shape[1:])
+        if not read_into(block, descriptor, entry.offset + first * row_bytes):
+            problem = "is shorter than it was written"
+        elif zlib.crc32(block.view(np.uint8).data) != stored.crc32[number]:
+            problem = "differs from what was written"
+        else:
+            if block is not target:
+                target[...] = block[start - first : stop - first, *box[1:]]
+            return
+        raise CorruptError(
+            f"{entry.file}: {path} is damaged (rows {first} to {end - 1}: {problem}); "
+            "convert the model again"
+        )
+
+    try:
+        with reading(entry.file):
+            blocks = range(box[0].start // rows, math.ceil(box[0].stop / rows))
+            for_each(copy, blocks)
+    finally:
+        os.close(descriptor)
+    return result
+
+
+def _open(file: Path) -> int:
+    with reading(file):
+        return os.open(file, os.O_RDONLY)

@@ -1,0 +1,103 @@
+"""Loads a model from Python: `jlora.load`, and the adapters of PEFT folders and runs."""
+
+from pathlib import Path
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jlora.data import Tokenizer
+from jlora.errors import UsageError, listing
+from jlora.formats.load_params import BASE_DTYPES, BaseDtype, load_params
+from jlora.formats.model_source import Dtype
+from jlora.formats.open_model import open_model
+from jlora.formats.peft.adapter import Adapter, takes_start_out
+from jlora.formats.peft.adapter_fit import model_config
+from jlora.formats.peft.adapter_reader import find_adapter, read_adapter
+from jlora.formats.peft.adapter_writer import adapter_of
+from jlora.formats.peft.attach_adapter import attach_adapter
+from jlora.lora.adapter_tree import Params, join
+from jlora.lora.initialisation import add_lora
+from jlora.model.llama import Llama
+from jlora.parallel.sharding import parameter_sharding, tree_shardings
+from jlora.train.checkpoint import newest_adapter
+
+
+def load(
+    path: str | Path,
+    adapter: str | Path | None = None,
+    dtype: Dtype = "float32",
+    *,
+    base_dtype: BaseDtype | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[Llama, Params, Tokenizer | None]:
+    """Returns a model, its params and its tokenizer.
+
+        model, params, tokenizer = jlora.load("base", adapter="run")
+        logits = model.apply({"params": params}, tokens)
+
+    Args:
+        path: HF folder, hub id, .gguf file or converted base.
+        adapter: PEFT folder, hub id or run folder. Its dropout is active where a
+            "dropout" rng is given, as in PEFT's training mode.
+        dtype: of the params and of the computation; keep: params as stored, computation
+            in float32.
+        base_dtype: of the params, if not `dtype`; fp8, int8 and nf4 quantise the layers'
+            projections.
+        mesh: spreads the params over its devices, by the rules of training.
+
+    Returns:
+        The tokenizer is None if the model has no tokenizer.json.
+
+    Raises:
+        UsageError, UnsupportedError, CorruptError: as `open_model` and `open_adapter`.
+    """
+    for name, value, known in (
+        ("dtype", dtype, get_args(Dtype)),
+        ("base_dtype", base_dtype, (None, *BASE_DTYPES)),
+    ):
+        if value not in known:
+            raise UsageError(f"{name}={value!r}; expected one of {listing(known)}")
+    source = open_model(str(path))
+    config, dropout = source.config, 0.0
+    params = load_params(
+        source,
+        dtype=dtype if base_dtype is None else base_dtype,
+        sharding=None
+        if mesh is None
+        else lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
+    )
+    if adapter is not None:
+        opened = open_adapter(adapter)
+        params = attach_adapter(params, config, opened)
+        config = model_config(opened, config)
+        dropout = float(opened.config.lora_dropout)
+        if mesh is not None:
+            params = jax.device_put(params, tree_shardings(mesh, params))
+    compute = jnp.float32 if dtype == "keep" else jnp.dtype(dtype)
+    model = Llama(config, dtype=compute, lora_dropout=dropout)
+    if "tokenizer.json" not in source.files:
+        return model, params, None
+    return model, params, Tokenizer.from_files(source.files, source.config)
+
+
+def open_adapter(folder: str | Path) -> Adapter:
+    """Returns the adapter of a PEFT folder or hub id, or of a run's newest checkpoint.
+
+    Raises:
+        UsageError: neither an adapter nor a run.
+        UnsupportedError, CorruptError: as `read_adapter`.
+    """
+    found = find_adapter(folder)
+    if found is not None:
+        return read_adapter(found)
+    config, tree, meta = newest_adapter(Path(folder))
+    settings = meta["settings"]
+    if takes_start_out(config):  # the initial value is not in the checkpoint
+        base = load_params(
+            open_model(settings["model"]), dtype=settings["compute"]["base_dtype"]
+        )
+        tree = join(tree, add_lora(base, config, jax.random.key(settings["seed"])))
+    name = config.base_model_name_or_path or settings["model"]
+    return adapter_of(tree, config, Path(folder), name)
