@@ -1,34 +1,22 @@
 """Text from a model, with or without an adapter: one completion, or a chat."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 from jlora.cli.command import run_command
-from jlora.cli.compilation_cache import keep_compiled
-from jlora.config.run_config import check_seed
-from jlora.data import Tokenizer
+from jlora.cli.process_setup import keep_compiled
+from jlora.config.run_config import ModelConfig, check_seed
 from jlora.errors import UsageError
-from jlora.formats.load_params import load_params
-from jlora.formats.open_model import open_model
-from jlora.formats.peft.attach_adapter import attach_adapter, model_config
-from jlora.loading import open_adapter
-from jlora.lora.adapter_tree import Params
-from jlora.model.generation import generate_tokens
-from jlora.model.llama import Llama, compute_dtype
 
 NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(ModelConfig):
     """Complete a prompt, or chat."""
 
-    model: str
-    """HF folder, hub id, .gguf file or converted base."""
-    adapter: str | None = None
-    """Run folder or PEFT adapter folder."""
     prompt: str | None = None
     """Text to continue; with --chat, the one message to answer."""
     chat: bool = False
@@ -39,8 +27,6 @@ class Arguments:
     """0 takes the most likely token; higher is more random."""
     seed: int = 0
     """Seed of the sampling."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -56,7 +42,17 @@ class Arguments:
 
 
 def main(args: Arguments) -> None:
-    """Loads the model and prints what it says."""
+    """Loads the model, then completes the prompt or answers each message."""
+    # What needs JAX is imported here: --help and a wrong flag are answered without it.
+    from jlora.data import Tokenizer
+    from jlora.formats.load_params import load_params
+    from jlora.formats.open_model import open_model
+    from jlora.formats.peft.attach_adapter import attach_adapter, model_config
+    from jlora.loading import open_adapter
+    from jlora.model.generation import generate_tokens
+    from jlora.model.llama import Llama
+    from jlora.ops.compute_choices import choose_dtype, default_platform
+
     source = open_model(args.model)
     keep_compiled()
     config, params = source.config, load_params(source)
@@ -64,18 +60,29 @@ def main(args: Arguments) -> None:
         adapter = open_adapter(args.adapter)
         params = attach_adapter(params, config, adapter)
         config = model_config(adapter, config)
-    model = Llama(config, compute_dtype(args.dtype))
+    model = Llama(config, choose_dtype(args.dtype, default_platform()))
     tokenizer = Tokenizer.from_files(source.files, config)
+    sample = partial(
+        generate_tokens,
+        model,
+        params,
+        stop_ids=tokenizer.stop_ids,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+
+    def complete(tokens: list[int]) -> str:
+        count = count_new_tokens(args, len(tokens), config.max_position_embeddings)
+        return print_text(sample(tokens, max_new_tokens=count), tokenizer.decode)
+
     if args.prompt is not None and not args.chat:
-        tokens = tokenizer.encode(args.prompt, add_bos=True)
-        say(args, model, params, tokenizer, tokens)
+        complete(tokenizer.encode(args.prompt, add_bos=True))
         return
     messages: list[dict[str, str]] = []
     for message in [args.prompt] if args.prompt is not None else read_messages():
         messages.append({"role": "user", "content": message})
         tokens = tokenizer.encode_chat(messages, add_generation_prompt=True)
-        answer = say(args, model, params, tokenizer, tokens)
-        messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "assistant", "content": complete(tokens)})
 
 
 def read_messages() -> Iterator[str]:
@@ -90,45 +97,35 @@ def read_messages() -> Iterator[str]:
         yield line
 
 
-def say(
-    args: Arguments,
-    model: Llama,
-    params: Params,
-    tokenizer: Tokenizer,
-    tokens: list[int],
-) -> str:
-    """Prints the answer as it comes; returns it.
+def count_new_tokens(args: Arguments, used: int, longest: int) -> int:
+    """Returns how many tokens to generate after `used`, in a model of `longest` positions.
 
     Raises:
         UsageError: the conversation has no room left.
     """
-    longest = model.config.max_position_embeddings
-    room = longest - len(tokens)
+    room = longest - used
     if room < 1 and args.chat:
         raise UsageError(
-            f"the conversation has {len(tokens)} tokens and the model takes {longest}; "
+            f"the conversation has {used} tokens and the model takes {longest}; "
             "start a new one"
         )
     wanted = args.max_new_tokens
     if wanted is None or (args.chat and args.prompt is None):
-        wanted = max(1, min(wanted or NEW_TOKENS, room))
+        return max(1, min(wanted or NEW_TOKENS, room))
+    return wanted
+
+
+def print_text(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> str:
+    """Prints the text of tokens as they come; returns it."""
     new: list[int] = []
     shown = ""
-    for token in generate_tokens(
-        model,
-        params,
-        tokens,
-        max_new_tokens=wanted,
-        stop_ids=tokenizer.stop_ids,
-        temperature=args.temperature,
-        seed=args.seed,
-    ):
+    for token in tokens:
         new.append(token)
-        text = tokenizer.decode(new)
+        text = decode(new)
         if not text.endswith("\ufffd"):  # half a character; wait for the rest
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    text = tokenizer.decode(new)
+    text = decode(new)
     print(text[len(shown) :], flush=True)
     return text
 

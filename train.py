@@ -9,11 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from jlora.cli.command import run_command
-from jlora.cli.compilation_cache import keep_compiled
-from jlora.cli.malloc import keep_freed_memory
+from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import (
     ComputeConfig,
@@ -113,6 +110,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     epoch_steps = math.ceil(args.train.num_epochs * data.steps_per_epoch)
     total_steps = args.train.max_steps or epoch_steps
     params = max(trees.values(), key=count_parameters)
+    segments = max(d.max_segments for d in (data, held_out) if d)
     work = plan_workload(
         config,
         params,
@@ -120,22 +118,22 @@ def train(args: Arguments, stop: threading.Event) -> None:
         compute=compute_of_sweep(args.compute, len(every), packed=args.data.packing),
         rows=args.train.batch_size // args.train.grad_accum_steps,
         length=data.row_length,
+        max_segments=segments,
         adapters=len(every),
     )
+    compute = work.compute
     beside = f" for each of {len(every)} adapters" * (len(every) > 1)
     print(
         f"{total_steps} steps of {args.train.batch_size} x {data.row_length} tokens"
-        f"{beside} on {mesh.size} {jax.devices()[0].device_kind}: {work.dtype.name}, "
-        f"attention {work.attention}, kernels {work.kernels}, remat {work.remat}",
+        f"{beside} on {mesh.size} {mesh.devices.flat[0].device_kind}: {compute.dtype.name}, "
+        f"attention {compute.attention}, kernels {compute.kernels}, remat {compute.remat}",
         flush=True,
     )
     if args.plan:
         print("\n".join([*plan_lines(data), *memory_table(params, work), ""]))
         show_samples(make_samples(data, tokenizer))
         return
-    segments = max(d.max_segments for d in (data, held_out) if d)
-    options = (work.dtype, work.attention, work.remat)
-    model = Llama(config, *options, max_segments=segments, kernels=work.kernels)
+    model = Llama.with_compute(config, compute)
     base = load_params(
         source,
         dtype=args.compute.base_dtype,  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def jlora_step(name: str, layers: int) -> Callable[[], float]:
     """Returns a function that makes one step and returns its loss."""
     import step_time
 
-    from jlora.cli.malloc import keep_freed_memory
+    from jlora.cli.process_setup import keep_freed_memory
 
     keep_freed_memory()  # as train.py does
     work = step_time.WORKLOADS[name]

@@ -150,15 +150,9 @@ class Trainer:
             compute=compute,
             rows=rows,
             length=length,
-        )
-        model = Llama(
-            self.config,
-            self.dtype,
-            work.attention,
-            work.remat,
             max_segments=data.max_segments if packed else 0,
-            kernels=work.kernels,
         )
+        model = Llama.with_compute(self.config, work.compute)
         optim = OptimConfig(learning_rate=RATE, lr_schedule="constant")
         optimizer = make_optimizer(optim, make_schedule(optim, 100))
         state, frozen = TrainState.create(self.params, optimizer, self.mesh)
@@ -175,7 +169,7 @@ class Trainer:
                 state, metrics = step(state, frozen, batch)
                 log.add(metrics, batches.waited_s)
             log.flush()
-        how = f"{work.attention}, kernels {work.kernels}"
+        how = f"{work.compute.attention}, kernels {work.compute.kernels}"
         return log.figures(name, data, how, peak_memory_bytes(), jax)
 
 

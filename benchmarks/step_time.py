@@ -31,8 +31,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 import jlora
-from jlora.cli.compilation_cache import keep_compiled
-from jlora.cli.malloc import keep_freed_memory
+from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.config.rope_config import RopeParameters
@@ -165,16 +164,10 @@ def prepare(
         compute=work.compute,
         rows=work.rows * mesh.size,
         length=work.length,
-    )
-    model = Llama(
-        work.config,
-        plan.dtype,
-        plan.attention,
-        plan.remat,
-        work.lora.lora_dropout,
-        work.length // (work.document or work.length),
-        kernels=plan.kernels,
-    )
+        max_segments=work.length // (work.document or work.length),
+    ).compute
+    model = Llama.with_compute(work.config, plan)
+    model = model.clone(lora_dropout=work.lora.lora_dropout)
     settings = OptimConfig()
     optimizer = make_optimizer(settings, make_schedule(settings, 100))
     state, frozen = TrainState.create(params, optimizer, mesh)

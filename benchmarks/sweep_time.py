@@ -103,8 +103,7 @@ def measure(name: str) -> dict[str, Any]:
             length=length,
             adapters=adapters,
         )
-        options = (config, work.dtype, work.attention, work.remat)
-        return Llama(*options, kernels=work.kernels), work.remat
+        return Llama.with_compute(config, work.compute), work.compute.remat
 
     # First, as the single step donates the state of the adapter that it trains.
     model, remat_together = model_for(count)

@@ -16,13 +16,14 @@ Source: PEFT 0.21 `tuners/lora/model.py`.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from jlora.cli.command import run_command
+from jlora.cli.flags import POSITIONAL
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.formats.atomic_folder import check_target
@@ -38,7 +39,7 @@ How = Literal["linear", "cat", "svd"]
 class Arguments:
     """Combine several adapters into one PEFT adapter folder."""
 
-    out: str
+    out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
     adapters: list[str]
     """PEFT adapter folders or run folders: [A,B]."""
@@ -251,4 +252,4 @@ def _check_shapes(
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments, positional=("out",)))
+    raise SystemExit(run_command(main, Arguments))

@@ -1,10 +1,11 @@
 """Converts an HF folder, a hub id or a GGUF file into a jlora base checkpoint."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jlora.cli.command import run_command
+from jlora.cli.flags import POSITIONAL
 from jlora.formats.atomic_folder import check_space, check_target
 from jlora.formats.base.base_reader import open_base
 from jlora.formats.base.base_writer import write_base
@@ -18,9 +19,9 @@ from jlora.ops.quantize import Format
 class Arguments:
     """Convert an HF folder, a hub id or a .gguf file into a jlora base checkpoint."""
 
-    src: str
+    src: str = field(metadata=POSITIONAL)
     """HF folder, hub id (owner/name or owner/name@revision) or .gguf file."""
-    out: str
+    out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
     dtype: Dtype = "keep"
     """Storage of every tensor; keep: as stored, quantised GGUF blocks as float32."""
@@ -43,4 +44,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments, positional=("src", "out")))
+    raise SystemExit(run_command(main, Arguments))

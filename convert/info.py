@@ -4,10 +4,11 @@ Architecture, sizes, dtypes, rotary settings, tokenizer, template and origin, on
 fact. Of a run, the newest checkpoint is read if it holds no adapter yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jlora.cli.command import run_command
+from jlora.cli.flags import POSITIONAL
 from jlora.errors import UsageError
 from jlora.formats.describe import describe_adapter, describe_model
 from jlora.formats.model_source import hashing
@@ -20,7 +21,7 @@ from jlora.loading import open_adapter
 class Arguments:
     """Show what a model, adapter or run folder, hub id or .gguf file holds."""
 
-    path: str
+    path: str = field(metadata=POSITIONAL)
     """Converted base, HF folder, hub id (owner/name), .gguf file, PEFT adapter or run."""
     digest: bool = False
     """Also read the files with weights and print their sha256."""
@@ -51,4 +52,4 @@ def is_adapter(path: Path) -> bool:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments, positional=("path",)))
+    raise SystemExit(run_command(main, Arguments))

@@ -9,13 +9,14 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jlora.cli.command import run_command
+from jlora.cli.flags import POSITIONAL
 from jlora.errors import CorruptError
 from jlora.formats.atomic_folder import atomic_folder, check_space, check_target
 from jlora.formats.digests import leaf_digest
@@ -48,7 +49,7 @@ _TABLE = f"{EMBEDDING}/embedding"
 class Arguments:
     """Merge an adapter into its base model and write a Hugging Face folder."""
 
-    out: str
+    out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
     model: str
     """Base model: converted base, HF folder, hub id (owner/name) or .gguf file."""
@@ -276,4 +277,4 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments, positional=("out",)))
+    raise SystemExit(run_command(main, Arguments))

@@ -1,12 +1,13 @@
 """Writes the adapter of a run as a PEFT folder, if need be in a form others read."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from jlora.cli.command import run_command
+from jlora.cli.flags import POSITIONAL
 from jlora.errors import JloraError, UnsupportedError, listing
 from jlora.formats.atomic_folder import check_target
 from jlora.formats.hub import is_hub_id
@@ -26,7 +27,7 @@ _MERGE = "merge the adapter with convert.to_hf and serve the merged model"
 class Arguments:
     """Write a run's adapter as a PEFT adapter folder."""
 
-    out: str
+    out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
     adapter: str
     """Run folder of train.py, or PEFT adapter folder."""
@@ -176,4 +177,4 @@ def bake(adapter: Adapter) -> Adapter:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main, Arguments, positional=("out",)))
+    raise SystemExit(run_command(main, Arguments))

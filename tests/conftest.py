@@ -8,7 +8,9 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Token caches and compiled programs of the tests, also in processes that they start, die
-# with the machine's temporary files.
+# Token caches of the tests, also in processes that they start, and compiled programs
+# die with the machine's temporary files; a folder named beforehand keeps programs.
 os.environ["JLORA_CACHE"] = tempfile.mkdtemp(prefix="jlora-tests-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["JLORA_CACHE"] + "/compiled"
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", os.environ["JLORA_CACHE"] + "/compiled"
+)

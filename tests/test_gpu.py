@@ -26,6 +26,7 @@ from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.formats.digests import flatten
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.ops.attention import attend
+from jlora.ops.compute_choices import Compute
 from jlora.parallel.sharding import make_mesh
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
@@ -81,8 +82,8 @@ def test_cudnn_attention_and_gradients_equal_float32_reference(
         for key, n in zip(keys, counts, strict=True)
     )
 
-    def run(implementation, dtype):
-        function = functools.partial(attend, implementation=implementation)
+    def run(attention, dtype):
+        function = functools.partial(attend, compute=Compute(attention=attention))
         return value_and_gradients(function, up.astype(dtype), q, k, v)
 
     for found, wanted in zip(
@@ -109,13 +110,9 @@ def test_cudnn_packed_attention_and_gradients_equal_float32_reference(
     )
     segments = jnp.asarray(PACKED)
 
-    def run(implementation, dtype):
-        function = functools.partial(
-            attend,
-            segment_ids=segments,
-            implementation=implementation,
-            max_segments=max_segments,
-        )
+    def run(attention, dtype):
+        compute = Compute(attention=attention, max_segments=max_segments)
+        function = functools.partial(attend, compute=compute, segment_ids=segments)
         return value_and_gradients(function, up.astype(dtype), q, k, v)
 
     for found, wanted in zip(

@@ -36,7 +36,7 @@ OWNERS = {
     "huggingface_hub": ("jlora.formats",),
     "rich": ("jlora.report",),
     "matplotlib": ("jlora.report",),
-    "jsonargparse": ("jlora.cli",),
+    "yaml": ("jlora.cli", "jlora.train"),
     "torch": (),
     "transformers": (),
     "peft": (),

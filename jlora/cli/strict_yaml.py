@@ -1,4 +1,4 @@
-"""YAML without surprises: no duplicate keys, anchors or tags; 1e-4 is a number."""
+"""YAML without surprises: no duplicate keys, anchors or tags; 1e-4 is a number, 010 is text."""
 
 import re
 from pathlib import Path
@@ -38,16 +38,26 @@ class _StrictLoader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("null", r"null|~|", ["n", "~", ""]),
     ("bool", r"true|false", list("tf")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
+    ("int", r"[-+]?(0|[1-9][0-9]{0,99})", list("-+0123456789")),
     (
         "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
         list("-+.0123456789"),
     ),
 ):
     _StrictLoader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first
     )
+
+
+def parse_yaml(text: str) -> Any:
+    """Returns what a text of YAML stands for.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or uses what is refused.
+        RecursionError: it is nested too deeply.
+    """
+    return yaml.load(text, _StrictLoader)
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_YAML_BYTES:
             raise UsageError(f"{file}: more than {MAX_YAML_BYTES:,} bytes of YAML")
-        document = yaml.load(file.read_text("utf-8"), _StrictLoader)
+        document = parse_yaml(file.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror})") from error
     except yaml.MarkedYAMLError as error:

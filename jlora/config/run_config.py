@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from jlora.errors import UsageError, listing, nearest
 
@@ -22,15 +22,24 @@ DEFAULT_SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What to train on."""
+class ModelConfig:
+    """The model to run; the flags that generate.py and evaluate.py share."""
 
-    train: list[str] | dict[str, float] | str | None = None
-    """File, folder or glob to train on, a list of them, or {path: passes per epoch}."""
-    eval: list[str] | dict[str, float] | str | None = None
-    """Held-out records, in the same forms; evaluated every train.eval_every steps."""
-    eval_fraction: float = 0.0
-    """Share of data.train to hold out where there is no data.eval."""
+    model: str
+    """HF folder, hub id, .gguf file or converted base."""
+    adapter: str | None = None
+    """Run folder or PEFT adapter folder."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+
+
+R = TypeVar("R", bound="RowConfig")
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """How records become rows of tokens; the flags that train.py and evaluate.py share."""
+
     format: Literal[
         "auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"
     ] = "auto"
@@ -46,7 +55,7 @@ class DataConfig:
     seq_len: int | None = None
     """Tokens per row; longer records are cut there. null: 512, or the model's most if less."""
     packing: bool = False
-    """Put several records in one row (each sees only itself)."""
+    """Put several records in one row; each sees only itself, and the loss is the same."""
     train_on: Literal["auto", "assistant", "last_assistant", "completion", "all"] = (
         "auto"
     )
@@ -57,6 +66,36 @@ class DataConfig:
         if self.seq_len is not None and self.seq_len < 2:
             raise UsageError(f"data.seq_len={self.seq_len}; expected at least 2 tokens")
         _at_least("data", self, "max_bad_rows", 0)
+
+    @property
+    def row_length(self) -> int:
+        """Most tokens of a row."""
+        return DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len
+
+    def sized(self: R, longest: int) -> R:
+        """Returns it with seq_len decided for a model of `longest` positions."""
+        if self.seq_len is not None:
+            return self
+        return replace(self, seq_len=min(DEFAULT_SEQ_LEN, longest))
+
+
+@dataclass(frozen=True)
+class _DataFiles:
+    train: list[str] | dict[str, float] | str | None = None
+    """File, folder or glob to train on, a list of them, or {path: passes per epoch}."""
+    eval: list[str] | dict[str, float] | str | None = None
+    """Held-out records, in the same forms; evaluated every train.eval_every steps."""
+    eval_fraction: float = 0.0
+    """Share of data.train to hold out where there is no data.eval."""
+
+
+@dataclass(frozen=True)
+class DataConfig(RowConfig, _DataFiles):
+    """What to train on."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        super().__post_init__()
         if not 0 <= self.eval_fraction < 1:
             raise UsageError(
                 f"data.eval_fraction={self.eval_fraction}; expected a number in [0, 1)"
@@ -66,17 +105,6 @@ class DataConfig:
                 "data.eval and data.eval_fraction are both given; "
                 "held-out records come from one of them"
             )
-
-    @property
-    def row_length(self) -> int:
-        """Most tokens of a row."""
-        return DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len
-
-    def sized(self, longest: int) -> "DataConfig":
-        """Returns it with seq_len decided for a model of `longest` positions."""
-        if self.seq_len is not None:
-            return self
-        return replace(self, seq_len=min(DEFAULT_SEQ_LEN, longest))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ Above 300 lines, as all that reads or splits these leaves is here and nowhere el
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import field
 from typing import Any
 
 import flax.linen as nn
@@ -31,10 +32,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from jlora.lora.adapter_tree import Params
+from jlora.ops.compute_choices import Compute
 from jlora.ops.dropout import drop_by, seeds
 from jlora.ops.hopper import fused_projections as fused
 from jlora.ops.hopper.low_rank import Dropout
-from jlora.ops.matmul import matmul
+from jlora.ops.matmul import matmul, matmul_float32
 from jlora.ops.quantize import (
     is_quantized,
     kernel_of,
@@ -52,7 +54,7 @@ NORM_NAME = "dora_norm"
 def linear(
     x: Float[Array, "... D_in"],
     leaves: Leaves,
-    dtype: Any,
+    compute: Compute,
     *,
     dropped: Float[Array, "... D_in"] | None = None,
     keep: bool = False,
@@ -60,36 +62,36 @@ def linear(
     """Returns x W (+ bias) and what the adapter among the leaves makes of it.
 
     LoRA adds s (x A) B; DoRA then brings every column of W + s A B to its magnitude.
-    Products run in `dtype` (float32 masters A and B are cast down, x never up).
+    Products run in `compute.dtype` (float32 masters A and B are cast down, x never up).
 
     Args:
         x: the input.
         leaves: of one module, see above.
-        dtype: of the products and the result.
+        compute: dtype of the products and the result, and platform.
         dropped: x after dropout, for A (and DoRA's change of the base) in training.
         keep: whether the gradient of what follows reads the product.
     """
     bias = leaves.get("trained_bias", leaves.get("bias"))
-    y = _base(x, leaves, dtype)
+    y = _base(x, leaves, compute)
     if dropped is not None and "lora_magnitude" in leaves:
-        y = _dropped_dora(x, y, leaves, dtype, dropped, keep=keep)
+        y = _dropped_dora(x, y, leaves, compute, dropped, keep=keep)
     else:
         if "lora_A" in leaves:
             inner = x if dropped is None else dropped
-            y = y + (_update(inner, leaves, dtype) - _start(x, leaves, dtype))
+            y = y + (_update(inner, leaves, compute) - _start(x, leaves, compute))
         y = _finished(y, leaves, keep=keep)
-    return y if bias is None else y + bias.astype(dtype)
+    return y if bias is None else y + bias.astype(compute.dtype)
 
 
-def _base(x: Array, leaves: Leaves, dtype: Any) -> Array:
+def _base(x: Array, leaves: Leaves, compute: Compute) -> Array:
     """Returns x W of a kernel that is trained itself, quantised or plain."""
     if "trained_kernel" not in leaves and is_quantized(leaves):
-        return quantized_matmul(x, leaves, dtype)
-    return matmul(x, leaves.get("trained_kernel", leaves.get("kernel")), dtype)
+        return quantized_matmul(x, leaves, compute)
+    return matmul(x, leaves.get("trained_kernel", leaves.get("kernel")), compute)
 
 
-def _update(x: Array, leaves: Leaves, dtype: Any) -> Array:
-    return _product(x, leaves["lora_A"], leaves["lora_B"], leaves, dtype)
+def _update(x: Array, leaves: Leaves, compute: Compute) -> Array:
+    return _product(x, leaves["lora_A"], leaves["lora_B"], leaves, compute)
 
 
 def _finished(y: Array, leaves: Leaves, *, keep: bool) -> Array:
@@ -108,52 +110,54 @@ def _gain(leaves: Leaves) -> Array:
 
 
 def _dropped_dora(
-    x: Array, y: Array, leaves: Leaves, dtype: Any, dropped: Array, *, keep: bool
+    x: Array, y: Array, leaves: Leaves, compute: Compute, dropped: Array, *, keep: bool
 ) -> Array:
     """Returns DoRA's output under dropout, given y = x W.
 
     PEFT leaves y itself undropped, which costs this second product with the kernel. A
     backward pass keeps it for the gain's gradient, or the output, where that is read.
     """
-    base = _base(dropped, leaves, dtype) - _start(dropped, leaves, dtype)
+    base = _base(dropped, leaves, compute) - _start(dropped, leaves, compute)
     if not keep:
         base = checkpoint_name(base, fused.PRODUCT_NAME)
-    y = y - _start(x, leaves, dtype)
+    y = y - _start(x, leaves, compute)
     gain = _gain(leaves)
-    y = (y + (gain - 1) * base + gain * _update(dropped, leaves, dtype)).astype(dtype)
+    y = (y + (gain - 1) * base + gain * _update(dropped, leaves, compute)).astype(
+        compute.dtype
+    )
     return checkpoint_name(y, fused.PRODUCT_NAME) if keep else y
 
 
-def _product(x: Array, a: Array, b: Array, leaves: Leaves, dtype: Any) -> Array:
+def _product(x: Array, a: Array, b: Array, leaves: Leaves, compute: Compute) -> Array:
     """Returns s (x a) b; the scale is applied to b, the smallest, before it is rounded."""
-    return matmul(matmul(x, a, dtype), b * leaves["lora_scaling"], dtype)
+    return matmul(matmul(x, a, compute), b * leaves["lora_scaling"], compute)
 
 
-def _start(x: Array, leaves: Leaves, dtype: Any) -> Array | float:
+def _start(x: Array, leaves: Leaves, compute: Compute) -> Array | float:
     """Returns what the adapter added at its start, if that was taken out of the base."""
     if "lora_A0" not in leaves:
         return 0.0
-    return _product(x, leaves["lora_A0"], leaves["lora_B0"], leaves, dtype)
+    return _product(x, leaves["lora_A0"], leaves["lora_B0"], leaves, compute)
 
 
 def lookup(
-    tokens: Int[Array, "..."], leaves: Leaves, dtype: Any
+    tokens: Int[Array, "..."], leaves: Leaves, compute: Compute
 ) -> Float[Array, "... D"]:
     """Returns each token's vector, adapted; NaN for an id outside the table.
 
     The update of a token is A[token] B; an embedding has no dropout, as in PEFT.
     """
     table = leaves.get("trained_embedding", leaves["embedding"])
-    y = _rows(table, tokens).astype(dtype)
+    y = _rows(table, tokens).astype(compute.dtype)
     if "lora_A" in leaves:
         a = _rows(leaves["lora_A"], tokens)
         b = leaves["lora_B"] * leaves["lora_scaling"]
-        y = y + matmul(a, b, dtype)
+        y = y + matmul(a, b, compute)
     if "lora_magnitude" in leaves:
-        y = (_gain(leaves) * y).astype(dtype)
+        y = (_gain(leaves) * y).astype(compute.dtype)
     if "token_rows" in leaves:
         hit = tokens[..., None] == leaves["token_ids"]
-        rows = leaves["token_rows"][jnp.argmax(hit, axis=-1)].astype(dtype)
+        rows = leaves["token_rows"][jnp.argmax(hit, axis=-1)].astype(compute.dtype)
         y = jnp.where(jnp.any(hit, axis=-1)[..., None], rows, y)
     return y
 
@@ -198,16 +202,16 @@ def _head_kernel(head: Leaves) -> Array:
 def head_logits(
     hidden: Float[Array, "... D"],
     head: Leaves,
-    dtype: Any,
+    compute: Compute,
     *,
     dropped: Float[Array, "... D"] | None = None,
 ) -> Float[Array, "... V"]:
-    """Returns the logits of `head_parameters`' leaves in `dtype`; `dropped` as `linear`."""
+    """Returns the logits of `head_parameters`' leaves in `compute.dtype`; `dropped` as `linear`."""
     logits = linear(
-        hidden, {**head, "kernel": _head_kernel(head)}, dtype, dropped=dropped
+        hidden, {**head, "kernel": _head_kernel(head)}, compute, dropped=dropped
     )
     if "token_rows" in head:
-        rows = matmul(hidden, head["token_rows"].T, dtype)
+        rows = matmul(hidden, head["token_rows"].T, compute)
         logits = logits.at[..., head["token_ids"]].set(rows)
     return logits
 
@@ -227,8 +231,8 @@ def column_norms(leaves: Leaves) -> Float[Array, " D_out"]:
         b = jnp.concatenate([b, -leaves["lora_B0"]], axis=0)
     b = b * leaves["lora_scaling"]
     cross = _exact_product(a, weight_of(leaves))
-    gram = matmul(a.T, a, jnp.float32)
-    update = jnp.sum(b * (2 * cross + matmul(gram, b, jnp.float32)), axis=0)
+    gram = matmul_float32(a.T, a)
+    update = jnp.sum(b * (2 * cross + matmul_float32(gram, b)), axis=0)
     squared = jnp.maximum(leaves["lora_norm_squared"] + update, 0)
     # Behind a barrier, or XLA divides by it as by a reciprocal root: m / n would not be
     # exactly 1 at the start.
@@ -249,7 +253,7 @@ def _exact_product(a: Array, weight: Array) -> Array:
     Three bfloat16 numbers hold a float32's 24 bits; their products are exact.
     """
     if weight.dtype != jnp.bfloat16:
-        return matmul(a.T, weight, jnp.float32)
+        return matmul_float32(a.T, weight)
     parts, rest = [], a
     for _ in range(3):
         # Without the barrier XLA may take the rounding to be none.
@@ -271,20 +275,18 @@ class LoRADense(nn.Module):
 
     Dropout acts on the adapter's input only, when a "dropout" rng is given, or its seeds
     as the variable "seeds" of a collection of that name.
-    `kernels` is xla or hopper; the latter matters to `project` and the model's MLP.
     `keep`: whether the gradient of what follows reads the product, see `linear`.
     """
 
     features: int
     use_bias: bool = False
     dropout: float | Array = 0.0
-    dtype: Any = jnp.float32
-    kernels: str = "xla"
+    compute: Compute = field(default_factory=Compute)
     keep: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D_in"]) -> Float[Array, "... D_out"]:
-        """Returns the layer's output in `dtype`."""
+        """Returns the layer's output in `compute.dtype`."""
         shape = (x.shape[-1], self.features)
         if not self.has_variable("params", "kernel_q"):
             self.param("kernel", nn.initializers.zeros_init(), shape)
@@ -294,7 +296,7 @@ class LoRADense(nn.Module):
         dropped = None
         if "lora_A" in leaves and self.drops():
             dropped = drop_by(x, self.dropout_seeds(), self.dropout)
-        return linear(x, leaves, self.dtype, dropped=dropped, keep=self.keep)
+        return linear(x, leaves, self.compute, dropped=dropped, keep=self.keep)
 
     def drops(self) -> bool:
         """Returns whether seeds of dropout are given, or a key to make them of."""
@@ -314,7 +316,9 @@ def to_fuse(
 
     DoRA's leaves are among them: it scales what comes out.
     """
-    if any(layer.kernels != "hopper" or layer.is_initializing() for layer in layers):
+    if any(
+        layer.compute.kernels != "hopper" or layer.is_initializing() for layer in layers
+    ):
         return None
     leaves = [dict(layer.variables["params"]) for layer in layers]
     rate = layers[0].dropout
@@ -326,7 +330,7 @@ def to_fuse(
         return None
     plain = _without_dora(leaves)
     if any(is_quantized(own) for own in leaves) or not fused.can_fuse(
-        x.astype(layers[0].dtype), plain, drops=drops
+        x.astype(layers[0].compute.dtype), plain, drops=drops
     ):
         return None
     if not drops:
@@ -348,7 +352,7 @@ def project(
         return [layer(x) for layer in layers]
     leaves, dropout = found
     products = fused.project(
-        x.astype(layers[0].dtype), _without_dora(leaves), dropout=dropout
+        x.astype(layers[0].compute.dtype), _without_dora(leaves), dropout=dropout
     )
     return [
         _finished(y, own, keep=layer.keep)
@@ -363,4 +367,4 @@ def add_projection(
     found = to_fuse(x, [layer])
     if found is None or "lora_magnitude" in found[0][0]:
         return residual + project(x, [layer])[0]
-    return fused.project(x.astype(layer.dtype), found[0], residual, found[1])[0]
+    return fused.project(x.astype(layer.compute.dtype), found[0], residual, found[1])[0]

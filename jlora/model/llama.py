@@ -10,7 +10,8 @@ Source: transformers `models/llama/modeling_llama.py`. Above 300 lines, to be re
 bottom: the whole forward pass is here.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -35,6 +36,7 @@ from jlora.lora.lora_dense import (
 from jlora.model.offload import run_offloaded
 from jlora.model.rotary import apply_rope, rope_angles
 from jlora.ops.attention import attend
+from jlora.ops.compute_choices import Compute, default_platform
 from jlora.ops.dropout import drop
 from jlora.ops.elementwise import gated
 from jlora.ops.hopper import fused_projections as fused
@@ -48,13 +50,6 @@ _PROJECTIONS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ["gate", "up", "down"]),
 ]
-
-
-def compute_dtype(wanted: str) -> Any:
-    """Returns the dtype of activations; auto is bfloat16 on GPU and TPU, else float32."""
-    if wanted == "auto":
-        wanted = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(wanted)
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +93,7 @@ class Embed(nn.Module):
     """The table of token vectors [V, D]; the head too, where the two are tied."""
 
     config: LlamaConfig
-    dtype: Any
+    compute: Compute
 
     def setup(self) -> None:
         """Declares the table."""
@@ -112,7 +107,7 @@ class Embed(nn.Module):
         # along D would make the partitioner replicate the result instead.
         name = "trained_embedding" if "trained_embedding" in leaves else "embedding"
         leaves[name] = nn.with_logical_constraint(leaves[name], ("vocab", "act_embed"))
-        return lookup(tokens, leaves, self.dtype)
+        return lookup(tokens, leaves, self.compute)
 
 
 class RMSNorm(nn.Module):
@@ -131,40 +126,18 @@ class RMSNorm(nn.Module):
         return normed * scale.astype(x.dtype)
 
 
-@dataclass(frozen=True)
-class _Options:
-    """How the layers compute, whatever they compute; see `Llama`."""
-
-    dtype: Any
-    attention: str
-    remat: str
-    lora_dropout: float | Array
-    max_segments: int
-    kernels: str
-
-    def dense(self, features: int, *, use_bias: bool, keep: bool = False) -> LoRADense:
-        """Returns a projection to `features`."""
-        return LoRADense(
-            features,
-            use_bias=use_bias,
-            dropout=self.lora_dropout,
-            dtype=self.dtype,
-            kernels=self.kernels,
-            keep=keep,
-        )
-
-
 class Attention(nn.Module):
     """The projections around grouped-query attention, with rotary positions."""
 
     config: LlamaConfig
-    options: _Options
+    compute: Compute
+    lora_dropout: float | Array
 
     def setup(self) -> None:
         """Declares the projections."""
         config, bias = self.config, self.config.attention_bias
         queries, keys = config.num_attention_heads, config.num_key_value_heads
-        dense = self.options.dense
+        dense = partial(LoRADense, dropout=self.lora_dropout, compute=self.compute)
         self.q_proj = dense(queries * config.head_dim, use_bias=bias)
         self.k_proj = dense(keys * config.head_dim, use_bias=bias)
         self.v_proj = dense(keys * config.head_dim, use_bias=bias)
@@ -196,11 +169,13 @@ class MLP(nn.Module):
     """SwiGLU: residual + down(silu(gate(x)) * up(x))."""
 
     config: LlamaConfig
-    options: _Options
+    compute: Compute
+    lora_dropout: float | Array
 
     def setup(self) -> None:
         """Declares the projections."""
-        config, bias, dense = self.config, self.config.mlp_bias, self.options.dense
+        config, bias = self.config, self.config.mlp_bias
+        dense = partial(LoRADense, dropout=self.lora_dropout, compute=self.compute)
         width = config.intermediate_size
         self.gate_proj = dense(width, use_bias=bias, keep=True)
         self.up_proj = dense(width, use_bias=bias, keep=True)
@@ -217,12 +192,14 @@ class MLP(nn.Module):
             nn.with_logical_constraint(y, ("batch", "length", "act_mlp"))
             for y in project(x, (self.gate_proj, self.up_proj))
         )
-        return add_projection(residual, gated(gate, up), self.down_proj)
+        return add_projection(
+            residual, gated(gate, up, self.compute.platform), self.down_proj
+        )
 
 
-def _recomputed_attend(q: Array, k: Array, v: Array, **settings: Any) -> Array:
+def _recomputed_attend(q: Array, k: Array, v: Array, *args: Any, **more: Any) -> Array:
     """Returns `attend(q, k, v, ...)`, whose scores the backward pass computes again."""
-    return jax.checkpoint(lambda q, k, v: attend(q, k, v, **settings))(q, k, v)
+    return jax.checkpoint(lambda q, k, v: attend(q, k, v, *args, **more))(q, k, v)
 
 
 class DecoderLayer(nn.Module):
@@ -233,14 +210,15 @@ class DecoderLayer(nn.Module):
     """
 
     config: LlamaConfig
-    options: _Options
+    compute: Compute
+    lora_dropout: float | Array
 
     def setup(self) -> None:
         """Declares the parts under HF's names."""
         self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
-        self.self_attn = Attention(self.config, self.options)
+        self.self_attn = Attention(self.config, self.compute, self.lora_dropout)
         self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
-        self.mlp = MLP(self.config, self.options)
+        self.mlp = MLP(self.config, self.compute, self.lora_dropout)
 
     def before(self, x: Array, call: _Call) -> tuple[Array, Array, Array]:
         """Returns queries, keys and values."""
@@ -256,14 +234,13 @@ class DecoderLayer(nn.Module):
         self, x: Float[Array, "B T D"], call: _Call, past: tuple[Array, Array] | None
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """Returns the residual stream and this layer's keys and values."""
-        options = self.options
         before: Any = DecoderLayer.before
         after: Any = DecoderLayer.after
         attention: Any = attend
-        if options.remat == "minimal":
+        if self.compute.remat == "minimal":
             save = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
             before, after = (nn.remat(half, policy=save) for half in (before, after))
-            if options.attention == "xla":  # its residuals are [B, N, T, S]
+            if self.compute.attention == "xla":  # its residuals are [B, N, T, S]
                 attention = _recomputed_attend
         q, k, v = before(self, x, call)
         if past is not None:
@@ -274,10 +251,9 @@ class DecoderLayer(nn.Module):
             q,
             k,
             v,
+            self.compute,
             segment_ids=call.segment_ids,
             offset=call.offset,
-            implementation=options.attention,
-            max_segments=options.max_segments,
         )
         return after(self, x, out), (k, v)
 
@@ -295,18 +271,19 @@ class _Layers(nn.Module):
     """The decoder stack; its children are named "0", "1", ... as in HF."""
 
     config: LlamaConfig
-    options: _Options
+    compute: Compute
+    lora_dropout: float | Array
 
     @nn.compact
     def __call__(
         self, x: Array, call: _Call, cache: KVCache | None
     ) -> tuple[Array, KVCache | None]:
         layer: Any = DecoderLayer
-        if self.options.remat == "full":
+        if self.compute.remat == "full":
             layer = nn.remat(DecoderLayer)
 
         def run(leaves: Any, words: Any, x: Array, call: _Call, past: Any) -> Any:
-            one = layer(self.config, self.options, parent=None)
+            one = layer(self.config, self.compute, self.lora_dropout, parent=None)
             seeds = {} if words is None else {"dropout": _seeds(words)}
             return one.apply({"params": leaves, **seeds}, x, call, past)
 
@@ -325,7 +302,7 @@ class _Layers(nn.Module):
             words = jax.random.bits(
                 self.make_rng("dropout"), (layers, len(_PROJECTIONS), 2), jnp.uint32
             )
-        if self.options.remat == "offload" and cache is None and not own_scopes:
+        if self.compute.remat == "offload" and cache is None and not own_scopes:
             every = [self.variables["params"][str(i)] for i in range(layers)]
 
             def alone(leaves: Any, words: Any, x: Array, call: _Call) -> Array:
@@ -335,7 +312,8 @@ class _Layers(nn.Module):
         for i in range(layers):
             past = None if cache is None else (cache.keys[i], cache.values[i])
             if own_scopes:
-                x, kv = layer(self.config, self.options, name=str(i))(x, call, past)
+                own = layer(self.config, self.compute, self.lora_dropout, name=str(i))
+                x, kv = own(x, call, past)
             else:
                 leaves = self.variables["params"][str(i)]
                 x, kv = run(leaves, words[i], x, call, past)
@@ -367,6 +345,7 @@ class Llama(nn.Module):
         lora_dropout: on the input of every lora_A, when a "dropout" rng is given.
         max_segments: most documents in a row; cudnn needs it for packed rows.
         kernels: of the projections, xla or hopper; see `jlora.ops.hopper.fused_projections`.
+        platform: of the devices that will compute: cpu, gpu or tpu.
     """
 
     config: LlamaConfig
@@ -376,25 +355,33 @@ class Llama(nn.Module):
     lora_dropout: float | Array = 0.0
     max_segments: int = 0
     kernels: str = "xla"
+    platform: str = field(default_factory=default_platform)
+
+    @classmethod
+    def with_compute(cls, config: LlamaConfig, compute: Compute) -> "Llama":
+        """Returns the model that computes as `choose_compute` says."""
+        return cls(config, **vars(compute))
+
+    @property
+    def compute(self) -> Compute:
+        """How this model computes, as one value."""
+        return Compute(
+            platform=self.platform,
+            dtype=self.dtype,
+            attention=self.attention,
+            kernels=self.kernels,
+            remat=self.remat,
+            max_segments=self.max_segments,
+        )
 
     def setup(self) -> None:
         """Declares the parameters under HF's names."""
-        config = self.config
-        self.embed_tokens = Embed(config, self.dtype)
-        self.layers = _Layers(
-            config,
-            _Options(
-                dtype=self.dtype,
-                attention=self.attention,
-                remat=self.remat,
-                lora_dropout=self.lora_dropout,
-                max_segments=self.max_segments,
-                kernels=self.kernels,
-            ),
-        )
+        config, compute = self.config, self.compute
+        self.embed_tokens = Embed(config, compute)
+        self.layers = _Layers(config, compute, self.lora_dropout)
         self.norm = RMSNorm(config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = LoRADense(config.vocab_size, dtype=self.dtype)
+            self.lm_head = LoRADense(config.vocab_size, compute=compute)
 
     def __call__(
         self,
@@ -451,7 +438,7 @@ class Llama(nn.Module):
         # Static, so rotary types that depend on the length are constants of the call: a
         # cache is made for the whole text, so its keys are all turned by one rule.
         length = tokens.shape[1] if cache is None else cache.keys[0].shape[1]
-        cos, sin = rope_angles(self.config, positions, length)
+        cos, sin = rope_angles(self.config, positions, length, self.platform)
         call = _Call(cos, sin, segment_ids, None if cache is None else cache.length)
         x = self.embed_tokens(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
@@ -465,5 +452,5 @@ class Llama(nn.Module):
         dropped = None
         if "lora_A" in head and self.has_rng("dropout"):
             dropped = drop(hidden, self.make_rng("dropout"), self.lora_dropout)
-        logits = head_logits(hidden, head, self.dtype, dropped=dropped)
+        logits = head_logits(hidden, head, self.compute, dropped=dropped)
         return logits.astype(jnp.float32)

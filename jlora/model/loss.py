@@ -5,6 +5,7 @@ forward pass, while a chunk's logits are there, so no logits are computed twice;
 for the hidden states and the head's adapter, never for the frozen table.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jlora.lora.adapter_tree import Params, is_trainable
 from jlora.lora.lora_dense import head_logits
+from jlora.ops.compute_choices import Compute
 from jlora.ops.elementwise import negative_log_likelihood
 
 
@@ -21,6 +23,7 @@ def cross_entropy(
     head: Params,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
+    compute: Compute,
     *,
     chunk: int,
     dropped: Float[Array, "B T D"] | None = None,
@@ -28,10 +31,11 @@ def cross_entropy(
     """Returns the weighted sum of -log p(target) over all positions, float32, in nats.
 
     Args:
-        hidden: final states; their dtype is that of the head's products.
+        hidden: final states.
         head: what `jlora.lora.lora_dense.head_parameters` returns.
         targets: next tokens; any valid id where the weight is 0.
         weights: 1 where the target counts, 0 elsewhere.
+        compute: how to make the head's products.
         chunk: positions whose logits exist at one time, per row.
         dropped: hidden after dropout, for the head's adapter in training.
     """
@@ -50,45 +54,62 @@ def cross_entropy(
         )  # [chunks, B, size, ...]: rows stay on their device
 
     states = (to_chunks(hidden), None if dropped is None else to_chunks(dropped))
-    return _summed(states, to_chunks(targets), to_chunks(weights), trainable, frozen)
+    return _summed(
+        compute, states, to_chunks(targets), to_chunks(weights), trainable, frozen
+    )
 
 
 States = tuple[Array, Array | None]
 
 
 def _chunk_loss(
-    states: States, trainable: Params, frozen: Params, targets: Array, weights: Array
+    compute: Compute,
+    states: States,
+    trainable: Params,
+    frozen: Params,
+    targets: Array,
+    weights: Array,
 ) -> Array:
     # Before the head, not on its losses: an infinity at a position that does not count
     # would still make the gradient NaN (0 times infinity).
     counted = weights[..., None] > 0
     hidden, dropped = jax.tree.map(lambda x: jnp.where(counted, x, 0), states)
     head = {**trainable, **frozen}
-    logits = head_logits(hidden, head, hidden.dtype, dropped=dropped)
+    logits = head_logits(hidden, head, compute, dropped=dropped)
     logits = logits.astype(jnp.float32)  # [B, size, V]
-    return jnp.sum(negative_log_likelihood(logits, targets) * weights)
+    return jnp.sum(negative_log_likelihood(logits, targets, compute.platform) * weights)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(
-    states: States, targets: Array, weights: Array, trainable: Params, frozen: Params
+    compute: Compute,
+    states: States,
+    targets: Array,
+    weights: Array,
+    trainable: Params,
+    frozen: Params,
 ) -> Array:
     def body(total: Array, chunk: tuple[States, Array, Array]) -> tuple[Array, None]:
         x, t, w = chunk
-        return total + _chunk_loss(x, trainable, frozen, t, w), None
+        return total + _chunk_loss(compute, x, trainable, frozen, t, w), None
 
     return jax.lax.scan(body, jnp.float32(0), (states, targets, weights))[0]
 
 
 def _summed_forward(
-    states: States, targets: Array, weights: Array, trainable: Params, frozen: Params
+    compute: Compute,
+    states: States,
+    targets: Array,
+    weights: Array,
+    trainable: Params,
+    frozen: Params,
 ) -> tuple[Array, tuple[States, Params]]:
-    gradient = jax.value_and_grad(_chunk_loss, argnums=(0, 1))
+    gradient = jax.value_and_grad(_chunk_loss, argnums=(1, 2))
 
     def body(carry: Any, chunk: tuple[States, Array, Array]) -> tuple[Any, States]:
         total, sums = carry
         x, t, w = chunk
-        loss, (d_states, d_trainable) = gradient(x, trainable, frozen, t, w)
+        loss, (d_states, d_trainable) = gradient(compute, x, trainable, frozen, t, w)
         return (total + loss, jax.tree.map(jnp.add, sums, d_trainable)), d_states
 
     start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
@@ -96,7 +117,9 @@ def _summed_forward(
     return total, (d_states, sums)
 
 
-def _summed_backward(residuals: tuple[States, Params], g: Array) -> tuple[Any, ...]:
+def _summed_backward(
+    _: Compute, residuals: tuple[States, Params], g: Array
+) -> tuple[Any, ...]:
     d_states, d_trainable = jax.tree.map(lambda x: x * g.astype(x.dtype), residuals)
     return d_states, None, None, d_trainable, None
 

@@ -96,7 +96,7 @@ def _yarn(power: np.ndarray, rope: RopeParameters) -> np.ndarray:
 
 
 def rope_angles(
-    config: LlamaConfig, positions: Int[Array, "B T"], length: int
+    config: LlamaConfig, positions: Int[Array, "B T"], length: int, platform: str
 ) -> tuple[Float[Array, "B T 1 H_half"], Float[Array, "B T 1 H_half"]]:
     """Returns (cos, sin) of every position's angles, float32, times attention_factor.
 
@@ -106,11 +106,7 @@ def rope_angles(
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     factor = jnp.float32(config.rope_parameters.attention_factor)
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    return (
-        (_made_once(cos), _made_once(sin))
-        if jax.default_backend() == "cpu"
-        else (cos, sin)
-    )
+    return (_made_once(cos), _made_once(sin)) if platform == "cpu" else (cos, sin)
 
 
 def _made_once(x: Array) -> Array:

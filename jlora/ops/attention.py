@@ -14,20 +14,17 @@ from jaxtyping import Array, Float, Int
 from jlora.errors import UsageError
 from jlora.ops.attention_cpu import block_attend
 from jlora.ops.attention_tpu import splash_attend
-
-# Sizes of a head that cuDNN's flash kernel takes, forward and backward.
-_CUDNN_HEAD_MULTIPLE, _CUDNN_HEAD_LIMIT = 8, 128
+from jlora.ops.compute_choices import Compute
 
 
 def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B S K H"],
     v: Float[Array, "B S K H"],
+    compute: Compute,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     offset: Int[Array, ""] | None = None,
-    implementation: str = "xla",
-    max_segments: int = 0,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q k / sqrt(H)) v over the keys each query may see.
 
@@ -38,20 +35,19 @@ def attend(
         q: queries.
         k: keys, of the same dtype.
         v: values, likewise.
+        compute: its platform, attention and max_segments.
         segment_ids: 1, 2, ... along a row, each without a gap; 0 for padding at its end.
         offset: for calls with a cache, which always take the reference.
-        implementation: xla, cudnn or splash.
-        max_segments: most segments in any row, without padding; cudnn needs it.
 
     Raises:
         UsageError: cudnn in float32, or with segments whose number it is not told.
     """
-    if implementation == "xla" and offset is None and jax.default_backend() == "cpu":
-        return block_attend(q, k, v, segment_ids)
-    if implementation == "xla" or offset is not None:
+    if offset is not None or compute.attention == "xla":
+        if offset is None and compute.platform == "cpu":
+            return block_attend(q, k, v, segment_ids)
         return _reference(q, k, v, segment_ids, offset)
-    if implementation == "splash":
-        return splash_attend(q, k, v, segment_ids)
+    if compute.attention == "splash":
+        return splash_attend(q, k, v, segment_ids, interpret=compute.platform != "tpu")
     if q.dtype == jnp.float32:
         raise UsageError(
             "compute.attention=cudnn needs compute.dtype bfloat16, found float32"
@@ -60,37 +56,9 @@ def attend(
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn"
         )
-    if max_segments < 1:
+    if compute.max_segments < 1:
         raise UsageError("cudnn attention of packed rows needs max_segments")
-    return _packed_cudnn(q, k, v, segment_ids, max_segments)
-
-
-def choose_attention(wanted: str, *, dtype: Any, head_dim: int) -> str:
-    """Returns the implementation that `auto` stands for here.
-
-    Raises:
-        UsageError: cudnn or splash is wanted where it cannot run.
-    """
-    backend = jax.default_backend()
-    if wanted == "splash" and backend != "tpu":
-        raise UsageError(
-            f"compute.attention=splash needs a TPU, and this is {backend}; use auto or xla"
-        )
-    fits = head_dim % _CUDNN_HEAD_MULTIPLE == 0 and head_dim <= _CUDNN_HEAD_LIMIT
-    if wanted == "cudnn" and backend != "gpu":
-        raise UsageError(
-            f"compute.attention=cudnn needs an NVIDIA GPU, and this is {backend}; "
-            "use auto or xla"
-        )
-    if wanted == "cudnn" and not fits:
-        raise UsageError(
-            f"compute.attention=cudnn takes heads of at most {_CUDNN_HEAD_LIMIT} in "
-            f"multiples of {_CUDNN_HEAD_MULTIPLE}, and this model has head_dim="
-            f"{head_dim}; use auto or xla"
-        )
-    if wanted != "auto":
-        return wanted
-    return "cudnn" if backend == "gpu" and fits and dtype == jnp.bfloat16 else "xla"
+    return _packed_cudnn(q, k, v, segment_ids, compute.max_segments)
 
 
 def _packed_cudnn(

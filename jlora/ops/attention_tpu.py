@@ -3,6 +3,7 @@
 Off TPU the kernel is interpreted, which is exact and very slow: for tests.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +18,12 @@ _BLOCKS = (512, 256, 128)
 
 
 def splash_attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    interpret: bool,
 ) -> jax.Array:
     """Returns causal attention [B, T, N, H]; see `attention.attend`.
 
@@ -26,22 +32,28 @@ def splash_attend(
     """
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.manual_axes:
-        return _local(q, k, v, segment_ids)
+        return _local(q, k, v, segment_ids, interpret=interpret)
     rows, heads = PartitionSpec(BATCH_AXES), PartitionSpec(BATCH_AXES, None, "tensor")
     specs = (heads, heads, heads, None if segment_ids is None else rows)
-    return jax.shard_map(_local, in_specs=specs, out_specs=heads, check_vma=False)(
+    local = functools.partial(_local, interpret=interpret)
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(
         q, k, v, segment_ids
     )
 
 
 def _local(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    interpret: bool,
 ) -> jax.Array:
     """Returns the attention of one device's rows and heads."""
     length, heads = q.shape[1:3]
     padding = -length % _BLOCKS[-1]
     size = length + padding
-    kernel = _kernel(heads, size)
+    kernel = _kernel(heads, size, interpret)
     # Scaled in float32; the kernel multiplies plain q by k.
     q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
     by_head = [
@@ -57,7 +69,7 @@ def _local(
     return jnp.swapaxes(out[:, :, :length], 1, 2)
 
 
-def _kernel(heads: int, size: int) -> Any:
+def _kernel(heads: int, size: int, interpret: bool) -> Any:
     block = next(block for block in _BLOCKS if size % block == 0)
     return splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((size, size))] * heads),
@@ -73,5 +85,5 @@ def _kernel(heads: int, size: int) -> Any:
         ),
         head_shards=1,
         q_seq_shards=1,
-        interpret=jax.default_backend() != "tpu",
+        interpret=interpret,
     )

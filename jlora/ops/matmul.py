@@ -1,25 +1,29 @@
-"""Matrix products in one dtype, asked for in the form that each platform makes fastest."""
-
-from typing import Any
+"""Matrix products in one dtype, in the form that each platform computes fastest."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jlora.ops.compute_choices import Compute
 
-def matmul(x: Array, w: Array, dtype: Any) -> Array:
-    """Returns x @ w in `dtype`; float32 means float32 products, also on GPU and TPU.
 
-    A CPU is asked for narrower products in float32, which are rounded after: XLA then
-    uses its bfloat16 instructions, and else it makes float32 copies of both operands.
+def matmul(x: Array, w: Array, compute: Compute) -> Array:
+    """Returns x @ w in `compute.dtype`, as `matmul_float32` if that is float32.
+
+    On a CPU a bfloat16 product is requested as a float32 one that is rounded afterwards.
+    XLA then uses the bfloat16 instructions; otherwise it copies both operands to float32.
     """
-    dtype = jnp.dtype(dtype)
-    x, w = x.astype(dtype), w.astype(dtype)
+    dtype = jnp.dtype(compute.dtype)
     if dtype.itemsize > 2:
-        return jnp.matmul(x, w, precision=lax.Precision.HIGHEST)
-    if jax.default_backend() == "cpu":
-        return _rounded_after(x, w)
-    return jnp.matmul(x, w)
+        return matmul_float32(x, w)
+    x, w = x.astype(dtype), w.astype(dtype)
+    return _rounded_after(x, w) if compute.platform == "cpu" else jnp.matmul(x, w)
+
+
+def matmul_float32(x: Array, w: Array) -> Array:
+    """Returns x @ w with float32 products, also on GPU and TPU."""
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    return jnp.matmul(x, w, precision=lax.Precision.HIGHEST)
 
 
 @jax.custom_vjp
@@ -31,9 +35,9 @@ def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     return _dot(x, w, (x.ndim - 1,), (0,)), (x, w)
 
 
-def _backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     # Left to itself, JAX would multiply float32 gradients by bfloat16 operands.
-    x, w = kept
+    x, w = residuals
     rows = tuple(range(x.ndim - 1))
     return _dot(dy, w, (x.ndim - 1,), (1,)), _dot(x, dy, rows, rows)
 
@@ -42,7 +46,7 @@ _rounded_after.defvjp(_forward, _backward)
 
 
 def _dot(x: Array, y: Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...]) -> Array:
-    """Returns the sum of products over these axes, float32 until its end."""
+    """Returns the products summed over these axes in float32, in the dtype of x."""
     axes = ((x_axes, y_axes), ((), ()))
     product = lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
     return product.astype(x.dtype)

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jlora.errors import UnsupportedError
+from jlora.ops.compute_choices import Compute
 from jlora.ops.matmul import matmul
 
 Format = Literal["none", "fp8", "int8", "nf4"]
@@ -182,32 +183,32 @@ def _look_up(codes: Array) -> Array:
 
 
 def quantized_matmul(
-    x: Float[Array, "... D_in"], leaves: Mapping[str, Any], dtype: Any
+    x: Float[Array, "... D_in"], leaves: Mapping[str, Any], compute: Compute
 ) -> Float[Array, "... D_out"]:
-    """Returns x W in `dtype`, W being dequantised just before.
+    """Returns x W in `compute.dtype`, W being dequantised just before.
 
     The backward pass dequantises again: what stays between them is the stored form. W has
     no gradient.
     """
     stored = {name: leaves[name] for name in QUANTIZED_LEAVES if name in leaves}
-    return _product(x, stored, dtype)
+    return _product(x, stored, compute)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, leaves: dict[str, Array], dtype: Any) -> Any:
-    return matmul(x, kernel_of(leaves, dtype), dtype)
+def _product(x: Array, leaves: dict[str, Array], compute: Compute) -> Any:
+    return matmul(x, kernel_of(leaves, compute.dtype), compute)
 
 
-def _forward(x: Array, leaves: dict[str, Array], dtype: Any) -> tuple[Array, Any]:
+def _forward(x: Array, leaves: dict[str, Array], compute: Compute) -> tuple[Array, Any]:
     # An empty array remembers the dtype of x.
-    return _product(x, leaves, dtype), (leaves, jnp.zeros((0,), x.dtype))
+    return _product(x, leaves, compute), (leaves, jnp.zeros((0,), x.dtype))
 
 
-def _backward(dtype: Any, kept: Any, gradient: Array) -> tuple[Array, None]:
-    leaves, like = kept
+def _backward(compute: Compute, residuals: Any, gradient: Array) -> tuple[Array, None]:
+    leaves, like = residuals
     # The barrier makes this another W than the forward pass's, which XLA would keep.
     leaves, gradient = jax.lax.optimization_barrier((leaves, gradient))
-    dx = matmul(gradient, kernel_of(leaves, dtype).T, dtype)
+    dx = matmul(gradient, kernel_of(leaves, compute.dtype).T, compute)
     return dx.astype(like.dtype), None
 
 

@@ -4,7 +4,6 @@ import math
 import os
 import resource
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +19,9 @@ from jlora.lora.adapter_tree import (
     split,
     trainable_mask,
 )
-from jlora.model.llama import compute_dtype
-from jlora.ops.attention import choose_attention
-from jlora.ops.hopper.matmul_kernel import choose_kernels
+from jlora.ops.compute_choices import Compute, choose_compute
 from jlora.ops.quantize import SCALES, is_quantized, kernel_shape, num_weights
 from jlora.train.optimizer import stack_layers
-from jlora.train.step import loss_chunk_tokens
 
 # Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.
 PEAK_FLOPS = {
@@ -56,10 +52,7 @@ class Workload:
     """Tokens per row."""
     weight_shards: int
     """Devices that share one copy of the weights."""
-    dtype: Any
-    attention: str
-    remat: str
-    kernels: str
+    compute: Compute
     adapters: int = 1
     """Adapters that are trained at once, each with its own rows."""
 
@@ -72,6 +65,7 @@ def plan_workload(
     compute: ComputeConfig,
     rows: int,
     length: int,
+    max_segments: int = 0,
     adapters: int = 1,
 ) -> Workload:
     """Returns the workload of one device for a part of the batch of `rows` rows.
@@ -82,29 +76,27 @@ def plan_workload(
     Raises:
         UsageError: an attention implementation or kernels that cannot run here.
     """
-    dtype = compute_dtype(compute.dtype)
+    chosen = choose_compute(
+        compute, mesh, head_dim=config.head_dim, max_segments=max_segments
+    )
     work = Workload(
         config=config,
         rows=adapters * rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
         length=length,
         weight_shards=mesh.shape["fsdp"] * mesh.shape["tensor"],
-        dtype=dtype,
-        attention=choose_attention(
-            compute.attention, dtype=dtype, head_dim=config.head_dim
-        ),
-        remat=compute.remat,
-        kernels=choose_kernels(compute.kernels, dtype=dtype, mesh=mesh),
+        compute=replace(chosen, remat=compute.remat),
         adapters=adapters,
     )
-    if work.remat != "auto":
+    if compute.remat != "auto":
         return work
     for remat in ("none", "minimal", "full"):
-        tried = replace(work, remat=remat)
+        tried = replace(work, compute=replace(chosen, remat=remat))
         if sum(memory_bytes(params, tried).values()) <= (
             USABLE_SHARE * device_memory_bytes()
         ):
             return tried
-    return replace(work, remat="offload" if _has_host() else "full")
+    last = "offload" if _has_host(work) else "full"
+    return replace(work, compute=replace(chosen, remat=last))
 
 
 def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
@@ -127,48 +119,48 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
         "adapter": adapter,
         "optimizer and gradients": work.adapters * (trained + 2 * stacked),
         "activations": _activation_bytes(work) + _dora_bytes(params, work),
-        "logits": 3 * 4 * loss_chunk_tokens() * work.config.vocab_size,
+        "logits": 3 * 4 * work.compute.loss_chunk_tokens * work.config.vocab_size,
     }
 
 
 def _activation_bytes(work: Workload) -> int:
-    """Returns the bytes kept for the backward pass; see `model.SAVED_NAMES`.
+    """Returns the bytes kept for the backward pass; see `llama.SAVED_NAMES`.
 
     Of the inputs that remat "offload" keeps on the host, two are on the device at a time.
     """
-    c, size = work.config, jnp.dtype(work.dtype).itemsize
+    c, size = work.config, jnp.dtype(work.compute.dtype).itemsize
     d, f = c.hidden_size, c.intermediate_size
     q, kv = (
         heads * c.head_dim for heads in (c.num_attention_heads, c.num_key_value_heads)
     )
     layers = c.num_hidden_layers
     kept = {
-        "offload": (2 if _has_host() else layers) * d * size,
+        "offload": (2 if _has_host(work) else layers) * d * size,
         "full": layers * d * size,
         "minimal": layers * (2 * d + 2 * q + 2 * kv + 2 * f) * size,
         # Without remat the norms' float32 inputs and SwiGLU's parts stay as well.
         "none": layers * ((8 * d + 2 * q + 2 * kv + 5 * f) * size + 8 * d),
-    }[work.remat]
+    }[work.compute.remat]
     scores = 0
     # Float32 scores and weights, of one layer or of all: more than blocks on a CPU keep.
-    if work.attention == "xla":
+    if work.compute.attention == "xla":
         per_layer = 2 * 4 * c.num_attention_heads * work.length
-        scores = per_layer * (layers if work.remat == "none" else 1)
+        scores = per_layer * (layers if work.compute.remat == "none" else 1)
     return work.rows * work.length * (kept + scores)
 
 
 def host_bytes(work: Workload) -> int:
     """Returns the bytes per device that remat "offload" keeps in the host's memory."""
-    if work.remat != "offload" or not _has_host():
+    if work.compute.remat != "offload" or not _has_host(work):
         return 0
-    per_token = work.config.hidden_size * jnp.dtype(work.dtype).itemsize
+    per_token = work.config.hidden_size * jnp.dtype(work.compute.dtype).itemsize
     # The last layer's input is needed again at once.
     return work.rows * work.length * (work.config.num_hidden_layers - 1) * per_token
 
 
-def _has_host() -> bool:
+def _has_host(work: Workload) -> bool:
     """Returns whether the host's memory is another than the device's."""
-    return jax.default_backend() != "cpu"
+    return work.compute.platform != "cpu"
 
 
 def _dequantised_bytes(params: Params, work: Workload) -> int:
@@ -181,9 +173,11 @@ def _dequantised_bytes(params: Params, work: Workload) -> int:
     for name, leaves in modules(params).items():
         if is_quantized(leaves):
             layer = name.partition(".layers.")[2].partition(".")[0]
-            size = math.prod(kernel_shape(leaves)) * jnp.dtype(work.dtype).itemsize
+            size = (
+                math.prod(kernel_shape(leaves)) * jnp.dtype(work.compute.dtype).itemsize
+            )
             layers[layer] = layers.get(layer, 0) + size
-    at_once = sum if jax.default_backend() == "cpu" else max
+    at_once = sum if work.compute.platform == "cpu" else max
     return at_once(layers.values()) if layers else 0
 
 
@@ -196,8 +190,8 @@ def _dora_bytes(params: Params, work: Workload) -> int:
         and not name.endswith(("gate_proj", "up_proj"))
         and "lora_magnitude" in leaves
     ]
-    tokens = 0 if work.remat in ("full", "offload") else work.rows * work.length
-    return tokens * sum(sizes) * jnp.dtype(work.dtype).itemsize
+    tokens = 0 if work.compute.remat in ("full", "offload") else work.rows * work.length
+    return tokens * sum(sizes) * jnp.dtype(work.compute.dtype).itemsize
 
 
 def device_memory_bytes() -> int:

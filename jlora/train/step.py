@@ -119,6 +119,7 @@ def summed_loss(
         head,
         batch["targets"],
         batch["loss_mask"],
+        model.compute,
         chunk=chunk,
         dropped=dropped,
     )
@@ -136,9 +137,10 @@ def step_function(
     """Returns the step (state, frozen, batch, key) -> (state, metrics), not yet jitted.
 
     Arguments and results are those of `make_train_step`; the key is dropout's, from which
-    each step derives its own. `chunk_tokens`: see `loss_chunk_tokens`, the default.
+    each step derives its own. `chunk_tokens`: tokens per device whose logits exist at one
+    time; by default `model.compute.loss_chunk_tokens`.
     """
-    chunk_tokens = loss_chunk_tokens() if chunk_tokens is None else chunk_tokens
+    chunk_tokens = chunk_tokens or model.compute.loss_chunk_tokens
     shards = row_shards(mesh)
     # A sweep has an array here; a rate that is plainly 0 costs no random numbers.
     drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
@@ -251,7 +253,7 @@ def make_eval_step(
     model: Llama, mesh: Mesh, *, params: Params, packed: bool = True
 ) -> Any:
     """Returns the jitted (params, batch) -> (summed loss in nats, supervised tokens)."""
-    shards, tokens = row_shards(mesh), loss_chunk_tokens()
+    shards, tokens = row_shards(mesh), model.compute.loss_chunk_tokens
 
     def loss(params: Params, batch: Batch) -> Array:
         chunk = _chunk(batch, shards, tokens)
@@ -271,14 +273,6 @@ def make_eval_step(
 def compiler_options(mesh: Mesh) -> Any:
     """Returns what `jax.jit` is told for the devices of this mesh."""
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
-
-
-def loss_chunk_tokens() -> int:
-    """Returns the tokens per device whose logits exist at one time.
-
-    Enough for full-speed matmuls; on a CPU no more, as softmax's passes go to memory.
-    """
-    return 512 if jax.default_backend() == "cpu" else 1024
 
 
 def evaluate(

@@ -29,7 +29,6 @@ from jlora.train.step import (
     Batch,
     TrainState,
     compiler_options,
-    loss_chunk_tokens,
     make_train_step,
     step_function,
 )
@@ -163,7 +162,7 @@ class Sweep:
                 mesh,
                 packed=packed,
                 grad_accum_steps=grad_accum_steps,
-                chunk_tokens=max(1, loss_chunk_tokens() // len(members)),
+                chunk_tokens=max(1, model.compute.loss_chunk_tokens // len(members)),
             )
             return step(state, frozen, batch, varied.key)
 

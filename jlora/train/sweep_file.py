@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from jlora.cli.command import with_changes
+from jlora.cli.arguments import with_changes
 from jlora.cli.strict_yaml import read_yaml
 from jlora.config.run_config import ComputeConfig
 from jlora.data import Dataset

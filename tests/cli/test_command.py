@@ -7,7 +7,9 @@ import pytest
 
 import train
 from jlora.cli import command as cli
-from jlora.cli.command import parse, run_command
+from jlora.cli.arguments import parse
+from jlora.cli.command import run_command
+from jlora.cli.flags import POSITIONAL
 from jlora.errors import (
     CorruptError,
     DivergedError,
@@ -53,13 +55,21 @@ class Arguments:
     """Whom it is for."""
 
 
+@dataclass(frozen=True)
+class Placed(Arguments):
+    """Do the thing to a model."""
+
+    model: str = field(metadata=POSITIONAL)
+    """Where the model is."""
+
+
 def read(*words: str) -> Arguments:
     return parse(Arguments, ["--model", "m", *words])
 
 
-def message(*words: str, cls: type = Arguments, positional=()) -> str:
+def message(*words: str, cls: type = Arguments) -> str:
     with pytest.raises(UsageError) as error:
-        parse(cls, list(words), positional=positional)
+        parse(cls, list(words))
     return str(error.value)
 
 
@@ -109,8 +119,8 @@ def test_a_switch_with_three_states_can_be_bare():
 
 
 def test_a_bare_switch_leaves_a_positional_word_alone():
-    got = parse(Arguments, ["--plan", "m"], positional=("model",))
-    assert got == Arguments(model="m", plan=True)
+    got = parse(Placed, ["--plan", "m"])
+    assert got == Placed(model="m", plan=True)
 
 
 def test_a_field_named_like_a_keyword_has_a_plain_flag():
@@ -172,12 +182,12 @@ def test_a_list_may_be_several_words(words, names):
 
 def test_words_after_a_list_are_positional_where_a_command_has_some():
     words = ["--group.names", "a", "m"]
-    got = parse(Arguments, words, positional=("model",))
+    got = parse(Placed, words)
     assert (got.model, got.group.names) == ("m", "a")
 
 
 def test_missing_words_are_named_in_capitals():
-    said = message(cls=Arguments, positional=("model",))
+    said = message(cls=Placed)
     assert said == "missing: MODEL (Where the model is); --help lists all"
 
 
@@ -300,8 +310,8 @@ def test_two_files_are_refused():
 
 
 def test_words_of_a_command_are_no_flags_nor_keys(config):
-    assert message("--model", "m", positional=("model",)).startswith("unknown flag")
-    said = message("--config", config("model: m"), positional=("model",))
+    assert message("--model", "m", cls=Placed).startswith("unknown flag")
+    said = message("--config", config("model: m"), cls=Placed)
     assert "unknown key 'model'" in said
 
 
@@ -309,9 +319,9 @@ def test_words_of_a_command_are_no_flags_nor_keys(config):
 def help_lines(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
 
-    def lines(cls: type, positional=()) -> list[str]:
+    def lines(cls: type) -> list[str]:
         with pytest.raises(SystemExit) as end:
-            run_command(print, cls, positional=positional, argv=["--help"])
+            run_command(print, cls, argv=["--help"])
         assert end.value.code == 0
         return capsys.readouterr().out.splitlines()
 
@@ -335,7 +345,7 @@ def test_help_has_meaning_type_and_default_of_a_flag_on_one_line(help_lines):
 
 def test_help_names_what_is_required_in_its_first_line(help_lines):
     assert help_lines(Arguments)[0].endswith(" --model MODEL [flags]")
-    assert help_lines(Arguments, ("model",))[0].endswith(" MODEL [flags]")
+    assert help_lines(Placed)[0].endswith(" MODEL [flags]")
 
 
 def test_help_of_train_says_something_about_every_flag(help_lines):
@@ -446,5 +456,5 @@ def test_a_field_of_peft_that_changes_nothing_is_taken_and_not_shown(
     with pytest.raises(UnsupportedError, match=r"task_type='SEQ_CLS' \(jlora has"):
         parse(train.Arguments, [*place, "--lora.task_type", "SEQ_CLS"])
     with pytest.raises(SystemExit):
-        parse(train.Arguments, ["--help"])
+        run_command(print, train.Arguments, argv=["--help"])
     assert "task_type" not in capsys.readouterr().out

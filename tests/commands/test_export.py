@@ -419,13 +419,13 @@ def test_merging_reads_each_tensor_once(out, monkeypatch):
 def test_the_command_reports_and_succeeds(out, capsys):
     case = golden("patterns")
     words = ["--model", str(case.base), "--adapter", str(case.folder), str(out)]
-    assert run_command(to_hf.main, to_hf.Arguments, positional=["out"], argv=words) == 0
+    assert run_command(to_hf.main, to_hf.Arguments, argv=words) == 0
     assert "merged 14 of 21 tensors" in capsys.readouterr().out
 
 
 def test_the_command_fails_with_one_message(out, capsys):
     words = ["--model", str(out / "none"), "--adapter", "x", str(out)]
-    status = run_command(to_hf.main, to_hf.Arguments, positional=["out"], argv=words)
+    status = run_command(to_hf.main, to_hf.Arguments, argv=words)
     assert status == 2
     assert capsys.readouterr().err.startswith(f"error: {out / 'none'}: no such file")
 
@@ -552,7 +552,7 @@ def test_an_adapter_is_not_written_over_its_source(tmp_path):
 
 def test_the_adapter_command_takes_its_reader_as_a_flag(out, capsys):
     words = ["--adapter", str(golden("basic").folder), "--for", "vllm", str(out)]
-    assert run_command(to_peft, ToPeft, positional=["out"], argv=words) == 0
+    assert run_command(to_peft, ToPeft, argv=words) == 0
     assert "written for vllm" in capsys.readouterr().out
 
 

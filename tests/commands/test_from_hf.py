@@ -13,7 +13,7 @@ def hf(tmp_path):
 
 
 def command(*words):
-    return run_command(main, Arguments, positional=("src", "out"), argv=words)
+    return run_command(main, Arguments, argv=words)
 
 
 def test_command_converts_and_prints_the_facts(hf, tmp_path, capsys):

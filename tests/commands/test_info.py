@@ -43,9 +43,7 @@ def hf(tmp_path):
 @pytest.fixture
 def show(capsys):
     def command(*words):
-        status = run_command(
-            info.main, info.Arguments, positional=("path",), argv=[*map(str, words)]
-        )
+        status = run_command(info.main, info.Arguments, argv=[*map(str, words)])
         printed = capsys.readouterr()
         assert status == 0, printed.err
         lines = (line.split("  ", 1) for line in printed.out.splitlines())
@@ -167,9 +165,7 @@ def test_an_exported_folder_is_a_model(tmp_path, show):
 
 @pytest.mark.parametrize("path", ["nothing", __file__])
 def test_what_is_no_model_is_refused(path, capsys):
-    status = run_command(
-        info.main, info.Arguments, positional=("path",), argv=[str(path)]
-    )
+    status = run_command(info.main, info.Arguments, argv=[str(path)])
     assert status == 2
     assert capsys.readouterr().err.startswith(f"error: {path}")
 

@@ -42,10 +42,7 @@ def words_of(what, hf, out):
 
 def run(what, hf, out, *more):
     module, words = words_of(what, hf, out)
-    positional = ("src", "out") if what == "convert" else ("out",)
-    return run_command(
-        module.main, module.Arguments, positional=positional, argv=[*words, *more]
-    )
+    return run_command(module.main, module.Arguments, argv=[*words, *more])
 
 
 def bytes_of(folder):
@@ -73,8 +70,7 @@ setattr(owner, name, deadly)
 command, words = sys.argv[4], sys.argv[5:]
 from jlora.cli.command import run_command
 main = importlib.import_module(command)
-positional = ("src", "out") if command == "convert.from_hf" else ("out",)
-run_command(main.main, main.Arguments, positional=positional, argv=words)
+run_command(main.main, main.Arguments, argv=words)
 """
 
 
@@ -178,7 +174,7 @@ from convert import from_hf
 from jlora.cli.command import run_command
 usage = shutil.disk_usage
 shutil.disk_usage = lambda path: usage(path)._replace(free=1 << 40)
-sys.exit(run_command(from_hf.main, from_hf.Arguments, positional=("src", "out"),
+sys.exit(run_command(from_hf.main, from_hf.Arguments,
                      argv=sys.argv[1:]))
 """
 MOUNT = 'mount -t tmpfs -o size=2m tmpfs "$0" && exec "$@"'

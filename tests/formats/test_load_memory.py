@@ -33,7 +33,7 @@ from convert import from_hf
 from jlora.cli.command import run_command
 
 def convert(source, out, *more):
-    return run_command(from_hf.main, from_hf.Arguments, positional=("src", "out"),
+    return run_command(from_hf.main, from_hf.Arguments,
                        argv=[source, out, *more])
 
 tiny, source, out, allowed, *more = sys.argv[1:]

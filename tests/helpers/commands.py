@@ -17,13 +17,6 @@ from helpers.data_cases import chat, make_files, write_rows
 from helpers.tiny import CONFIG, tensors, write_hf
 from jlora.cli.command import run_command
 
-POSITIONAL = {
-    "convert.from_hf": ("src", "out"),
-    "convert.to_hf": ("out",),
-    "convert.combine": ("out",),
-    "convert.to_peft": ("out",),
-    "convert.info": ("path",),
-}
 HF_CONFIG = {
     **CONFIG,
     "hidden_size": 32,
@@ -55,7 +48,6 @@ def call(name: str, *words: object) -> Done:
         status = run_command(
             module.main,
             module.Arguments,
-            positional=POSITIONAL.get(name, ()),
             argv=list(map(str, words)),
         )
     return Done(status, out.getvalue(), err.getvalue())

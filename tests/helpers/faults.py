@@ -74,7 +74,6 @@ def answer(fault: Fault, folder: Path) -> Answer:
         status = run_command(
             from_hf.main,
             from_hf.Arguments,
-            positional=("src", "out"),
             argv=[str(source), str(target / "base")],
         )
     message = errors.getvalue().strip().replace(f"{home}/", "").replace(str(home), "")

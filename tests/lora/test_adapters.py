@@ -29,6 +29,7 @@ from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
 from jlora.lora.lora_dense import column_norms, linear, norm_squared
 from jlora.lora.merging import merge_module
 from jlora.model.llama import Llama
+from jlora.ops.compute_choices import Compute
 from jlora.train.checkpoint import RunCheckpoints, load_newest, restore_into
 from jlora.train.step import summed_loss
 
@@ -102,7 +103,7 @@ def test_a_layer_with_a_known_dropout_mask_equals_peft(kind):
 
     def output(x, pair, mask=None):
         dropped = None if mask is None else x * mask
-        return linear(x, {**frozen, **pair}, jnp.float32, dropped=dropped)
+        return linear(x, {**frozen, **pair}, Compute(), dropped=dropped)
 
     x = jnp.asarray(expected["x"])
     pair = jax.tree.map(jnp.asarray, pair)

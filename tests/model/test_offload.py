@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.fake_devices import mesh_of
 from helpers.training_cases import (
     ADAM,
     ALL_LINEAR,
@@ -146,15 +147,14 @@ def test_decoding_and_logits_are_the_same():
 
 
 @pytest.mark.parametrize(
-    ("backend", "expected"),
+    ("platform", "expected"),
     [
         ("gpu", ["none", "minimal", "full", "offload"]),
         ("cpu", ["none", "minimal", "full"]),
     ],
 )
-def test_auto_is_the_least_recomputation_that_fits(monkeypatch, backend, expected):
-    params, mesh = adapted_params(CONFIG), Run(config=CONFIG).mesh
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+def test_auto_is_the_least_recomputation_that_fits(monkeypatch, platform, expected):
+    params, mesh = adapted_params(CONFIG), mesh_of(platform)
 
     def work(remat):
         compute = ComputeConfig(dtype="float32", remat=remat, attention="xla")
@@ -171,26 +171,25 @@ def test_auto_is_the_least_recomputation_that_fits(monkeypatch, backend, expecte
             "device_memory_bytes",
             lambda size=size: (size + 1) / plan.USABLE_SHARE,
         )
-        found.append(work("auto").remat)
+        found.append(work("auto").compute.remat)
     assert found == expected
     monkeypatch.setattr(plan, "device_memory_bytes", lambda: 1)
-    assert work("auto").remat == expected[-1]
+    assert work("auto").compute.remat == expected[-1]
 
 
-def test_the_plan_shows_what_the_host_keeps(monkeypatch):
-    params, mesh = adapted_params(CONFIG), Run(config=CONFIG).mesh
+def test_the_plan_shows_what_the_host_keeps():
+    params = adapted_params(CONFIG)
 
-    def work(remat):
+    def work(remat, platform):
         compute = ComputeConfig(dtype="bfloat16", remat=remat, attention="xla")
         return plan.plan_workload(
-            CONFIG, params, mesh, compute=compute, rows=4, length=2**20
+            CONFIG, params, mesh_of(platform), compute=compute, rows=4, length=2**20
         )
 
     # A CPU has no other memory: all stays there, as under full.
-    same = plan.memory_table(params, work("full"))
-    assert plan.memory_table(params, work("offload")) == same
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    offload = work("offload")
+    same = plan.memory_table(params, work("full", "cpu"))
+    assert plan.memory_table(params, work("offload", "cpu")) == same
+    offload = work("offload", "gpu")
     assert plan.host_bytes(offload) == 2 * 4 * 2**20 * CONFIG.hidden_size * 2
     size = jax.local_device_count() * plan.host_bytes(offload) / 2**30
     assert f"on the host: {size:.2f} GiB" in plan.memory_table(params, offload)[-1]

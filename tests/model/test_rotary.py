@@ -188,7 +188,7 @@ def test_all_problems_of_the_settings_are_told_at_once():
 
 def test_angles_are_computed_once_for_all_layers():
     def turn(x, positions):
-        cos, sin = rope_angles(make({}), positions, 8)
+        cos, sin = rope_angles(make({}), positions, 8, "cpu")
         for _ in range(3):
             x = jnp.cumsum(apply_rope(x, cos, sin), axis=1)  # not one fusion
         return x

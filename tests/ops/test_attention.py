@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from jlora.errors import UsageError
-from jlora.ops.attention import attend, choose_attention
+from jlora.ops.attention import attend
+from jlora.ops.compute_choices import Compute
 
+CPU, GPU = Compute("cpu"), Compute("gpu")
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 2, 2, 3, 3, 3, 0, 0]], np.int32)
 
 
@@ -41,7 +43,7 @@ def by_hand(q, k, v, *, segment_ids=None, offset=0):
 def test_attention_equals_loops_over_heads(kv_heads, segment_ids):
     arrays = case(kv_heads=kv_heads)
     given = None if segment_ids is None else jnp.asarray(segment_ids)
-    found = attend(*map(jnp.asarray, arrays), segment_ids=given)
+    found = attend(*map(jnp.asarray, arrays), CPU, segment_ids=given)
     expected = by_hand(*arrays, segment_ids=segment_ids)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
@@ -54,10 +56,9 @@ def test_blocks_of_queries_and_the_reference_elsewhere_equal_loops_over_heads(
     given = None if segment_ids is None else jnp.asarray(segment_ids)
     expected = by_hand(*arrays, segment_ids=segment_ids)
     monkeypatch.setattr("jlora.ops.attention_cpu._QUERIES", 3)  # 3, 3 and 2 of 8
-    found = attend(*map(jnp.asarray, arrays), segment_ids=given)
+    found = attend(*map(jnp.asarray, arrays), CPU, segment_ids=given)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    found = attend(*map(jnp.asarray, arrays), segment_ids=given)
+    found = attend(*map(jnp.asarray, arrays), GPU, segment_ids=given)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
@@ -71,9 +72,8 @@ def test_gradients_of_blocks_are_those_of_the_reference(
     d_out = jnp.asarray(random_heads(8, 6, 3), dtype)
     given = None if segment_ids is None else jnp.asarray(segment_ids)
     monkeypatch.setattr("jlora.ops.attention_cpu._QUERIES", 3)  # 3, 3 and 2 of 8
-    found = jax.vjp(lambda *x: attend(*x, segment_ids=given), *arrays)[1](d_out)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    pull = jax.vjp(lambda *x: attend(*x, segment_ids=given), *exact)[1]
+    found = jax.vjp(lambda *x: attend(*x, CPU, segment_ids=given), *arrays)[1](d_out)
+    pull = jax.vjp(lambda *x: attend(*x, GPU, segment_ids=given), *exact)[1]
     for ours, expected in zip(found, pull(d_out.astype(jnp.float32)), strict=True):
         assert ours.dtype == dtype
         error = jnp.linalg.norm(ours.astype(jnp.float32) - expected)
@@ -85,26 +85,25 @@ def test_queries_after_a_cache_see_what_lies_before_them(offset):
     q, k, v = case(queries=3)
     # What lies in the cache beyond the queries must not matter.
     k[:, offset + 3 :], v[:, offset + 3 :] = 1e3, 1e6
-    found = attend(*map(jnp.asarray, (q, k, v)), offset=jnp.int32(offset))
+    found = attend(*map(jnp.asarray, (q, k, v)), CPU, offset=jnp.int32(offset))
     expected = by_hand(q, k, v, offset=offset)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_scores_of_any_size_stay_finite():
     q, k, v = (jnp.asarray(x) for x in case())
-    found = attend(1e4 * q, 1e4 * k, v)
-    gradient = jax.grad(lambda x: attend(x, 1e4 * k, v).sum())(1e4 * q)
+    found = attend(1e4 * q, 1e4 * k, v, CPU)
+    gradient = jax.grad(lambda x: attend(x, 1e4 * k, v, CPU).sum())(1e4 * q)
     assert np.isfinite(found).all()
     assert np.isfinite(gradient).all()
 
 
-def test_bfloat16_scores_are_summed_in_float32(monkeypatch):
+def test_bfloat16_scores_are_summed_in_float32():
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in case()]
-    blocks = str(jax.make_jaxpr(attend)(*arrays))
+    blocks = str(jax.make_jaxpr(lambda *x: attend(*x, CPU))(*arrays))
     assert blocks.count("dot_general[") == 2
     assert blocks.count("preferred_element_type=float32") == 2
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    jaxpr = jax.make_jaxpr(lambda *x: attend(*x))(*arrays)
+    jaxpr = jax.make_jaxpr(lambda *x: attend(*x, GPU))(*arrays)
     scores, _ = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
     assert str(scores.outvars[0].aval.dtype) == "float32"  # type: ignore[attr-defined]
 
@@ -119,38 +118,4 @@ def test_bfloat16_scores_are_summed_in_float32(monkeypatch):
 def test_cudnn_refuses_what_it_would_compute_wrongly(dtype, segment_ids, message):
     arrays = [jnp.asarray(x, dtype) for x in case()]
     with pytest.raises(UsageError, match=message):
-        attend(*arrays, segment_ids=segment_ids, implementation="cudnn")
-
-
-def test_cudnn_without_a_gpu_is_refused():
-    with pytest.raises(UsageError, match="needs an NVIDIA GPU, and this is cpu"):
-        choose_attention("cudnn", dtype=jnp.dtype("bfloat16"), head_dim=64)
-
-
-def test_cudnn_with_a_head_too_large_is_refused(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(UsageError, match="head_dim=256"):
-        choose_attention("cudnn", dtype=jnp.dtype("bfloat16"), head_dim=256)
-
-
-def test_splash_without_a_tpu_is_refused():
-    with pytest.raises(UsageError, match="splash needs a TPU, and this is cpu"):
-        choose_attention("splash", dtype=jnp.dtype("bfloat16"), head_dim=64)
-
-
-@pytest.mark.parametrize(
-    ("backend", "head_dim", "dtype", "expected"),
-    [
-        ("gpu", 128, "bfloat16", "cudnn"),
-        ("gpu", 256, "bfloat16", "xla"),
-        ("gpu", 128, "float32", "xla"),
-        ("tpu", 128, "bfloat16", "xla"),
-        ("cpu", 128, "bfloat16", "xla"),
-    ],
-)
-def test_auto_takes_cudnn_where_it_applies(
-    monkeypatch, backend, head_dim, dtype, expected
-):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    found = choose_attention("auto", dtype=jnp.dtype(dtype), head_dim=head_dim)
-    assert found == expected
+        attend(*arrays, Compute(attention="cudnn"), segment_ids=segment_ids)

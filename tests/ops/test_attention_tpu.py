@@ -12,6 +12,7 @@ from jlora.config.run_config import MeshConfig
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.llama import Llama
 from jlora.ops.attention import attend
+from jlora.ops.compute_choices import Compute
 from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh
 from jlora.train.step import make_eval_step, summed_loss
 
@@ -21,7 +22,7 @@ SEGMENTS[1, :150] = np.repeat([1, 2], [50, 100])
 NAMES = ("output", "dq", "dk", "dv")
 
 
-def with_gradients(implementation: str, segment_ids: Any, kv_heads: int, head_dim: int):
+def with_gradients(attention: str, segment_ids: Any, kv_heads: int, head_dim: int):
     keys = jax.random.split(jax.random.key(0), 4)
     counts = (4, kv_heads, kv_heads, 4)
     q, k, v, up = (
@@ -33,7 +34,7 @@ def with_gradients(implementation: str, segment_ids: Any, kv_heads: int, head_di
     def run(q, k, v, up):
         out, pull = jax.vjp(
             lambda *x: attend(
-                *x, segment_ids=segment_ids, implementation=implementation
+                *x, Compute(attention=attention), segment_ids=segment_ids
             ),
             *(q, k, v),
         )
@@ -61,8 +62,8 @@ def test_splash_and_its_gradients_equal_the_reference(segment_ids, kv_heads, hea
 def test_changing_one_segment_leaves_the_others_bit_identical():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 200, 2, 32)) for i in range(3))
     run = jax.jit(
-        lambda q, k, v: attend(
-            q, k, v, segment_ids=jnp.asarray(SEGMENTS), implementation="splash"
+        lambda *x: attend(
+            *x, Compute(attention="splash"), segment_ids=jnp.asarray(SEGMENTS)
         )
     )
     first = jnp.asarray(SEGMENTS == 1)[..., None, None]

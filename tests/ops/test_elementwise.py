@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +19,10 @@ def assert_close(found, expected, bound):
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 0.1)])
-def test_gated_by_hand_is_what_autodiff_makes_of_it(monkeypatch, dtype, bound):
+def test_gated_by_hand_is_what_autodiff_makes_of_it(dtype, bound):
     gate, up, d_out = (drawn((3, 5, 64), dtype, seed) for seed in range(3))
-    ours, pull = jax.vjp(gated, gate, up)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    expected, pull_plain = jax.vjp(gated, gate, up)
+    ours, pull = jax.vjp(partial(gated, platform="cpu"), gate, up)
+    expected, pull_plain = jax.vjp(partial(gated, platform="gpu"), gate, up)
     np.testing.assert_array_equal(ours, expected)
     for found, right in zip(pull(d_out), pull_plain(d_out), strict=True):
         assert_close(found, right, bound)
@@ -32,7 +33,8 @@ def test_gradients_of_gated_are_rounded_once():
     g, u, d = (np.asarray(x, np.float64) for x in (gate, up, d_out))
     share = 1 / (1 + np.exp(-g))
     exact = d * u * share * (1 + g * (1 - share)), d * g * share
-    for found, right in zip(jax.vjp(gated, gate, up)[1](d_out), exact, strict=True):
+    pull = jax.vjp(partial(gated, platform="cpu"), gate, up)[1]
+    for found, right in zip(pull(d_out), exact, strict=True):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(
             np.asarray(found, np.float64), right, rtol=2**-8, atol=1e-5
@@ -40,14 +42,13 @@ def test_gradients_of_gated_are_rounded_once():
 
 
 @pytest.mark.parametrize("shift", [0, 1e4])
-def test_likelihood_by_hand_is_what_autodiff_makes_of_it(monkeypatch, shift):
+def test_likelihood_by_hand_is_what_autodiff_makes_of_it(shift):
     logits = drawn((2, 3, 40), jnp.float32, 0) + shift
     targets = jnp.array([[0, 39, 7], [7, 7, 20]])
     weights = jnp.array([[1, 0.5, 0], [2, 1, 1]])
-    ours, pull = jax.vjp(lambda x: negative_log_likelihood(x, targets), logits)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    ours, pull = jax.vjp(lambda x: negative_log_likelihood(x, targets, "cpu"), logits)
     expected, pull_plain = jax.vjp(
-        lambda x: negative_log_likelihood(x, targets), logits
+        lambda x: negative_log_likelihood(x, targets, "gpu"), logits
     )
     # Logits near 1e4 are rounded to 1e-3.
     assert_close(ours, expected, 2e-3 if shift else 1e-5)
@@ -55,18 +56,21 @@ def test_likelihood_by_hand_is_what_autodiff_makes_of_it(monkeypatch, shift):
     assert np.all(np.asarray(pull(weights)[0])[0, 2] == 0)
 
 
-def test_gradients_by_hand_can_be_differentiated_again(monkeypatch):
+def test_gradients_by_hand_can_be_differentiated_again():
     gate, up = (drawn((3, 40), jnp.float32, seed) for seed in range(2))
     targets = jnp.array([0, 39, 7])
 
-    def total(gate):
-        return (negative_log_likelihood(gated(gate, up), targets) ** 2).sum()
+    def gradient(gate, platform):
+        def total(gate):
+            act = gated(gate, up, platform)
+            return (negative_log_likelihood(act, targets, platform) ** 2).sum()
 
-    def along(gate):
-        return jax.jvp(jax.grad(total), (gate,), (up,))[1]
+        return jax.grad(total)(gate)
 
-    found = along(gate), jax.grad(lambda x: (jax.grad(total)(x) * up).sum())(gate)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    scale = jnp.abs(expected := along(gate)).max()
+    def along(platform):
+        return jax.jvp(lambda x: gradient(x, platform), (gate,), (up,))[1]
+
+    found = along("cpu"), jax.grad(lambda x: (gradient(x, "cpu") * up).sum())(gate)
+    scale = jnp.abs(expected := along("gpu")).max()
     for ours in found:
         assert_close(ours / scale, expected / scale, 1e-5)

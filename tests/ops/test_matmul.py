@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers.training_cases import equations
 
+from jlora.ops.compute_choices import Compute
 from jlora.ops.matmul import matmul
 
 
@@ -22,7 +23,7 @@ def rounded(*products):
 
 def test_bfloat16_product_and_gradients_are_rounded_once():
     x, w, dy = operands(jnp.bfloat16)
-    y, pull = jax.vjp(lambda x, w: matmul(x, w, jnp.bfloat16), x, w)
+    y, pull = jax.vjp(lambda x, w: matmul(x, w, Compute("cpu", jnp.bfloat16)), x, w)
     wide_x, wide_w, wide_dy = (np.asarray(a, np.float64) for a in (x, w, dy))
     expected = rounded(
         wide_x @ wide_w,
@@ -40,7 +41,7 @@ def test_every_product_on_a_cpu_has_a_float32_sum_of_like_operands(dtype):
     x, w, dy = operands(dtype)
 
     def both(x, w, dy):
-        y, pull = jax.vjp(lambda x, w: matmul(x, w, dtype), x, w)
+        y, pull = jax.vjp(lambda x, w: matmul(x, w, Compute("cpu", dtype)), x, w)
         return y, pull(dy)
 
     jaxpr = jax.make_jaxpr(both)(x, w, dy).jaxpr

@@ -37,6 +37,7 @@ from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import LoRADense
 from jlora.lora.merging import merge
 from jlora.model.llama import Llama
+from jlora.ops.compute_choices import Compute
 from jlora.ops.quantize import (
     NF4,
     Format,
@@ -191,7 +192,7 @@ def test_gradients_are_those_through_the_dequantised_kernel(name):
 def test_what_stays_for_the_backward_pass_is_the_stored_form():
     leaves = jax.tree.map(jnp.asarray, quantize_kernel(random_kernel(), "nf4"))
     x = jnp.ones((3, 192))
-    _, backward = jax.vjp(lambda x: quantized_matmul(x, leaves, jnp.float32), x)
+    _, backward = jax.vjp(lambda x: quantized_matmul(x, leaves, Compute()), x)
     kept = jax.tree.leaves(backward)
     assert all(leaf.shape != (192, 40) for leaf in kept)
 
@@ -296,7 +297,7 @@ def test_an_adapter_of_peft_on_a_quantised_base_is_used_and_merged(name, tmp_pat
     )
     words = [str(tmp_path / "merged"), "--model", base, "--adapter", str(case.folder)]
     # It verifies: base and adapter, merged in memory, and the files give the same logits.
-    assert not run_command(to_hf.main, to_hf.Arguments, positional=("out",), argv=words)
+    assert not run_command(to_hf.main, to_hf.Arguments, argv=words)
 
 
 def test_the_plan_counts_the_weights_that_are_dequantised():

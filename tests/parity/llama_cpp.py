@@ -40,7 +40,7 @@ def export(folder: Path, name: str, tokenizer: list[Path]) -> Path:
     adapted.save_pretrained(folder / "adapter")
     words = [str(folder / "merged"), "--model", str(folder / "hf")]
     words += ["--adapter", str(folder / "adapter"), "--verify", "false"]
-    assert not run_command(to_hf.main, to_hf.Arguments, positional=("out",), argv=words)
+    assert not run_command(to_hf.main, to_hf.Arguments, argv=words)
     return folder / "merged"
 
 

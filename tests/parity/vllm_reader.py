@@ -113,7 +113,7 @@ def read_config(folder: Path, longest: int | None = None) -> tuple[ModelConfig, 
 
 def table(config: LlamaConfig, rows: int, length: int) -> np.ndarray:
     """Returns jlora's [rows, H], cos before sin, of a call of some length."""
-    angles = rope_angles(config, jnp.arange(rows)[None], length)
+    angles = rope_angles(config, jnp.arange(rows)[None], length, "cpu")
     return np.concatenate([np.asarray(x)[0, :, 0] for x in angles], axis=-1)
 
 

@@ -26,6 +26,7 @@ from jlora.formats.digests import fingerprint
 from jlora.lora.adapter_tree import join, trainable_mask
 from jlora.lora.lora_dense import head_parameters
 from jlora.model.loss import cross_entropy
+from jlora.ops.compute_choices import Compute
 from jlora.train.checkpoint import (
     RunCheckpoints,
     load_newest,
@@ -145,7 +146,7 @@ def test_evaluation_sums_the_same_loss():
 
 
 def test_the_whole_logits_never_exist(monkeypatch):
-    monkeypatch.setattr("jlora.train.step.loss_chunk_tokens", lambda: 256)
+    monkeypatch.setattr(Compute, "loss_chunk_tokens", 256)
     run = Run()
     text = str(run.step.lower(run.state, run.frozen, ragged_batch()).as_text())
     vocab = run.model.config.vocab_size
@@ -161,6 +162,7 @@ def test_the_whole_logits_never_exist(monkeypatch):
             head_parameters(run.frozen),
             batch["targets"],
             batch["loss_mask"],
+            Compute(),
             chunk=2,
         )
     )
@@ -176,7 +178,7 @@ def test_a_masked_infinity_does_not_reach_the_loss_or_gradient(poison, chunk):
 
     def loss(hidden, adapter):
         head = {"kernel": jnp.eye(4), "lora_scaling": jnp.float32(1), **adapter}
-        return cross_entropy(hidden, head, targets, weights, chunk=chunk)
+        return cross_entropy(hidden, head, targets, weights, Compute(), chunk=chunk)
 
     value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(hidden, adapter)
     clean = jax.grad(loss, argnums=(0, 1))(jnp.zeros((1, 3, 4)), adapter)

@@ -18,11 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import Mesh
 from jaxtyping import Array
-
-from jlora.errors import UsageError
-from jlora.parallel.sharding import has_all_weights
 
 # Depth of one step of the inner loop: one row of the 128-byte swizzle in bfloat16.
 DEPTH = 64
@@ -41,35 +37,6 @@ COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 232
 
 # For the columns of a tile that come at a time: a warpgroup's rows of other arrays, float32.
 Parts = Iterator[tuple[slice, list[Array]]]
-
-
-def choose_kernels(wanted: str, *, dtype: Any, mesh: Mesh) -> str:
-    """Returns the kernels that `auto` stands for on this mesh: xla or hopper.
-
-    Sizes that the kernels do not take fall to xla layer by layer, `fused.can_fuse`.
-
-    Raises:
-        UsageError: hopper is wanted where it cannot run.
-    """
-    device = mesh.devices.flat[0]
-    capability = getattr(device, "compute_capability", "")
-    hopper = device.platform == "gpu" and capability == "9.0"
-    if wanted == "hopper" and not (hopper and dtype == jnp.bfloat16):
-        raise UsageError(
-            "compute.kernels=hopper needs an H100 or H200 and compute.dtype bfloat16, "
-            f"and this is {device.device_kind} with {jnp.dtype(dtype).name}; use "
-            "auto or xla"
-        )
-    whole = has_all_weights(mesh)
-    if wanted == "hopper" and not whole:
-        raise UsageError(
-            "compute.kernels=hopper needs all weights on every device, and this mesh "
-            f"splits them (mesh.fsdp={mesh.shape['fsdp']}, "
-            f"mesh.tensor={mesh.shape['tensor']}); use mesh.data, or kernels auto or xla"
-        )
-    if wanted != "auto":
-        return wanted
-    return "hopper" if hopper and dtype == jnp.bfloat16 and whole else "xla"
 
 
 def transposed_view(ref: Any) -> Any:

@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import replace
 from typing import Any
-from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,9 @@ from helpers.training_cases import (
     moved,
     ragged_batch,
 )
-from jax.sharding import Mesh
 
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
-from jlora.errors import UsageError
 from jlora.formats.digests import flatten
 from jlora.lora.adapter_tree import is_trainable, join, split, trainable_mask
 from jlora.model.llama import Llama
@@ -34,7 +31,7 @@ from jlora.ops.hopper import matmul_kernel as hopper
 from jlora.ops.hopper import product_kernels as hopper_products
 from jlora.ops.hopper import swiglu_kernel as hopper_swiglu
 from jlora.ops.hopper.fused_projections import Leaves
-from jlora.parallel.sharding import MESH_AXES, make_mesh
+from jlora.parallel.sharding import make_mesh
 from jlora.train.step import make_eval_step
 
 D, F, K = 24, 40, 12
@@ -490,53 +487,3 @@ def test_devices_with_own_rows_evaluate_as_one() -> None:
         assert ("shard_map" in names) == (devices > 1)
         found.append([float(x) for x in step(params, batch)])
     assert found[0] == pytest.approx(found[1], rel=1e-6)
-
-
-def mesh_of(platform: str, capability: str, sizes: tuple[int, int, int]) -> Mesh:
-    devices = np.empty(sizes, object)
-    for place in np.ndindex(sizes):
-        devices[place] = Mock(
-            platform=platform, compute_capability=capability, device_kind="a device"
-        )
-    return Mesh(devices, MESH_AXES)
-
-
-@pytest.mark.parametrize(
-    ("platform", "dtype", "sizes", "message"),
-    [
-        ("cpu", "bfloat16", (1, 1, 1), "needs an H100 or H200"),
-        ("gpu", "float32", (1, 1, 1), "bfloat16"),
-        ("gpu", "bfloat16", (4, 2, 1), r"splits them \(mesh.fsdp=2, mesh.tensor=1\)"),
-        ("gpu", "bfloat16", (4, 1, 2), r"splits them \(mesh.fsdp=1, mesh.tensor=2\)"),
-    ],
-)
-def test_hopper_kernels_are_refused_where_they_cannot_run(
-    platform: str, dtype: str, sizes: tuple[int, int, int], message: str
-) -> None:
-    mesh = mesh_of(platform, "9.0", sizes)
-    with pytest.raises(UsageError, match=message):
-        hopper.choose_kernels("hopper", dtype=jnp.dtype(dtype), mesh=mesh)
-
-
-@pytest.mark.parametrize(
-    ("platform", "capability", "dtype", "sizes", "expected"),
-    [
-        ("gpu", "9.0", "bfloat16", (1, 1, 1), "hopper"),
-        ("gpu", "9.0", "bfloat16", (8, 1, 1), "hopper"),
-        ("gpu", "9.0", "float32", (1, 1, 1), "xla"),
-        ("gpu", "9.0", "bfloat16", (4, 2, 1), "xla"),
-        ("gpu", "9.0", "bfloat16", (4, 1, 2), "xla"),
-        ("gpu", "8.0", "bfloat16", (1, 1, 1), "xla"),
-        ("cpu", "", "bfloat16", (1, 1, 1), "xla"),
-    ],
-)
-def test_auto_takes_the_hopper_kernels_where_they_apply(
-    platform: str,
-    capability: str,
-    dtype: str,
-    sizes: tuple[int, int, int],
-    expected: str,
-) -> None:
-    mesh = mesh_of(platform, capability, sizes)
-    found = hopper.choose_kernels("auto", dtype=jnp.dtype(dtype), mesh=mesh)
-    assert found == expected

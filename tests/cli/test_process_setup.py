@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -6,9 +7,9 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-PROGRAM = """
+COMPILES = """
 import jax
-from jlora.cli.compilation_cache import keep_compiled
+from jlora.cli.process_setup import keep_compiled
 
 hits = []
 jax.monitoring.register_event_listener(lambda event: hits.append("cache_hits" in event))
@@ -22,7 +23,7 @@ def run(home: Path, **more: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
     del environment["JAX_COMPILATION_CACHE_DIR"]  # that of the tests
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM],
+        [sys.executable, "-W", "error", "-c", COMPILES],
         capture_output=True,
         text=True,
         env={**environment, "PYTHONPATH": str(ROOT), "HOME": str(home), **more},
@@ -57,3 +58,35 @@ def test_without_a_folder_to_trust_nothing_is_kept(tmp_path, fault: str) -> None
         folder.chmod(0o777)
     assert run(tmp_path) == "7.0 0"
     assert not list(tmp_path.rglob("*-cache"))
+
+
+COMPUTES = """
+import resource
+from jlora.cli.process_setup import keep_freed_memory
+keep_freed_memory()
+import jax, jax.numpy as jnp
+import numpy as np
+
+compute = jax.jit(lambda x: (x @ x.T) @ x)  # 64 MiB between the products
+x = jax.block_until_ready(jnp.ones((4096, 8)))
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    jax.block_until_ready(compute(x))
+    np.full(1 << 27, 1, np.int8)  # at the heap's end: longer than what is free before it
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(min([faults() for _ in range(6)]))  # the first ones fill the heap
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_a_second_call_maps_no_memory_anew() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", COMPUTES],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1000  # of 49,152 pages

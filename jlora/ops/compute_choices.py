@@ -1,0 +1,140 @@
+"""How a model computes on its devices: what every `auto` of the run stands for.
+
+This is the only file that asks JAX for its default platform. A model that is made for the
+devices of a mesh computes for those, also where this machine has others.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jlora.config.run_config import ComputeConfig
+from jlora.errors import UsageError
+from jlora.parallel.sharding import has_all_weights
+
+# Sizes of a head that cuDNN's flash kernel takes, forward and backward.
+_CUDNN_HEAD_MULTIPLE, _CUDNN_HEAD_LIMIT = 8, 128
+
+
+def default_platform() -> str:
+    """Returns cpu, gpu or tpu: where JAX computes unless it is told otherwise."""
+    return jax.default_backend()
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The dtype and the implementations that a model uses; see `choose_compute`.
+
+    Attributes:
+        platform: cpu, gpu or tpu; operations take the form that is fastest there.
+        dtype: of activations and matrix products.
+        attention: xla, cudnn or splash; see `jlora.ops.attention`.
+        kernels: of the projections, xla or hopper; see `jlora.lora.projections`.
+        remat: none, minimal, full or offload; what the backward pass recomputes.
+        max_segments: most documents in a row; cudnn needs it for packed rows.
+    """
+
+    platform: str = field(default_factory=default_platform)
+    dtype: Any = jnp.float32
+    attention: str = "xla"
+    kernels: str = "xla"
+    remat: str = "none"
+    max_segments: int = 0
+
+    @property
+    def loss_chunk_tokens(self) -> int:
+        """Tokens per device whose logits exist at one time.
+
+        Enough for full-speed matrix products. On a CPU no more than that, because the
+        softmax of a larger chunk does not fit into the caches.
+        """
+        return 512 if self.platform == "cpu" else 1024
+
+
+def choose_compute(
+    wanted: ComputeConfig, mesh: Mesh, *, head_dim: int, max_segments: int = 0
+) -> Compute:
+    """Returns what the flags mean for the devices of this mesh.
+
+    Remat stays "none": `jlora.train.memory_estimate` chooses it, by what fits.
+
+    Raises:
+        UsageError: an attention or kernels that cannot run on these devices.
+    """
+    platform = mesh.devices.flat[0].platform
+    dtype = choose_dtype(wanted.dtype, platform)
+    return Compute(
+        platform=platform,
+        dtype=dtype,
+        attention=choose_attention(
+            wanted.attention, platform=platform, dtype=dtype, head_dim=head_dim
+        ),
+        kernels=choose_kernels(wanted.kernels, dtype=dtype, mesh=mesh),
+        max_segments=max_segments,
+    )
+
+
+def choose_dtype(wanted: str, platform: str) -> Any:
+    """Returns the dtype of activations; auto is bfloat16 on GPU and TPU, else float32."""
+    if wanted == "auto":
+        wanted = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(wanted)
+
+
+def choose_attention(wanted: str, *, platform: str, dtype: Any, head_dim: int) -> str:
+    """Returns the attention to use; auto is cudnn where it can run, else xla.
+
+    Raises:
+        UsageError: cudnn or splash is wanted where it cannot run.
+    """
+    fits = head_dim % _CUDNN_HEAD_MULTIPLE == 0 and head_dim <= _CUDNN_HEAD_LIMIT
+    if wanted == "splash" and platform != "tpu":
+        raise UsageError(
+            f"compute.attention=splash needs a TPU, and this is {platform}; use auto or "
+            "xla"
+        )
+    if wanted == "cudnn" and platform != "gpu":
+        raise UsageError(
+            f"compute.attention=cudnn needs an NVIDIA GPU, and this is {platform}; "
+            "use auto or xla"
+        )
+    if wanted == "cudnn" and not fits:
+        raise UsageError(
+            f"compute.attention=cudnn takes heads of at most {_CUDNN_HEAD_LIMIT} in "
+            f"multiples of {_CUDNN_HEAD_MULTIPLE}, and this model has head_dim="
+            f"{head_dim}; use auto or xla"
+        )
+    if wanted != "auto":
+        return wanted
+    return "cudnn" if platform == "gpu" and fits and dtype == jnp.bfloat16 else "xla"
+
+
+def choose_kernels(wanted: str, *, dtype: Any, mesh: Mesh) -> str:
+    """Returns the kernels of the projections; auto is hopper where it can run, else xla.
+
+    Even then a layer whose sizes the kernels do not take uses XLA.
+
+    Raises:
+        UsageError: hopper is wanted where it cannot run.
+    """
+    device = mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", "")
+    can_run = device.platform == "gpu" and capability == "9.0" and dtype == jnp.bfloat16
+    if wanted == "hopper" and not can_run:
+        raise UsageError(
+            "compute.kernels=hopper needs an H100 or H200 and compute.dtype bfloat16, "
+            f"and this is {device.device_kind} with {jnp.dtype(dtype).name}; use "
+            "auto or xla"
+        )
+    if wanted == "hopper" and not has_all_weights(mesh):
+        raise UsageError(
+            "compute.kernels=hopper needs all weights on every device, and this mesh "
+            f"splits them (mesh.fsdp={mesh.shape['fsdp']}, "
+            f"mesh.tensor={mesh.shape['tensor']}); use mesh.data, or kernels auto or xla"
+        )
+    if wanted != "auto":
+        return wanted
+    return "hopper" if can_run and has_all_weights(mesh) else "xla"
