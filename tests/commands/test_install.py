@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from helpers.commands import training
+from helpers.commands import train_flags
 
 from jlora.cli.jlora_command import COMMANDS
 
@@ -88,19 +88,19 @@ def test_the_program_lists_its_commands_and_its_version(installed, tmp_path):
 
 @pytest.mark.slow
 def test_convert_train_and_export_beside_files_of_the_same_names(
-    installed, place, compiled, tmp_path
+    installed, workdir, compiled, tmp_path
 ):
     for name in ("train", "convert", "generate", "from_hf", "jax"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file')")
     for name in ("hf", "train.jsonl"):
-        (tmp_path / name).symlink_to(place / name)
+        (tmp_path / name).symlink_to(workdir / name)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | compiled
 
     def jlora(*words: object) -> str:
         return call(installed, *words, cwd=tmp_path, env=env)
 
     assert "content digest" in jlora("convert", "hf", "base")
-    words = [word if word != "hf" else "base" for word in training("run")]
+    words = [word if word != "hf" else "base" for word in train_flags("run")]
     jlora("train", *words, "--train.max_steps", 2)
     jlora("export", "--model", "base", "--adapter", "run", "merged")
     assert "content digest" in jlora("info", "base")

@@ -86,6 +86,7 @@ def flags_of(name: str) -> list[str]:
 def test_every_adapter_equals_a_run_of_its_own(name, sweep):
     succeed("train", *words(f"alone_{name}", *flags_of(name)))
     alone, own = Path(f"alone_{name}"), sweep / name
+    assert [line["step"] for line in metrics(own) if "loss" in line] == [*range(1, 7)]
     for ours, theirs in zip(metrics(own), metrics(alone), strict=True):
         assert ours.keys() == theirs.keys()
         for key in ours.keys() - set(TIMES):

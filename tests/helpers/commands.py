@@ -1,18 +1,19 @@
-"""Commands run in this process, and the fixtures of a small model with data."""
+"""Commands run in this process, and the small model with data that they work on."""
 
 import contextlib
 import importlib
 import io
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
+from helpers import ROOT
 from helpers.data_cases import chat, make_files, write_rows
 from helpers.tiny import CONFIG, tensors, write_hf
 from jlora.cli.command import run_command
@@ -27,11 +28,6 @@ HF_CONFIG = {
     "eos_token_id": 4,
 }
 STEPS = 40
-PER_STEP = {
-    *("step", "epoch", "loss", "learning_rate", "grad_norm"),
-    *("tokens", "supervised_tokens", "tokens_per_second"),
-    *("step_time_s", "data_wait_s", "mfu", "peak_memory_bytes"),
-}
 
 
 class Done(NamedTuple):
@@ -40,23 +36,36 @@ class Done(NamedTuple):
     err: str
 
 
-def call(name: str, *words: object) -> Done:
-    """Runs a command in this process, as `python NAME WORDS` would."""
+def call(name: str, *flags: object) -> Done:
+    """Runs a command in this process, as `python NAME FLAGS` would."""
     module = importlib.import_module(name)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = run_command(
-            module.main,
-            module.Arguments,
-            argv=list(map(str, words)),
-        )
+        status = run_command(module.main, module.Arguments, argv=list(map(str, flags)))
     return Done(status, out.getvalue(), err.getvalue())
 
 
-def succeed(name: str, *words: object) -> str:
-    done = call(name, *words)
+def succeed(name: str, *flags: object) -> str:
+    """Runs a command that must end with 0 and no message; returns what it prints."""
+    done = call(name, *flags)
     assert (done.status, done.err) == (0, "")
     return done.out
+
+
+def start_python(*words: object, **environment: str) -> subprocess.Popen[str]:
+    """Starts Python on a script of the checkout, or on code after "-c"."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> Done:
+    out, err = process.communicate(timeout=120)
+    return Done(process.returncode, out, err)
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -64,32 +73,22 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
+def losses(run: Path) -> list[float]:
+    """The training loss of every logged step."""
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
 def adapter_bytes(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> Iterator[dict[str, str]]:
-    """Runs share what XLA compiled; the environment does it for other processes."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def evaluated_loss(*flags: object) -> float:
+    flags = ("--data", "eval.jsonl", "--seq_len", 64, *flags)
+    return float(succeed("evaluate", *flags).split()[1])
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """A folder with a model `hf` and data, where every relative path begins."""
-    folder = tmp_path_factory.mktemp("commands")
+def make_workdir(folder: Path) -> Path:
+    """Fills a folder with a model `hf`, a training set, held-out data and a chat."""
     arrays = {
         key: array * 0.1 if array.ndim == 2 else np.ones_like(array)
         for key, array in tensors(HF_CONFIG).items()
@@ -106,32 +105,11 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def inside(place, monkeypatch):
-    monkeypatch.chdir(place)
-
-
-def training(run: object, *more: object) -> list[object]:
-    """The words of a run that every test of training starts from."""
+def train_flags(run: object, *more: object) -> list[object]:
+    """The flags that every test of training starts from."""
     return [
         *("--model", "hf", "--output_dir", run, "--data.train", "train.jsonl"),
         *("--data.seq_len", 64, "--lora.target_modules", "all-linear"),
         *("--optim.learning_rate", 0.02, "--train.max_steps", STEPS),
         *more,
     ]
-
-
-@pytest.fixture(scope="module")
-def run(place) -> Path:
-    """A finished run, its printed lines in the file `out`."""
-    with contextlib.chdir(place):
-        words = training("run", "--data.eval", "eval.jsonl", "--train.eval_every", 20)
-        (place / "run").mkdir()
-        (place / "run" / "out").write_text(succeed("train", *words))
-    return place / "run"
-
-
-@pytest.fixture(scope="module")
-def base(place) -> Path:
-    succeed("convert.from_hf", place / "hf", place / "base")
-    return place / "base"

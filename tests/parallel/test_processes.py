@@ -15,18 +15,23 @@ import jax
 import numpy as np
 import pytest
 from helpers import ROOT
-from helpers.commands import metrics, place, training  # noqa: F401 (a fixture)
+from helpers.commands import make_workdir, metrics, train_flags
 
 from jlora.cli.command import run_command
 from jlora.errors import ResourceError, UsageError
 from jlora.parallel import processes
 
 STEPS = 60
-WORDS = [
+FLAGS = [
     *("--train.max_steps", STEPS, "--train.save_every", STEPS),
     # Low, so that what differs in rounding does not grow.
     *("--optim.learning_rate", 1e-3),
 ]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    return make_workdir(tmp_path_factory.mktemp("processes"))
 
 
 def start(
@@ -41,7 +46,7 @@ def start(
         [
             sys.executable,
             str(ROOT / "train.py"),
-            *map(str, training(run, *WORDS, *more)),
+            *map(str, train_flags(run, *FLAGS, *more)),
         ],
         cwd=folder,
         env={
@@ -89,16 +94,13 @@ def log(folder: Path) -> np.ndarray:
         "data",  # all of them on every device, each with rows and dropout of its own
     ],
 )
-def test_two_processes_stop_together_go_on_and_end_as_one_does(
-    place,  # noqa: F811
-    axis,
-):
+def test_two_processes_stop_together_go_on_and_end_as_one_does(workdir, axis):
     two, one = f"two-{axis}", f"one-{axis}"
 
     def own(_):
         return f"--mesh.{axis}", 4, "--lora.lora_dropout", 0.2
 
-    running = start_all(place, two, count=2, own=own)
+    running = start_all(workdir, two, count=2, own=own)
     stdout: Any = running[0].stdout
     while not stdout.readline().startswith("step 1/"):
         assert running[0].poll() is None
@@ -108,28 +110,28 @@ def test_two_processes_stop_together_go_on_and_end_as_one_does(
     # JAX itself says whom it met; jlora one line, of how many there are.
     told = [line for line in quiet.splitlines() if "peer ranks" not in line]
     assert told == ["process 1 of 2: 2 of 4 devices"]
-    assert [code for code, _ in finish(start_all(place, two, count=2, own=own))] == [
+    assert [code for code, _ in finish(start_all(workdir, two, count=2, own=own))] == [
         0,
         0,
     ]
-    [(code, _)] = finish(start_all(place, one, count=1, own=own))
+    [(code, _)] = finish(start_all(workdir, one, count=1, own=own))
     assert code == 0
     # Float32 sums in another order.
-    np.testing.assert_allclose(log(place / two), log(place / one), rtol=1e-4)
+    np.testing.assert_allclose(log(workdir / two), log(workdir / one), rtol=1e-4)
     alone, together = (
-        json.loads((place / run / "adapter" / "adapter_config.json").read_text())
+        json.loads((workdir / run / "adapter" / "adapter_config.json").read_text())
         for run in (one, two)
     )
     assert alone == together
 
 
 @pytest.mark.slow
-def test_processes_with_other_settings_end_before_they_compute(place):  # noqa: F811
-    running = start_all(place, "other", count=2, own=lambda i: ("--seed", i))
+def test_processes_with_other_settings_end_before_they_compute(workdir):
+    running = start_all(workdir, "other", count=2, own=lambda i: ("--seed", i))
     errors = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [2, 2]
     assert all("processes 1 have other settings" in text for text in errors)
-    assert not (place / "other").exists()
+    assert not (workdir / "other").exists()
 
 
 SETTINGS = {"jax_platforms": "tpu", "update": lambda *_: None}

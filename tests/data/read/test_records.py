@@ -360,7 +360,7 @@ def test_only_bad_rows_are_a_usage_error_if_they_may_be_skipped(tmp_path, rows):
     path = write_rows(tmp_path / "data.jsonl", rows)
     with pytest.raises(UsageError, match=r"nothing .*to learn") as error:
         load(path, on_bad_row="skip")
-    assert "line 2" in str(error.value) or "1, 2" in str(error.value)
+    assert "line 2" in str(error.value)
     assert "on_bad_row=skip" not in str(error.value)
 
 

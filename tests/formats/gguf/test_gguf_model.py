@@ -362,6 +362,8 @@ def test_a_sparse_file_cannot_fill_the_memory(path, value, message):
 def test_header_agrees_with_the_gguf_package(path):
     write_gguf(path, tensors(CONFIG))
     ours, theirs = read_gguf(path), gguf.GGUFReader(path)
+    assert ours.tensors.keys() == {tensor.name for tensor in theirs.tensors}
+    assert "general.architecture" in ours.metadata
     for tensor in theirs.tensors:
         mine = ours.tensors[tensor.name]
         assert mine.offset == tensor.data_offset

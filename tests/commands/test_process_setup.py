@@ -1,0 +1,66 @@
+import pytest
+from helpers.commands import finish, start_python, train_flags
+
+pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+
+PURITY = """
+import importlib, pkgutil, sys
+
+def refuse(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+        raise SystemExit(f"opened a socket: {event} {args}")
+
+sys.addaudithook(refuse)
+import convert, jlora, train, generate, evaluate
+from jlora.cli.command import run_command
+for package in (convert, jlora):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        importlib.import_module(module.name)
+for module, flags in (
+    (train, sys.argv[1:]),
+    (evaluate, "--model hf --data eval.jsonl --seq_len 64 --adapter pure".split()),
+    (generate, "--model hf --prompt a --max_new_tokens 4 --adapter pure".split()),
+):
+    assert run_command(module.main, module.Arguments, argv=flags) == 0
+heavy = {"torch", "tensorflow", "transformers", "datasets", "peft", "huggingface_hub"}
+print("loaded:", sorted(heavy & {name.split(".")[0] for name in sys.modules}))
+"""
+
+
+def test_local_paths_open_no_socket_and_load_no_other_framework(compiled):
+    flags = train_flags("pure", "--train.max_steps", 2, "--data.eval", "eval.jsonl")
+    status, out, err = finish(start_python("-c", PURITY, *flags, **compiled))
+    assert status == 0, err
+    assert out.splitlines()[-1] == "loaded: []"
+
+
+IN_TIME = """
+import importlib, sys
+import jax
+from jlora.cli.command import run_command
+
+def keep_freed_memory():
+    jax.config.update("jax_num_cpu_devices", 1)  # an error once there are devices
+    raise SystemExit("in time")
+
+module = importlib.import_module(sys.argv[1])
+module.keep_freed_memory = keep_freed_memory
+run_command(module.main, module.Arguments, argv=sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_memory_is_kept_before_any_use_of_a_device(name):
+    flags = {
+        "train": train_flags("never"),
+        "evaluate": ["--model", "hf", "--data", "eval.jsonl", "--seq_len", 64],
+    }
+    done = finish(start_python("-c", IN_TIME, name, *flags[name]))
+    assert done.err.splitlines()[-1:] == ["in time"]
+
+
+def test_a_command_is_a_program():
+    status, out, err = finish(start_python("-m", "convert.info", "nowhere"))
+    assert (status, out) == (2, "")
+    assert err.startswith("error: nowhere: no such file or folder")
+    assert err.count("\n") == 1

@@ -1,0 +1,175 @@
+import contextlib
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from helpers import ROOT
+from helpers.commands import (
+    Done,
+    adapter_bytes,
+    call,
+    finish,
+    losses,
+    metrics,
+    start_python,
+    succeed,
+    train_flags,
+)
+
+pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+
+STEPS = 200
+
+
+def long_run(folder: object, steps: int = STEPS) -> list[object]:
+    return train_flags(folder, "--train.save_every", 10, "--train.max_steps", steps)
+
+
+def start_train(compiled: dict[str, str], *flags: object) -> subprocess.Popen[str]:
+    return start_python(ROOT / "train.py", *flags, **compiled)
+
+
+def send(process: subprocess.Popen[str], signal_number: int, after: int) -> Done:
+    """Sends a signal as soon as step `after` is logged; returns how it ended."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith(f"step {after}/"):
+            process.send_signal(signal_number)
+            break
+    status, out, err = finish(process)
+    return Done(status, "".join(lines) + out, err)
+
+
+class Interrupted(NamedTuple):
+    killed: Done
+    stopped: Done
+    resumed: Done
+    folder: Path
+    whole: Path
+
+
+@pytest.fixture(scope="module")
+def interrupted(workdir, compiled) -> Interrupted:
+    """A run killed, resumed, asked to stop and resumed, beside an uninterrupted one."""
+    flags = long_run("cut")
+    with contextlib.chdir(workdir):
+        killed = send(start_train(compiled, *flags), signal.SIGKILL, after=15)
+        stopped = send(start_train(compiled, *flags), signal.SIGTERM, after=25)
+        resumed = call("train", *flags)
+        succeed("train", *long_run("whole"))
+    return Interrupted(killed, stopped, resumed, workdir / "cut", workdir / "whole")
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(interrupted):
+    assert interrupted.killed.status == -signal.SIGKILL
+    after = next(
+        int(line.split()[-1])
+        for line in interrupted.stopped.out.splitlines()
+        if line.startswith("resuming after step")
+    )
+    assert after >= 10
+    assert after % 10 == 0
+
+
+def test_a_run_asked_to_stop_saves_and_exits_with_75(interrupted):
+    status, _, err = interrupted.stopped
+    assert status == 75
+    assert err.startswith("stopped: step ")
+    step = int(err.split()[2])
+    assert f"resuming after step {step}\n" in interrupted.resumed.out
+
+
+def test_an_interrupted_run_ends_with_the_bytes_of_an_uninterrupted_one(interrupted):
+    assert interrupted.resumed.status == 0
+    assert adapter_bytes(interrupted.folder) == adapter_bytes(interrupted.whole)
+
+
+def test_an_interrupted_run_has_the_metrics_of_an_uninterrupted_one(interrupted):
+    steps = [line["step"] for line in metrics(interrupted.folder)]
+    assert steps == list(range(1, STEPS + 1))
+    assert losses(interrupted.folder) == losses(interrupted.whole)
+
+
+def test_only_the_checkpoints_asked_for_are_kept(interrupted):
+    names = {path.name for path in (interrupted.whole / "checkpoints").iterdir()}
+    assert names == {"190", "200"}
+
+
+def test_a_finished_run_started_again_changes_nothing(interrupted):
+    before = metrics(interrupted.whole), adapter_bytes(interrupted.whole)
+    assert "resuming after step 200" in succeed("train", *long_run("whole"))
+    assert (metrics(interrupted.whole), adapter_bytes(interrupted.whole)) == before
+
+
+def test_a_run_with_more_steps_than_asked_for_is_refused_untouched(interrupted):
+    before = (interrupted.whole / "config.yaml").read_text()
+    done = call("train", *train_flags("whole"), "--train.max_steps", 100)
+    assert done.status == 2
+    assert "at step 200 already" in done.err
+    assert (interrupted.whole / "config.yaml").read_text() == before
+
+
+def test_a_resumed_run_says_which_settings_changed(interrupted, tmp_path):
+    shutil.copytree(interrupted.whole, tmp_path / "run")
+    flags = train_flags(tmp_path / "run", "--optim.adam_b2", 0.99)
+    out = succeed("train", *flags, "--train.max_steps", 201)
+    assert "note: optim.adam_b2 is 0.99, was 0.999\n" in out
+    assert "note: train.max_steps is 201, was 200\n" in out
+    assert "note: model" not in out
+
+
+def test_a_run_that_goes_on_and_is_stopped_has_no_adapter_of_before(
+    interrupted, compiled, tmp_path
+):
+    folder = tmp_path / "longer"
+    shutil.copytree(interrupted.whole, folder)
+    assert (folder / "adapter").exists()
+    process = start_train(compiled, *long_run(folder, 4000))
+    assert send(process, signal.SIGTERM, after=201).status == 75
+    assert not (folder / "adapter").exists()
+
+
+def test_a_stop_signal_during_the_loading_of_the_weights_is_obeyed(compiled, tmp_path):
+    process = start_train(compiled, *long_run(tmp_path / "early", 4000))
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("trainable params")
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    assert status == 75
+    assert err == "stopped: step 1 is saved; run it again to go on\n"
+
+
+def test_resume_never_refuses_a_folder_with_a_run(run):
+    done = call("train", *train_flags(run, "--resume", "never"))
+    assert done.status == 2
+    assert "holds a run already" in done.err
+
+
+def test_resume_must_refuses_a_folder_without_a_run(tmp_path):
+    done = call("train", *train_flags(tmp_path / "new", "--resume", "must"))
+    assert done.status == 2
+    assert "no checkpoint to resume from" in done.err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--lora.r", 4], "lora.r is 4, was 8"),
+        (["--seed", 1], "seed is 1, was 0"),
+        (["--train.batch_size", 16], "batch_size is 16, was 8"),
+        (["--data.train", "eval.jsonl"], "the data differs"),
+        (["--data.packing", "true"], "data.packing is true, was false"),
+        (["--data.seq_len", 32], "data.seq_len is 32, was 64"),
+        (["--compute.base_dtype", "bfloat16"], "the base differs"),
+    ],
+)
+def test_a_run_is_resumed_only_with_what_it_began_with(run, more, message):
+    done = call("train", *train_flags(run, *more))
+    assert done.status == 2
+    assert message in done.err
+    assert len(done.err) < 300

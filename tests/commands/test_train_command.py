@@ -1,0 +1,226 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers.commands import (
+    STEPS,
+    adapter_bytes,
+    call,
+    evaluated_loss,
+    losses,
+    metrics,
+    succeed,
+    train_flags,
+)
+
+from jlora.train.resuming import locked
+
+pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+
+PER_STEP = {
+    *("step", "epoch", "loss", "learning_rate", "grad_norm"),
+    *("tokens", "supervised_tokens", "tokens_per_second"),
+    *("step_time_s", "data_wait_s", "mfu", "peak_memory_bytes"),
+}
+
+
+def test_training_lowers_the_loss(run):
+    assert losses(run)[-1] < 0.6 * losses(run)[0]
+
+
+def test_the_first_line_is_pefts_report_of_trainable_parameters(run):
+    first = (run / "out").read_text().splitlines()[0]
+    assert first == (
+        "trainable params: 7,424 || all params: 48,544 || trainable%: 15.2933"
+    )
+
+
+def test_each_step_has_one_line_of_metrics_with_every_key(run):
+    lines = [line for line in metrics(run) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line.keys() >= PER_STEP for line in lines)
+
+
+def test_held_out_data_is_evaluated_every_so_often_and_at_the_end(run):
+    lines = [line for line in metrics(run) if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [20, STEPS]
+    assert lines[1]["eval_loss"] < lines[0]["eval_loss"]
+
+
+def test_a_run_folder_holds_what_the_design_says(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "adapter"} <= names
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [str(STEPS)]
+
+
+def test_messages_are_trained_on_too(tmp_path):
+    run = tmp_path / "run"
+    flags = train_flags(run, "--data.train", "chat.jsonl", "--train.max_steps", 2)
+    assert "every assistant turn" in succeed("train", *flags)
+    # "The sum is five." has 5 tokens, and the end of its turn is one.
+    assert [line["supervised_tokens"] for line in metrics(run)] == [6, 6]
+
+
+def test_packed_training_has_the_loss_of_the_same_records_in_rows(run, tmp_path):
+    flags = train_flags(tmp_path / "run", "--data.packing", "--train.max_steps", 2)
+    assert "packed" in succeed("train", *flags)
+    # A batch is the whole data set in both.
+    assert losses(tmp_path / "run") == pytest.approx(losses(run)[:2], rel=1e-4)
+
+
+def test_a_folder_and_the_base_made_of_it_train_the_same(run, base, tmp_path):
+    flags = train_flags(tmp_path / "run", "--model", base)
+    succeed("train", *flags)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(run)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--lora.use_dora", "--lora.modules_to_save", "[lm_head,norm]"),
+        (
+            "--lora.init_lora_weights",
+            "olora",
+            "--lora.trainable_token_indices",
+            "[3,5]",
+        ),
+    ],
+    ids=["dora", "olora"],
+)
+def test_every_kind_of_adapter_trains_resumes_and_merges(more, tmp_path):
+    steps = 4
+    flags = train_flags(tmp_path / "run", "--data.eval", "eval.jsonl", *more)
+    with_steps = [*flags, "--train.max_steps", steps, "--train.save_every", 1]
+    succeed("train", *with_steps)
+    logged = metrics(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")  # as a run that was killed
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(steps))
+    adapter = ("--adapter", tmp_path / "run")
+    succeed("convert.to_hf", "--model", "hf", *adapter, tmp_path / "early")
+    succeed("train", *with_steps)
+    assert [line.get("loss") for line in metrics(tmp_path / "run")] == [
+        line.get("loss") for line in logged
+    ]
+    assert metrics(tmp_path / "run")[-1]["eval_loss"] == logged[-1]["eval_loss"]
+    succeed("convert.to_hf", "--model", "hf", *adapter, tmp_path / "merged")
+    for model in (("--model", tmp_path / "merged"), ("--model", "hf", *adapter)):
+        assert evaluated_loss(*model) == pytest.approx(
+            logged[-1]["eval_loss"], abs=2e-5
+        )
+
+
+def test_a_quantised_model_trains_resumes_and_merges(tmp_path):
+    base, run, merged = (tmp_path / name for name in ("nf4", "run", "merged"))
+    facts = succeed("convert.from_hf", "hf", base, "--quantize", "nf4")
+    assert "nf4: the layers' projections" in facts
+    nf4 = ["--compute.base_dtype", "nf4", "--train.max_steps"]
+    first = succeed("train", *train_flags(run, *nf4, 2))
+    assert "all params: 48,544" in first  # 41,120 of the base, as unquantised
+    # The same weights, quantised before: the run goes on.
+    resumed = succeed("train", *train_flags(run, *nf4, 3, "--model", base))
+    assert "resuming after step 2" in resumed
+    flags = ["--model", base, "--adapter", run]
+    assert "all as written" in succeed("convert.to_hf", *flags, merged)
+    assert evaluated_loss(*flags) == pytest.approx(
+        evaluated_loss("--model", merged), abs=2e-6
+    )
+    text = ["--prompt", "What is", "--max_new_tokens", 4]
+    assert succeed("generate", *flags, *text) == succeed(
+        "generate", "--model", merged, *text
+    )
+
+
+def test_the_runs_config_file_gives_the_same_run_again(run, tmp_path):
+    again = tmp_path / "again"
+    succeed("train", "--config", run / "config.yaml", "--output_dir", again)
+    assert adapter_bytes(again) == adapter_bytes(run)
+    keys = ("step", "loss", "grad_norm", "eval_loss")
+    first, second = (
+        [[line.get(key) for key in keys] for line in metrics(folder)]
+        for folder in (run, again)
+    )
+    assert first == second
+
+
+def test_the_config_file_holds_every_group_and_no_python_types(run):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    groups = {"data", "lora", "optim", "train", "mesh", "compute"}
+    assert groups | {"model", "output_dir", "seed"} <= settings.keys()
+    assert settings["lora"]["target_modules"] == "all-linear"
+
+
+def test_a_seed_changes_the_run(run, tmp_path):
+    succeed("train", *train_flags(tmp_path / "run", "--seed", 1))
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(run)
+
+
+def test_accumulation_gives_the_same_losses(tmp_path):
+    flags = ("--train.batch_size", 16, "--train.max_steps", 2)
+    succeed("train", *train_flags(tmp_path / "whole", *flags))
+    flags = (*flags, "--train.grad_accum_steps", 2)
+    succeed("train", *train_flags(tmp_path / "parts", *flags))
+    assert len(losses(tmp_path / "parts")) == 2
+    assert losses(tmp_path / "parts") == pytest.approx(
+        losses(tmp_path / "whole"), rel=1e-6
+    )
+
+
+def test_an_adapter_is_continued(run, tmp_path):
+    flags = train_flags(tmp_path / "run", "--init_adapter", run, "--train.max_steps", 1)
+    out = succeed("train", *flags)
+    assert out.startswith("trainable params: 7,424")
+    assert losses(tmp_path / "run")[0] <= losses(run)[-1] * 1.01
+
+
+def test_a_continued_adapter_keeps_its_own_settings(run, tmp_path):
+    flags = [
+        *("--model", "hf", "--output_dir", tmp_path / "run", "--data.seq_len", 64),
+        *("--data.train", "train.jsonl", "--init_adapter", run / "adapter"),
+        *("--train.max_steps", 1, "--lora.r", 2, "--lora.lora_dropout", 0.5),
+    ]
+    succeed("train", *flags)
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora"]
+    assert settings["r"] == 8
+    assert settings["lora_dropout"] == 0.5
+
+
+def test_the_last_step_is_logged_however_rare_the_lines_are(tmp_path):
+    flags = train_flags(
+        tmp_path / "run", "--train.max_steps", 2, "--train.log_every", 10
+    )
+    succeed("train", *flags)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [2]
+    assert (tmp_path / "run" / "report.png").exists()
+
+
+@pytest.mark.parametrize("steps", [4, STEPS])
+def test_training_that_diverges_ends_with_6(steps, tmp_path):
+    flags = train_flags(
+        tmp_path / "run", "--optim.learning_rate", 1e38, "--optim.warmup_ratio", 0
+    )
+    done = call("train", *flags, "--train.max_steps", steps)
+    assert done.status == 6
+    assert "Lower optim.learning_rate" in done.err
+    assert not (tmp_path / "run" / "adapter").exists()
+    broken = [line for line in metrics(tmp_path / "run") if line.get("non_finite")]
+    assert broken[0]["loss"] is None
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path):
+    with locked(tmp_path / "run"):
+        done = call("train", *train_flags(tmp_path / "run"))
+    assert done.status == 2
+    assert "another run is using this folder" in done.err
+
+
+def test_a_folder_that_may_not_be_written_is_reported(tmp_path, monkeypatch):
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    done = call("train", *train_flags(tmp_path / "run"))
+    assert done.status == 2
+    assert "cannot be written (Permission denied)" in done.err
