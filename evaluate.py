@@ -41,7 +41,8 @@ def main(args: Arguments) -> None:
     from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
     from jlora.formats.load_params import load_params
     from jlora.formats.open_model import open_model
-    from jlora.formats.peft.attach_adapter import attach_adapter, model_config
+    from jlora.formats.peft.adapter_placement import adapted_config
+    from jlora.formats.peft.attach_adapter import attach_adapter
     from jlora.loading import open_adapter
     from jlora.model.llama import Llama
     from jlora.ops.compute_choices import choose_compute
@@ -51,7 +52,7 @@ def main(args: Arguments) -> None:
 
     source = open_model(args.model)
     adapter = None if args.adapter is None else open_adapter(args.adapter)
-    config = model_config(adapter, source.config) if adapter else source.config
+    config = adapted_config(adapter, source.config) if adapter else source.config
     rows = DataConfig(
         **{item.name: getattr(args, item.name) for item in fields(RowConfig)}
     )

@@ -47,7 +47,8 @@ def main(args: Arguments) -> None:
     from jlora.data import Tokenizer
     from jlora.formats.load_params import load_params
     from jlora.formats.open_model import open_model
-    from jlora.formats.peft.attach_adapter import attach_adapter, model_config
+    from jlora.formats.peft.adapter_placement import adapted_config
+    from jlora.formats.peft.attach_adapter import attach_adapter
     from jlora.loading import open_adapter
     from jlora.model.generation import generate_tokens
     from jlora.model.llama import Llama
@@ -59,7 +60,7 @@ def main(args: Arguments) -> None:
     if args.adapter is not None:
         adapter = open_adapter(args.adapter)
         params = attach_adapter(params, config, adapter)
-        config = model_config(adapter, config)
+        config = adapted_config(adapter, config)
     model = Llama(config, choose_dtype(args.dtype, default_platform()))
     tokenizer = Tokenizer.from_files(source.files, config)
     sample = partial(

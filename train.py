@@ -24,7 +24,8 @@ from jlora.data import Tokenizer, load_split, make_samples, plan_lines
 from jlora.formats.digests import fingerprint
 from jlora.formats.load_params import abstract_params, load_params
 from jlora.formats.open_model import open_model
-from jlora.formats.peft.attach_adapter import start_adapter, write_adapter
+from jlora.formats.peft.adapter_writer import save_adapter
+from jlora.formats.peft.attach_adapter import initialise_adapter
 from jlora.loading import open_adapter
 from jlora.lora.adapter_tree import Params, count_parameters, format_parameter_count
 from jlora.model.llama import Llama
@@ -96,12 +97,19 @@ def train(args: Arguments, stop: threading.Event) -> None:
     splits = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
     data, held_out = splits[seeds[0]]
 
-    def start(own: Arguments, base: Params) -> tuple[Params, LoraConfig]:
-        adapter = None if own.init_adapter is None else open_adapter(own.init_adapter)
-        return start_adapter(base, config, own.lora, own.seed, adapter)
+    given = {
+        name: open_adapter(own.init_adapter) if own.init_adapter else None
+        for name, own in every.items()
+    }
+
+    def initialise(name: str, base: Params) -> tuple[Params, LoraConfig]:
+        own = every[name]
+        return initialise_adapter(
+            base, config, own.lora, seed=own.seed, adapter=given[name]
+        )
 
     shapes = abstract_params(source, dtype=args.compute.base_dtype)  # type: ignore[arg-type]
-    planned = {name: start(own, shapes) for name, own in every.items()}
+    planned = {name: initialise(name, shapes) for name in every}
     trees = {name: params for name, (params, _) in planned.items()}
     check_members([split[0] for split in splits.values()], trees)
     for name, (params, _) in planned.items():
@@ -139,7 +147,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
         dtype=args.compute.base_dtype,  # type: ignore[arg-type]
         sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
     )
-    adapters = {name: start(own, base) for name, own in every.items()}
+    adapters = {name: initialise(name, base) for name in every}
     shared = {  # what a resumed run has to share with the one it continues
         "base": fingerprint(base),
         "tokenizer": tokenizer.fingerprint,
@@ -174,7 +182,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     def export(index: int, tuned: Params) -> None:
         folder, lora = entries[index].folder, list(adapters.values())[index][1]
         name, out = lora.base_model_name_or_path or args.model, folder / "adapter"
-        write_adapter(tuned, lora, out, name, overwrite=True)
+        save_adapter(tuned, lora, out, name, overwrite=True)
         plot(folder)
         print(f"adapter written to {out}")
 

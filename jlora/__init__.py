@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jlora.config.llama_config import LlamaConfig
     from jlora.config.lora_config import LoraConfig
-    from jlora.formats.peft.adapter_writer import write_adapter as save_adapter
+    from jlora.formats.peft.adapter_writer import save_adapter
     from jlora.loading import load
     from jlora.lora.adapter_tree import count_parameters, trainable_mask
     from jlora.lora.initialisation import add_lora
@@ -47,15 +47,14 @@ _PLACES = {
     "generate": "model.generation",
     "load": "loading",
     "merge": "lora.merging",
-    "save_adapter": "formats.peft.adapter_writer:write_adapter",
+    "save_adapter": "formats.peft.adapter_writer",
     "trainable_mask": "lora.adapter_tree",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _PLACES:
-        module, _, own_name = _PLACES[name].partition(":")
-        value = getattr(importlib.import_module(f"jlora.{module}"), own_name or name)
+        value = getattr(importlib.import_module(f"jlora.{_PLACES[name]}"), name)
         globals()[name] = value
         return value
     if importlib.util.find_spec(f"jlora.{name}"):

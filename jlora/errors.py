@@ -1,6 +1,7 @@
-"""User-facing errors: one exception class per exit status, and the words they share."""
+"""User-facing errors: one exception class per exit status; warnings; shared wording."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Sequence
 
 
@@ -46,6 +47,11 @@ class StopRequested(JloraError):
 
     exit_status = 75
     label = "stopped"
+
+
+def warn(text: str) -> None:
+    """Prints one warning line to stderr, for input that still works."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -12,11 +12,12 @@ from jlora.errors import UsageError, listing
 from jlora.formats.load_params import BASE_DTYPES, BaseDtype, load_params
 from jlora.formats.model_source import Dtype
 from jlora.formats.open_model import open_model
-from jlora.formats.peft.adapter import Adapter, takes_start_out
-from jlora.formats.peft.adapter_fit import model_config
+from jlora.formats.peft.adapter import Adapter
+from jlora.formats.peft.adapter_placement import adapted_config
 from jlora.formats.peft.adapter_reader import find_adapter, read_adapter
 from jlora.formats.peft.adapter_writer import adapter_of
 from jlora.formats.peft.attach_adapter import attach_adapter
+from jlora.formats.peft.plain_lora import needs_residual_base
 from jlora.lora.adapter_tree import Params, join
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
@@ -71,7 +72,7 @@ def load(
     if adapter is not None:
         opened = open_adapter(adapter)
         params = attach_adapter(params, config, opened)
-        config = model_config(opened, config)
+        config = adapted_config(opened, config)
         dropout = float(opened.config.lora_dropout)
         if mesh is not None:
             params = jax.device_put(params, tree_shardings(mesh, params))
@@ -94,7 +95,7 @@ def open_adapter(folder: str | Path) -> Adapter:
         return read_adapter(found)
     config, tree, meta = newest_adapter(Path(folder))
     settings = meta["settings"]
-    if takes_start_out(config):  # the initial value is not in the checkpoint
+    if needs_residual_base(config):  # the initial value is not in the checkpoint
         base = load_params(
             open_model(settings["model"]), dtype=settings["compute"]["base_dtype"]
         )

@@ -1,12 +1,8 @@
 """Does what a file holds fit the model: names, shapes, and no NaN or infinity."""
 
-import logging
-
 import numpy as np
 
-from jlora.errors import CorruptError, listing, nearest
-
-_log = logging.getLogger(__name__)
+from jlora.errors import CorruptError, listing, nearest, warn
 
 
 def check_names(
@@ -54,7 +50,7 @@ def check_values(array: np.ndarray, where: str) -> None:
             "use another copy"
         )
     if array.ndim == 2 and not array.any():
-        _log.warning("%s: every value is zero", where)
+        warn(f"{where}: every value is zero")
 
 
 def first_non_finite(array: np.ndarray) -> tuple[int, ...] | None:

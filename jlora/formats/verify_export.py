@@ -1,4 +1,4 @@
-"""Proof that an exported model computes what base and adapter compute."""
+"""Checks that an exported model computes what base and adapter compute."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,35 +11,37 @@ from jlora.errors import CorruptError
 from jlora.formats.load_params import load_params
 from jlora.formats.model_source import ModelSource
 from jlora.formats.open_model import open_model
-from jlora.formats.peft.attach_adapter import Adapter, attach_adapter, model_config
+from jlora.formats.peft.adapter import Adapter
+from jlora.formats.peft.adapter_placement import adapted_config
+from jlora.formats.peft.attach_adapter import attach_adapter
 from jlora.formats.tensor_names import Params
 from jlora.lora.adapter_tree import map_leaves
 from jlora.lora.merging import merge
 from jlora.model.llama import Llama
 
 ROWS, LENGTH = 2, 32
-# Allowed |difference| over the largest |logit|. The same weights differ by nothing; in
-# float32, merging changes the order of summation (3e-5 on SmolLM2-135M). Narrow files
-# round every weight, which layers amplify: float16 2e-3, bfloat16 5e-2 on that model.
+# Limits of |difference| / largest |logit|. The same weights give the same logits. Merging
+# in float32 changes the order of summation: 3e-5 on SmolLM2-135M. Rounded weights change
+# more, as layers amplify the error: float16 2e-3, bfloat16 5e-2 on that model.
 EXACT = 1e-3
 ROUNDED = {"float32": EXACT, "float16": 2e-2, "bfloat16": 2e-1}
 
 
 @dataclass(frozen=True)
-class Figures:
+class Differences:
     """How far three forms of one model are apart, in logits and nats."""
 
     largest_logit: float
     adapter_to_memory: float
-    """Largest |difference|: base with adapter, and merged in memory and rounded."""
+    """Largest |difference| of base+adapter and the model merged in memory."""
     adapter_to_disk: float
-    """Largest |difference|: base with adapter, and the folder read back."""
+    """Largest |difference| of base+adapter and the folder read back."""
     memory_to_disk: float
-    """Largest |difference|: merged in memory, and the folder read back."""
+    """Largest |difference| of the model merged in memory and the folder read back."""
     mean_kl: float
-    """Mean KL divergence per token of the folder's model from base with adapter."""
+    """Mean KL divergence per token of the folder's model from base+adapter."""
     dtype: str
-    """The coarsest dtype of the folder's tensors."""
+    """The dtype of the folder's tensors with the largest rounding error."""
 
     @property
     def allowed(self) -> float:
@@ -47,8 +49,8 @@ class Figures:
         return ROUNDED[self.dtype] * self.largest_logit
 
     @property
-    def agree(self) -> bool:
-        """Whether the three forms are one model."""
+    def are_small(self) -> bool:
+        """Whether rounding explains all differences."""
         return (
             self.memory_to_disk <= EXACT * self.largest_logit
             and self.adapter_to_disk <= self.allowed
@@ -65,26 +67,27 @@ class Figures:
         )
 
 
-def check(source: ModelSource, adapter: Adapter, folder: Path) -> Figures:
-    """Returns the figures of a merged folder.
+def verify_export(source: ModelSource, adapter: Adapter, folder: Path) -> Differences:
+    """Returns how far a merged folder is from base and adapter.
 
     Raises:
-        CorruptError: the folder computes something else than base and adapter.
+        CorruptError: further than rounding explains.
     """
-    figures = compare(source, adapter, folder)
-    if not figures.agree:
+    differences = compare(source, adapter, folder)
+    if not differences.are_small:
         raise CorruptError(
-            f"{folder}: not the model of base and adapter, nothing was exported; {figures}"
+            f"{folder}: not the model of base and adapter, nothing was exported; "
+            f"{differences}"
         )
-    return figures
+    return differences
 
 
-def compare(source: ModelSource, adapter: Adapter, folder: Path) -> Figures:
-    """Runs a few rows of tokens through base+adapter, merged in memory and from disk."""
+def compare(source: ModelSource, adapter: Adapter, folder: Path) -> Differences:
+    """Runs random tokens through base+adapter, merged in memory and read from disk."""
     config = source.config
     reloaded = open_model(str(folder))
     params = attach_adapter(load_params(source, dtype="float32"), config, adapter)
-    unmerged = _logits(model_config(adapter, config), params)
+    unmerged = _logits(adapted_config(adapter, config), params)
     params = map_leaves(
         lambda path, leaf: leaf.astype(reloaded.tensors["/".join(path)].dtype),
         merge(params),
@@ -93,7 +96,7 @@ def compare(source: ModelSource, adapter: Adapter, folder: Path) -> Figures:
     del params  # one model at a time
     from_disk = _logits(reloaded.config, load_params(reloaded))
     stored = {spec.dtype.name for spec in reloaded.tensors.values()}
-    return Figures(
+    return Differences(
         largest_logit=float(np.abs(unmerged).max()),
         adapter_to_memory=_distance(unmerged, in_memory),
         adapter_to_disk=_distance(unmerged, from_disk),
@@ -104,7 +107,7 @@ def compare(source: ModelSource, adapter: Adapter, folder: Path) -> Figures:
 
 
 def _logits(config: LlamaConfig, params: Params) -> np.ndarray:
-    """Returns float64 logits; products in float32 whatever the weights' dtype."""
+    """Returns float64 logits; products are in float32, whatever dtype the weights have."""
     length = min(LENGTH, config.max_position_embeddings)
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.vocab_size, (ROWS, length), np.int32)

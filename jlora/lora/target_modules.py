@@ -7,12 +7,11 @@ as these rules read one another's results.
 """
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import UnsupportedError, UsageError, listing, nearest
+from jlora.errors import UnsupportedError, UsageError, listing, nearest, warn
 
 DEFAULT_TARGETS: tuple[str, ...] = ("q_proj", "v_proj")
 TABLES = ("model.embed_tokens", "lm_head")
@@ -80,7 +79,7 @@ def select(
             text = f"lora.ensure_weight_tying has no effect, as {reason}"
             if strict:
                 raise UsageError(f"{text}; leave it out")
-            _warn(text)
+            warn(text)
         shared = False
     if tied and embedding in tokens and head in adapted:
         raise UnsupportedError(
@@ -192,7 +191,7 @@ def _saved_modules(config: LoraConfig, names: Sequence[str], strict: bool) -> li
     if idle and strict:
         raise UsageError(text)
     if idle:
-        _warn(text)
+        warn(text)
     return saved
 
 
@@ -224,10 +223,6 @@ def _token_rows(
             )
         tokens[found[0]] = list(ids)
     return tokens
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def _containers(names: Sequence[str]) -> list[str]:
@@ -339,4 +334,4 @@ def _report_unused(
     if idle and strict:
         raise UsageError(listing(idle))
     if idle:
-        _warn(listing(idle))
+        warn(listing(idle))

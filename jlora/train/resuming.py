@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import UsageError, listing
+from jlora.errors import UsageError, listing, warn
 from jlora.parallel.processes import is_first
 from jlora.train.checkpoint import (
     Saved,
@@ -119,7 +119,7 @@ def resume_all(
     folders = [run / "checkpoints" for run in runs]
     saved, problems = load_newest_common(folders)
     for problem in problems:
-        print(f"warning: skipped a damaged checkpoint: {problem}", flush=True)
+        warn(f"skipped a damaged checkpoint: {problem}")
     if not saved:
         _check_first_save(begun, folders, metas[0])
         return list(states)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
-from jlora.formats.hf.hf_config import export_config
+from jlora.formats.hf.export_config import export_config
 from jlora.formats.open_model import open_model
 from jlora.formats.tensor_names import all_names
 from jlora.model.rotary import rope_frequencies

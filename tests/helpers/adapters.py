@@ -12,8 +12,12 @@ import safetensors.numpy
 
 import convert
 from helpers import GOLDEN
+from jlora.config.llama_config import LlamaConfig
 from jlora.formats.model_source import Dtype
-from jlora.formats.peft.attach_adapter import attach_adapter, model_config, read_adapter
+from jlora.formats.open_model import open_model
+from jlora.formats.peft.adapter_placement import adapted_config
+from jlora.formats.peft.adapter_reader import read_adapter
+from jlora.formats.peft.attach_adapter import attach_adapter
 from jlora.lora.adapter_tree import module_at
 
 # Made by tests/golden/make_adapters_golden.py with PEFT.
@@ -22,6 +26,13 @@ ALL = sorted(path.name for path in GOLDEN.iterdir() if not path.name.startswith(
 # What jlora refuses, by name.
 REFUSED = ["lora_bias"]
 CASES = [name for name in ALL if name not in REFUSED]
+# Keys of `basic`.
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+HEAD = "base_model.model.lm_head.weight"
+SEVEN = sorted(
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+)
 
 
 class Case(NamedTuple):
@@ -50,7 +61,7 @@ def _load(folder: Path, base: Path, dtype: Dtype) -> Any:
     model, params = _base(base, dtype)
     adapter = read_adapter(folder)
     adapted = attach_adapter(params, model.config, adapter)
-    config = model_config(adapter, model.config)
+    config = adapted_config(adapter, model.config)
     return model.clone(config=config), params, adapted
 
 
@@ -111,3 +122,37 @@ def changed_copy(folder: Path, source: str, config=None, arrays=None) -> Path:
         weights.chmod(0o644)
         safetensors.numpy.save_file(arrays(tensors(folder)), weights)
     return folder
+
+
+# What `changed_copy` passes tensors through.
+def without(*keys: str):
+    return lambda arrays: {k: v for k, v in arrays.items() if k not in keys}
+
+
+def renamed(old: str, new: str):
+    return lambda arrays: {k.replace(old, new): v for k, v in arrays.items()}
+
+
+def with_more(*keys: str):
+    return lambda arrays: arrays | dict.fromkeys(keys, arrays[A])
+
+
+def with_value(key: str, make):
+    return lambda arrays: arrays | {key: np.ascontiguousarray(make(arrays[key]))}
+
+
+def config_of(base: str) -> LlamaConfig:
+    return open_model(str(GOLDEN / "_base" / base)).config
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Returns {relative path: content} of every file."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

@@ -19,11 +19,9 @@ from helpers.training_cases import (
 from jlora import LoraConfig, add_lora, merge
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UnsupportedError, UsageError
-from jlora.formats.peft.attach_adapter import (
-    attach_adapter,
-    read_adapter,
-    write_adapter,
-)
+from jlora.formats.peft.adapter_reader import read_adapter
+from jlora.formats.peft.adapter_writer import save_adapter
+from jlora.formats.peft.attach_adapter import attach_adapter
 from jlora.loading import open_adapter
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
 from jlora.lora.lora_dense import column_norms, linear, norm_squared
@@ -235,7 +233,7 @@ def test_what_starts_from_the_base_is_exported_as_plain_lora(fields, tmp_path):
     settings: dict[str, Any] = {"r": 2}
     base, lora = random_params(config), LoraConfig(**(settings | fields))
     params = moved(add_lora(base, lora, jax.random.key(0)))
-    write_adapter(params, lora, tmp_path / "out", None)
+    save_adapter(params, lora, tmp_path / "out", None)
     adapter = read_adapter(tmp_path / "out")
     assert adapter.config.init_lora_weights is True
     assert adapter.config.r == 4
@@ -359,7 +357,7 @@ def test_every_kind_of_leaf_is_saved_and_restored(kind, tmp_path):
 def test_a_written_adapter_of_every_kind_reads_back(kind, tmp_path):
     config, params, lora = tiny(kind)
     base = random_params(config)
-    write_adapter(params, lora, tmp_path / "out", None)
+    save_adapter(params, lora, tmp_path / "out", None)
     again = attach_adapter(base, config, read_adapter(tmp_path / "out"))
     jax.tree.map(np.testing.assert_array_equal, again, params)
 

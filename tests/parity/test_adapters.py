@@ -16,7 +16,7 @@ import convert
 import jlora
 from convert import to_hf, to_peft
 from jlora.config.peft_fields import FORMS, INERT, REFUSED
-from jlora.formats.peft.attach_adapter import write_adapter
+from jlora.formats.peft.adapter_writer import save_adapter
 from jlora.formats.tensor_names import all_names
 from jlora.lora.adapter_tree import map_leaves
 
@@ -247,7 +247,7 @@ def test_an_exported_adapter_gives_the_same_logits_in_peft(settings, tmp_path):
     config = jlora.LoraConfig(init_lora_weights=False, **settings)
     model, params = convert.load(str(base))
     params = moved(jlora.add_lora(params, config, jax.random.key(3)))
-    write_adapter(params, config, adapter, str(base))
+    save_adapter(params, config, adapter, str(base))
     tokens = llamas.random_tokens()
     expected = llamas.torch_logits(PeftModel.from_pretrained(theirs, adapter), tokens)
     ours = apply(model, params, tokens)
@@ -282,7 +282,7 @@ def test_what_started_from_the_base_is_plain_lora_to_peft(start, tmp_path):
         ),
         params,
     )
-    write_adapter(params, config, adapter, str(base))
+    save_adapter(params, config, adapter, str(base))
     tokens = llamas.random_tokens()
     expected = llamas.torch_logits(PeftModel.from_pretrained(theirs, adapter), tokens)
     ours = apply(model, params, tokens)
@@ -308,7 +308,7 @@ def test_an_exported_adapter_on_a_tied_base_gives_the_same_logits_in_peft(
     config = jlora.LoraConfig(r=4, init_lora_weights=False, **settings)
     model, params = convert.load(str(base))
     params = moved(jlora.add_lora(params, config, jax.random.key(3)))
-    write_adapter(params, config, adapter, str(base))
+    save_adapter(params, config, adapter, str(base))
     tokens = llamas.random_tokens()
     expected = llamas.torch_logits(PeftModel.from_pretrained(theirs, adapter), tokens)
     ours = apply(model, params, tokens)
@@ -328,7 +328,7 @@ def test_an_exported_adapter_names_every_tensor_as_peft_does(tmp_path):
         target_modules=settings["target_modules"],
     )
     out = tmp_path / "again"
-    write_adapter(params, config, out, base)
+    save_adapter(params, config, out, base)
     again = PeftModel.from_pretrained(llamas.load(base), out)
     expected = theirs.state_dict()
     found = again.state_dict()

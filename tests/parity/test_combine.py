@@ -5,8 +5,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import convert
-from convert import combine, to_hf
-from jlora.formats.peft.attach_adapter import save_adapter
+from convert import to_hf
+from jlora.formats.peft.adapter_writer import write_adapter_folder
+from jlora.formats.peft.combine_adapters import combine_adapters
 from jlora.loading import open_adapter
 
 EVERY = [f"{p}_proj" for p in ("q", "k", "v", "o", "gate", "up", "down")]
@@ -67,7 +68,7 @@ def test_the_combination_equals_add_weighted_adapter(how, count, rank, tmp_path)
     model.base_model.add_weighted_adapter(
         names, weights, "all", combination_type=how, svd_rank=rank
     )
-    made = combine.combine(
+    made = combine_adapters(
         list(map(open_adapter, folders)), weights, how, svd_rank=rank
     )
     expected = updates(model, "all")
@@ -82,8 +83,8 @@ def test_the_combination_equals_add_weighted_adapter(how, count, rank, tmp_path)
 
 def test_peft_reads_the_combination(tmp_path):
     model, folders = make(tmp_path, 3)
-    made = combine.combine(list(map(open_adapter, folders)), WEIGHTS, "cat")
-    save_adapter(made, tmp_path / "all")
+    made = combine_adapters(list(map(open_adapter, folders)), WEIGHTS, "cat")
+    write_adapter_folder(made, tmp_path / "all")
     model.base_model.add_weighted_adapter(
         ["0", "1", "2"], WEIGHTS, "all", combination_type="cat"
     )

@@ -7,7 +7,8 @@ from helpers.adapters import CASES, GOLDEN, Case, golden
 from peft import PeftModel
 
 from convert import to_peft
-from jlora.formats.peft.attach_adapter import read_adapter, write_adapter
+from jlora.formats.peft.adapter_reader import read_adapter
+from jlora.formats.peft.adapter_writer import save_adapter
 
 # Written from a tree, those of another base than the one given would have to become
 # plain LoRA or bring tables first.
@@ -39,6 +40,6 @@ def test_peft_computes_the_same_from_a_tree_written_as_a_folder(name, tmp_path):
     case = golden(name)
     _, _, params = case.load()
     out = tmp_path / "out"
-    write_adapter(params, read_adapter(case.folder).config, out)
+    save_adapter(params, read_adapter(case.folder).config, out)
     logits = logits_of_peft(case, out)
     np.testing.assert_allclose(logits, case.expected["logits"], rtol=0, atol=1e-4)

@@ -13,7 +13,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import convert
 from jlora.errors import UnsupportedError
-from jlora.formats.hf.hf_config import export_config
+from jlora.formats.hf.export_config import export_config
 from jlora.formats.open_model import open_model
 
 

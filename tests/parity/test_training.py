@@ -9,7 +9,7 @@ from peft.optimizers import create_loraplus_optimizer
 
 import convert
 from jlora.config.run_config import MeshConfig, OptimConfig
-from jlora.formats.peft.attach_adapter import read_adapter
+from jlora.formats.peft.adapter_reader import read_adapter
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import modules
 from jlora.parallel.sharding import make_mesh

@@ -41,8 +41,9 @@ import jlora
 from convert import to_hf, to_peft
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import JloraError
-from jlora.formats.hf.hf_config import reader_notes
-from jlora.formats.peft.attach_adapter import plain, write_adapter
+from jlora.formats.hf.export_config import reader_notes
+from jlora.formats.peft.adapter_writer import save_adapter
+from jlora.formats.peft.plain_lora import plain_lora
 from jlora.formats.tensor_names import module_name
 from jlora.loading import open_adapter
 from jlora.model.rotary import rope_angles
@@ -82,7 +83,7 @@ def export(folder: Path, changes: dict[str, Any]) -> tuple[LlamaConfig, Path]:
     model, params = convert.load(base)
     lora = jlora.LoraConfig(r=2)
     params = jlora.add_lora(params, lora, jax.random.key(0))
-    write_adapter(params, lora, folder / "adapter", base)
+    save_adapter(params, lora, folder / "adapter", base)
     out, adapter = str(folder / "merged"), str(folder / "adapter")
     to_hf.main(to_hf.Arguments(out=out, model=base, adapter=adapter, verify=False))
     return model.config, folder / "merged"
@@ -192,7 +193,7 @@ def deltas(lora: lora_model.LoRAModel) -> dict[str, np.ndarray]:
 
 def source_deltas(folder: str) -> dict[str, np.ndarray]:
     """Returns what the adapter adds to every module, [in, out]."""
-    adapter = plain(open_adapter(folder))
+    adapter = plain_lora(open_adapter(folder))
     found = {}
     for path, pair in adapter.pairs.items():
         a = pair["lora_A"].astype(np.float64)

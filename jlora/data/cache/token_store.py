@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from jlora.errors import ResourceError, UsageError
+from jlora.errors import ResourceError, UsageError, warn
 
 SCHEMA = 1
 SHARE = 0.1
@@ -191,7 +191,7 @@ def _open(folder: Path, *, verify: bool = True) -> Store | None:
         digest = hashlib.sha256("".join(parts).encode()).hexdigest()
         return Store(**arrays, note=about["note"], digest=digest)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"warning: token cache {folder}: {error}; building it again", flush=True)
+        warn(f"token cache {folder}: {error}; building it again")
         return None
 
 

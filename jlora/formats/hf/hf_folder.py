@@ -3,14 +3,13 @@
 Names, shapes and dtypes are compared with config.json before a byte of weights is read.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jlora.config.llama_config import LlamaConfig, unused_keys
-from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.config.llama_config import LlamaConfig
+from jlora.errors import CorruptError, UnsupportedError, UsageError, warn
 from jlora.formats.array_blocks import Index, read_box, whole
 from jlora.formats.hf.hf_index import find_tensors
 from jlora.formats.model_files import read_json, read_side_files, reading
@@ -19,8 +18,6 @@ from jlora.formats.refusals import ADAPTER, META, refuse_other_models, refuse_qu
 from jlora.formats.safetensors_file import Entry, Spec, read_bytes
 from jlora.formats.tensor_checks import check_names, first_non_finite
 from jlora.formats.tensor_names import Name, all_names
-
-_log = logging.getLogger(__name__)
 
 
 def open_hf(folder: Path, provenance: dict[str, Any]) -> ModelSource:
@@ -32,9 +29,6 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> ModelSource:
         CorruptError: files that are damaged or contradict each other.
     """
     hf_config, config = read_config(folder)
-    unused = unused_keys(hf_config)
-    if unused:
-        _log.info("%s: keys of config.json that are not used: %s", folder, unused)
     entries = find_tensors(folder)
     names = {name.path: name for name in all_names(config)}
     stored = _match(folder, entries, config, list(names.values()))
@@ -96,7 +90,7 @@ def read_checked(entry: Entry, key: str, box: Index, *, transposed: bool) -> np.
     if array is None:
         raise CorruptError(f"{entry.file}: cut while it was read")
     if array.ndim == 2 and not non_zero:
-        _log.warning("%s: every value is zero", where)
+        warn(f"{where}: every value is zero")
     return array
 
 
@@ -107,11 +101,9 @@ def _check_dtype(
     declared = hf_config.get("dtype") or hf_config.get("torch_dtype")
     found = sorted(str(dtype) for dtype in stored)
     if declared is not None and declared not in found:
-        _log.warning(
-            "%s: config.json says dtype %s, the tensors are %s",
-            folder,
-            declared,
-            ", ".join(found),
+        warn(
+            f"{folder}: config.json says dtype {declared}, the tensors are "
+            f"{', '.join(found)}"
         )
 
 

@@ -4,13 +4,12 @@ The index decides, else model.safetensors; nothing else is ever opened.
 """
 
 import itertools
-import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from jlora.config.json_fields import joined
-from jlora.errors import CorruptError, UsageError, listing
+from jlora.errors import CorruptError, UsageError, listing, warn
 from jlora.formats.model_files import INDEX, SINGLE, inside_folder, read_json
 from jlora.formats.refusals import (
     refuse_other_models,
@@ -22,7 +21,6 @@ from jlora.formats.safetensors_file import Entry, read_header
 MAX_INDEX_BYTES = 4 << 20  # a Llama of a thousand layers takes 1 MB
 _MAX_NAME_BYTES = 255  # of most file systems
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
-_log = logging.getLogger(__name__)
 
 
 def find_tensors(folder: Path) -> dict[str, Entry]:
@@ -140,9 +138,6 @@ def _check_total_size(
     declared = metadata.get("total_size") if isinstance(metadata, dict) else None
     total = sum(entry.nbytes for entry in entries.values())
     if declared is not None and declared != total:
-        _log.warning(
-            "%s: total_size is %s, the tensors take %d bytes",
-            folder / INDEX,
-            declared,
-            total,
+        warn(
+            f"{folder / INDEX}: total_size is {declared}, the tensors take {total} bytes"
         )

@@ -1,4 +1,4 @@
-"""An adapter as a value: its tensors in jlora's layout, its settings, where it belongs."""
+"""An adapter as a value: its settings and its tensors, in jlora's layout."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,21 +15,24 @@ Tensors = dict[str, dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter in jlora's layout."""
+    """A PEFT adapter; `Adapter.make` checks its ranks and computes its scalings."""
 
     config: LoraConfig
     tensors: Tensors
-    """Params path of a module -> leaves as in the tree (see `jlora.lora.lora_dense`), float32.
+    """Params path of a module -> its leaves, named and laid out as in `jlora.lora.lora_dense`.
 
-    `lora_A` [in, R] and `lora_B` [R, out]; `lora_magnitude`, `token_rows`, `trained_*`;
-    and, as stored, `kernel` or `embedding`, a table that replaces the base's.
+    All are float32, except an `embedding` or `kernel` that replaces the base's: that has
+    the dtype of the file.
     """
     scalings: dict[str, float]
-    """Params path of a module with a pair -> alpha / R, or alpha / sqrt(R)."""
+    """Params path of each module with lora_A and lora_B -> what A B is multiplied by."""
     location: Path
-    """What it was read from, for messages; never written."""
+    """Where it was read from, for messages only."""
     resized: bool = False
-    """Whether its tables are its own, as the vocabulary was resized, not the base's."""
+    """Whether it has whole embeddings that it neither adapts nor trains.
+
+    PEFT saves them when the vocabulary was resized.
+    """
 
     @classmethod
     def make(
@@ -39,7 +42,7 @@ class Adapter:
         location: Path,
         resized: bool = False,
     ) -> "Adapter":
-        """Returns the adapter of these tensors, with scalings as the settings say.
+        """Returns the adapter of these settings and tensors.
 
         Raises:
             CorruptError: the settings give a module another rank than its tensors have.
@@ -81,55 +84,25 @@ class Adapter:
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the tables that it brings or trains, if any."""
-        table = self.tensors.get("embed_tokens", {})
-        kernel = self.tensors.get("lm_head", {})
+        """Number of tokens of the embeddings it contains; None if it contains none."""
         rows = [
-            table[x].shape[0] for x in ("embedding", "trained_embedding") if x in table
-        ]
-        rows += [
-            kernel[x].shape[1] for x in ("kernel", "trained_kernel") if x in kernel
+            array.shape[axis]
+            for path, weight, axis in (
+                ("embed_tokens", "embedding", 0),
+                ("lm_head", "kernel", 1),
+            )
+            for leaf, array in self.tensors.get(path, {}).items()
+            if leaf in (weight, f"trained_{weight}")
         ]
         return max(rows, default=None)
 
-    @property
-    def takes_start_out(self) -> bool:
-        """Whether its tensors belong to a base less the adapter's start (PiSSA, OLoRA)."""
-        return takes_start_out(self.config)
 
-
-def takes_start_out(config: LoraConfig) -> bool:
-    """Returns whether training with these settings takes the start out of the base."""
-    return str(config.init_lora_weights).startswith(("pissa", "olora"))
-
-
-def without_starts(adapter: Adapter, starts: Tensors) -> Adapter:
-    """Returns a plain LoRA adapter of twice the rank for the whole base.
-
-    A' = [A, A0] and B' = [B, -B0], so that A' B' = A B - A0 B0. A pair without a start
-    (the embedding's) is padded with zeros.
-
-    Args:
-        adapter: whose tensors are the trained ones.
-        starts: params path -> lora_A0 and lora_B0.
-    """
-    tensors: Tensors = {}
-    for path, leaves in adapter.tensors.items():
-        tensors[path] = dict(leaves)
-        if "lora_A" not in leaves:
-            continue
-        a, b = leaves["lora_A"], leaves["lora_B"]
-        start = starts.get(path, {"lora_A0": 0 * a, "lora_B0": 0 * b})
-        tensors[path]["lora_A"] = np.concatenate([a, start["lora_A0"]], axis=1)
-        tensors[path]["lora_B"] = np.concatenate([b, -start["lora_B0"]], axis=0)
-    config = adapter.config
-    alpha = 2**0.5 if config.use_rslora else 2
-    doubled = replace(
-        config,
-        r=2 * config.r,
-        lora_alpha=alpha * config.lora_alpha,
-        rank_pattern={key: 2 * rank for key, rank in config.rank_pattern.items()},
-        alpha_pattern={key: alpha * x for key, x in config.alpha_pattern.items()},
-        init_lora_weights=True,
-    )
-    return Adapter.make(doubled, tensors, adapter.location, adapter.resized)
+def padded_pair(
+    lora_a: np.ndarray, lora_b: np.ndarray, rank: int
+) -> dict[str, np.ndarray]:
+    """Returns lora_A and lora_B, padded with zeros to a larger rank."""
+    extra = rank - lora_a.shape[1]
+    return {
+        "lora_A": np.pad(lora_a, ((0, 0), (0, extra))),
+        "lora_B": np.pad(lora_b, ((0, extra), (0, 0))),
+    }

@@ -1,11 +1,9 @@
-"""adapter_config.json: PEFT's settings, read strictly and written minimally.
+"""adapter_config.json: PEFT's settings, read strictly and written with the fewest keys.
 
 Source: PEFT 0.21 `tuners/lora/config.py`.
 """
 
 import re
-import sys
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -18,7 +16,16 @@ from jlora.config.peft_fields import (
     RESIDUAL_STARTS,
     unsupported,
 )
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.errors import (
+    CorruptError,
+    UnsupportedError,
+    UsageError,
+    listing,
+    nearest,
+    warn,
+)
+from jlora.formats.peft.adapter import Adapter
+from jlora.formats.tensor_names import module_name
 from jlora.lora.target_modules import TABLES, is_saved
 
 MERGE_FIRST = (
@@ -43,58 +50,61 @@ def read_config(document: dict[str, Any], where: str) -> LoraConfig:
     ]
     if unknown:
         warn(f"{where}: unknown keys are ignored: {listing(unknown)}")
-    start = _start(document.get("init_lora_weights"), where)
+    method = _initialisation(document.get("init_lora_weights"), where)
     given = {key: document[key] for key in kept if document.get(key) is not None}
     try:
-        return LoraConfig(**{**given, "init_lora_weights": start})
+        return LoraConfig(**{**given, "init_lora_weights": method})
     except UsageError as error:
         raise CorruptError(f"{where}: {error}") from error
 
 
-def _start(start: Any, where: str) -> bool | str:
-    """Returns the start that a trained adapter still depends on, true for none.
+def _initialisation(method: Any, where: str) -> bool | str:
+    """Returns pissa or olora, on which the base depends; True for what left it unchanged.
 
     Raises:
-        UnsupportedError: one that changed the base in a way the adapter does not tell.
-        CorruptError: none of PEFT's.
+        UnsupportedError: a method that changed the base, and the change is not known.
+        CorruptError: not a method of PEFT's.
     """
-    start = start.lower() if isinstance(start, str) else start
-    if start is None or start in PLAIN_STARTS:
+    method = method.lower() if isinstance(method, str) else method
+    if method is None or method in PLAIN_STARTS:
         return True
-    if start in LOST_STARTS or str(start).startswith("pissa_niter"):
+    if method in LOST_STARTS or str(method).startswith("pissa_niter"):
         raise UnsupportedError(
-            f"{where}: init_lora_weights={start!r} is not supported, as the adapter does "
-            "not tell its changed base; save it as plain LoRA with PEFT: "
+            f"{where}: init_lora_weights={method!r} is not supported, as the adapter "
+            "does not say how it changed its base; save it as plain LoRA with PEFT: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
         )
-    if start not in RESIDUAL_STARTS:
-        raise CorruptError(f"{where}: init_lora_weights={start!r} is not known to PEFT")
-    return start
+    if method not in RESIDUAL_STARTS:
+        raise CorruptError(
+            f"{where}: init_lora_weights={method!r} is not known to PEFT"
+        )
+    return method
 
 
-def warn(text: str) -> None:
-    """Prints a warning for what still works."""
-    print(f"warning: {text}", file=sys.stderr)
+def config_to_write(adapter: Adapter, linears: list[str] | None) -> dict[str, Any]:
+    """Returns the document of a plain LoRA adapter, for every PEFT since 0.6.
 
-
-def config_to_write(
-    config: LoraConfig,
-    ranks: Mapping[str, int],
-    scalings: Mapping[str, float],
-    linears: list[str] | None,
-) -> dict[str, Any]:
-    """Returns the keys that every PEFT since 0.6 knows; an older one stops at others.
+    Those releases fail on unknown keys, so newer keys are only written if they are set.
 
     Args:
-        config: what the adapter was trained with.
-        ranks: HF module name -> rank, of every adapted module.
-        scalings: HF module name -> scaling, of the same modules.
-        linears: HF names of the base's linear layers, if they are known.
+        adapter: what is written.
+        linears: HF names of all linear layers of the base, if they are known.
     """
-    alphas = {name: _alpha(config, ranks[name], scalings[name]) for name in ranks}
+    config, pairs = adapter.config, adapter.pairs
+    ranks = {module_name(path): x["lora_A"].shape[1] for path, x in pairs.items()}
+    alphas = {
+        module_name(path): _alpha(config, x["lora_A"].shape[1], adapter.scalings[path])
+        for path, x in pairs.items()
+    }
+    newer = {
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "ensure_weight_tying": config.ensure_weight_tying,
+        "trainable_token_indices": config.trainable_token_indices,
+    }
     return {
         "alpha_pattern": {
-            re.escape(name): _plain(alpha)
+            re.escape(name): _as_integer(alpha)
             for name, alpha in alphas.items()
             if alpha != config.lora_alpha
         },
@@ -106,7 +116,7 @@ def config_to_write(
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,
-        "lora_alpha": _plain(config.lora_alpha),
+        "lora_alpha": _as_integer(config.lora_alpha),
         "lora_dropout": config.lora_dropout,
         "modules_to_save": sorted(config.modules_to_save or []) or None,
         "peft_type": "LORA",
@@ -117,17 +127,7 @@ def config_to_write(
         "target_modules": _targets(config, sorted(ranks), linears),
         "revision": config.revision,
         "task_type": "CAUSAL_LM",
-        **{key: value for key, value in _newer(config).items() if value},
-    }
-
-
-def _newer(config: LoraConfig) -> dict[str, Any]:
-    """Returns the keys that only newer releases know, written only where they say more."""
-    return {
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "ensure_weight_tying": config.ensure_weight_tying,
-        "trainable_token_indices": config.trainable_token_indices,
+        **{key: value for key, value in newer.items() if value},
     }
 
 
@@ -135,18 +135,17 @@ def _targets(
     config: LoraConfig, names: list[str], linears: list[str] | None
 ) -> list[str]:
     """Returns sorted suffixes if they select the same modules, else sorted full names."""
-    if config.ensure_weight_tying and TABLES[0] in names:  # its head follows by itself
+    if config.ensure_weight_tying and TABLES[0] in names:  # PEFT then adds the head
         names = [name for name in names if name != TABLES[1]]
     suffixes = sorted({name.rsplit(".")[-1] for name in names})
     if linears:
-        every = {*linears, *TABLES}
-        matched = [
+        selected = [
             name
-            for name in every
+            for name in {*linears, *TABLES}
             if name.rsplit(".")[-1] in suffixes and not is_saved(config, name)
         ]
-        return suffixes if sorted(matched) == names else names
-    # Without the base, the settings decide: plain suffixes reach every layer.
+        return suffixes if sorted(selected) == names else names
+    # The base is not known. Targets without a dot and without limits mean every layer.
     targets = config.target_modules
     if isinstance(targets, str):
         uniform = targets.lower() == "all-linear"
@@ -157,10 +156,10 @@ def _targets(
 
 
 def _alpha(config: LoraConfig, rank: int, scaling: float) -> float:
-    """Returns the alpha exactly as given, not as scaling times rank."""
+    """Returns the alpha of the settings that gives this scaling, without rounding."""
     given = (config.lora_alpha, *config.alpha_pattern.values())
     return next(alpha for alpha in given if config.scaling(rank, alpha) == scaling)
 
 
-def _plain(alpha: float) -> float:
+def _as_integer(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha

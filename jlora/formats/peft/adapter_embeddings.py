@@ -1,79 +1,81 @@
-"""The tables that an adapter brings: of a resized vocabulary, or copies of the base's."""
+"""Whole embeddings in an adapter: of a resized vocabulary, or copies of the base's.
+
+The kernel of `lm_head`, the output embedding, counts as an embedding here.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jlora.errors import CorruptError, listing
+from jlora.errors import CorruptError, listing, warn
 from jlora.formats.peft.adapter import Adapter
-from jlora.formats.peft.adapter_config import warn
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key
 from jlora.parallel.processes import to_host
 
-_TABLE, _KERNEL = f"{EMBEDDING}/embedding", f"{HEAD}/kernel"
+INPUT, OUTPUT = f"{EMBEDDING}/embedding", f"{HEAD}/kernel"
 
 
-def own_tables(
+def whole_embeddings(
     adapter: Adapter, base_vocab: int, *, tied: bool, shared: bool
 ) -> dict[str, np.ndarray]:
-    """Returns {params path: table that may replace the base's}, as stored.
+    """Returns {params path: embedding that may replace the base's}, as stored.
 
     Args:
-        adapter: what brings them.
-        base_vocab: rows of the base's tables.
-        tied: whether the base has one table for both ends.
-        shared: whether what is trained on the embedding serves the head, too.
+        adapter: where they come from.
+        base_vocab: vocabulary size of the base.
+        tied: whether the base uses one matrix as input and output embedding.
+        shared: whether the head also uses what is trained on the input embedding.
 
     Raises:
-        CorruptError: tables that contradict each other or the settings, or not all of a
-            resized vocabulary.
+        CorruptError: embeddings that contradict each other or the settings, or one
+            embedding of a resized vocabulary is missing.
     """
-    tables = _tables(adapter, tied=tied)
+    found = _stored_embeddings(adapter, tied=tied)
     if adapter.vocab_size not in (None, base_vocab):
-        # Where nothing but a trained copy is used, it stands in for what it shadows.
+        # Only the trained copy is used then, so it may stand for the untrained weight.
         if not tied or shared:
-            tables = _trained_tables(adapter) | tables
-        _check_tables(adapter, tables, base_vocab, tied=tied)
+            found = _trained_copies(adapter) | found
+        _check_complete(adapter, found, base_vocab, tied=tied)
     elif adapter.resized and adapter.config.modules_to_save:
         raise CorruptError(
             f"{adapter.location}: weights of the base beside modules_to_save="
             f"{adapter.config.modules_to_save}, though the vocabulary is the base's; "
             "train or save the adapter again"
         )
-    return tables
+    return found
 
 
-def _tables(adapter: Adapter, *, tied: bool) -> dict[str, np.ndarray]:
-    """Returns {params path: table that replaces the base's}; a tied base has one."""
-    table = adapter.tensors.get(EMBEDDING, {}).get("embedding")
+def _stored_embeddings(adapter: Adapter, *, tied: bool) -> dict[str, np.ndarray]:
+    """Returns the untrained embeddings of the file; for a tied base, the input only."""
+    embedding = adapter.tensors.get(EMBEDDING, {}).get("embedding")
     kernel = adapter.tensors.get(HEAD, {}).get("kernel")
     if tied and kernel is not None:
-        if table is not None and not np.array_equal(table, kernel.T):
+        if embedding is not None and not np.array_equal(embedding, kernel.T):
             raise CorruptError(
-                f"{adapter.location}: brings two different tables for the one that the "
-                "base ties; save the adapter again"
+                f"{adapter.location}: two different embeddings, but the base uses one "
+                "for input and output; save the adapter again"
             )
-        table, kernel = kernel.T, None
-    found = {_TABLE: table, _KERNEL: kernel}
+        embedding, kernel = kernel.T, None
+    found = {INPUT: embedding, OUTPUT: kernel}
     return {path: array for path, array in found.items() if array is not None}
 
 
-def _trained_tables(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Returns {params path: trained copy} of the tables that modules_to_save names."""
+def _trained_copies(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Returns the embeddings that modules_to_save trained."""
     return {
         path: adapter.tensors[module][f"trained_{leaf}"]
-        for path in (_TABLE, _KERNEL)
+        for path in (INPUT, OUTPUT)
         for module, leaf in [path.split("/")]
         if f"trained_{leaf}" in adapter.tensors.get(module, {})
     }
 
 
-def _check_tables(
-    adapter: Adapter, tables: dict[str, np.ndarray], base_vocab: int, *, tied: bool
+def _check_complete(
+    adapter: Adapter, found: Mapping[str, Any], base_vocab: int, *, tied: bool
 ) -> None:
-    """Refuses a resized vocabulary that does not come with every table of the model."""
-    missing = {_TABLE, *([] if tied else [_KERNEL])} - tables.keys()
+    """Refuses a resized vocabulary for which an embedding of the model is missing."""
+    missing = {INPUT, *([] if tied else [OUTPUT])} - found.keys()
     if missing:
         keys = [adapter_key(*path.rsplit("/", 1)) for path in sorted(missing)]
         raise CorruptError(
@@ -83,29 +85,27 @@ def _check_tables(
         )
 
 
-def changed_tables(
-    adapter: Adapter, own: Mapping[str, np.ndarray], tables: Mapping[str, Any]
+def changed_embeddings(
+    adapter: Adapter, stored: Mapping[str, np.ndarray], base: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Returns the adapter's tables that are not the base's own, in the base's dtype.
+    """Returns the adapter's embeddings that differ from the base's, in the base's dtype.
 
     Args:
-        adapter: what fits.
-        own: what `own_tables` returned, of `Fit.tables`.
-        tables: params path -> table of the base.
+        adapter: where they come from.
+        stored: what `whole_embeddings` returned.
+        base: params path -> embedding of the base.
 
     Raises:
-        CorruptError: a table of the old size differs, and nothing says it was trained.
+        CorruptError: one of the base's size differs, and no setting says it was trained.
     """
     changed = {}
-    for path, table in tables.items():
-        base = to_host(table)
-        array = own[path].astype(base.dtype)
-        if np.array_equal(array, base):
+    for path, embedding in base.items():
+        before = to_host(embedding)
+        array = stored[path].astype(before.dtype)
+        if np.array_equal(array, before):
             continue
-        if array.shape != base.shape:
-            warn(
-                f"{adapter.location}: brings {path} {list(array.shape)} for its tokens"
-            )
+        if array.shape != before.shape:
+            warn(f"{adapter.location}: {path} {list(array.shape)} replaces the base's")
         elif adapter.resized:
             raise CorruptError(
                 f"{adapter.location}: {adapter_key(*path.rsplit('/', 1))} "

@@ -1,8 +1,8 @@
 """The names of an adapter's tensors: PEFT key <-> (module, leaf).
 
-`base_model.model.` + the module's HF name + an ending. Leaves are named as in the tree
-(see `jlora.lora.lora_dense`); a whole weight is `weight` or `bias` until the settings
-say what it is.
+A key is `base_model.model.`, the module's HF name and an ending. Leaves are named as in
+`jlora.lora.lora_dense`, except a whole `weight` or `bias`: only the settings tell what that
+is for.
 
 Source: PEFT `utils/save_and_load.py`, `get_peft_model_state_dict`.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from jlora.formats.tensor_names import module_name
 
 PREFIX = "base_model.model."
-FORM = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+EXAMPLE = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 _ENDINGS = {
     "lora_A": r"lora_A(?:\.default)?\.weight",
@@ -24,7 +24,8 @@ _ENDINGS = {
     "embedding_B": r"lora_embedding_B(?:\.default)?(?:\.weight)?",
     "lora_magnitude": r"lora_magnitude_vector(?:\.default)?(?:\.weight)?",
     "token_rows": r"token_adapter\.trainable_tokens_delta(?:\.default)?",
-    # PEFT writes all that an adapted or saved table has if the vocabulary was resized.
+    # After the vocabulary was resized, PEFT writes all weights of an adapted or saved
+    # embedding.
     "base_weight": r"(?:base_layer|original_module)\.weight",
     "copy": r"modules_to_save(?:\.default)?\.weight",
     "base_bias": r"base_layer\.bias",
@@ -45,23 +46,31 @@ def parse_key(key: str) -> tuple[str, str] | None:
         return None
     module, leaf = match["module"], match.lastgroup
     if leaf.startswith("embedding_") or leaf in ("lora_A", "lora_B"):
-        is_table = module.rpartition(".")[2] == EMBEDDING
-        if is_table != leaf.startswith("embedding_"):
+        is_embedding = module.rpartition(".")[2] == EMBEDDING
+        if is_embedding != leaf.startswith("embedding_"):
             return None
         leaf = f"lora_{leaf[-1]}"
     return module, leaf
 
 
-def adapter_key(path: str, leaf: str, beside: Collection[str] = ()) -> str:
-    """Returns the PEFT key of a leaf; `beside`: the adapter's leaves of its module."""
-    adapted = "lora_A" in beside
+def adapter_key(path: str, leaf: str, siblings: Collection[str] = ()) -> str:
+    """Returns the PEFT key of a leaf.
+
+    Args:
+        path: params path of its module.
+        leaf: its name.
+        siblings: the adapter's leaves of the same module, which change some keys.
+    """
+    adapted = "lora_A" in siblings
     if leaf in ("lora_A", "lora_B"):
         form = f"lora_embedding_{leaf[-1]}" if path == EMBEDDING else f"{leaf}.weight"
     elif leaf == "trained_bias":
         form = "base_layer.bias" if adapted else "bias"
     elif leaf in ("embedding", "kernel"):
-        saved = f"trained_{leaf}" in beside
-        form = "base_layer." * adapted + "original_module." * saved + "weight"
+        saved = f"trained_{leaf}" in siblings
+        parts = ["base_layer"] if adapted else []
+        parts += ["original_module"] if saved else []
+        form = ".".join([*parts, "weight"])
     else:
         form = {
             "lora_magnitude": "lora_magnitude_vector",
@@ -75,6 +84,6 @@ def is_transposed(leaf: str) -> bool:
     return leaf in ("lora_A", "lora_B", "kernel", "trained_kernel")
 
 
-def to_leaf(leaf: str, array: np.ndarray) -> np.ndarray:
-    """Returns a tensor in jlora's layout, contiguous; also the inverse."""
+def convert_layout(leaf: str, array: np.ndarray) -> np.ndarray:
+    """Converts a tensor from PEFT's layout to jlora's, or back; the result is contiguous."""
     return np.ascontiguousarray(array.T if is_transposed(leaf) else array)

@@ -1,7 +1,5 @@
 """A PEFT adapter folder, run folder or hub id -> a checked `Adapter`.
 
-The file is long because every fault of a key has its own sentence.
-
 Source: PEFT 0.21 `utils/save_and_load.py`.
 """
 
@@ -13,18 +11,25 @@ from typing import Any
 import numpy as np
 
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.errors import (
+    CorruptError,
+    UnsupportedError,
+    UsageError,
+    listing,
+    nearest,
+    warn,
+)
 from jlora.formats.hub import hub_folder, is_hub_id
 from jlora.formats.model_files import inside_folder, read_json
 from jlora.formats.peft.adapter import Adapter
-from jlora.formats.peft.adapter_config import read_config, warn
+from jlora.formats.peft.adapter_config import read_config
 from jlora.formats.peft.adapter_keys import (
     EMBEDDING,
-    FORM,
+    EXAMPLE,
     HEAD,
     adapter_key,
+    convert_layout,
     parse_key,
-    to_leaf,
 )
 from jlora.formats.safetensors_file import Entry, read_header, read_tensor
 from jlora.formats.tensor_checks import first_non_finite
@@ -33,17 +38,21 @@ from jlora.lora.target_modules import is_saved
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_TABLES = {EMBEDDING: "embedding", HEAD: "kernel"}
+_EMBEDDINGS = {EMBEDDING: "embedding", HEAD: "kernel"}
 _DIMENSIONS = {"lora_magnitude": 1, "bias": 1, "base_bias": 1}
+# Leaf as `parse_key` names it -> (key, place in the file).
+_Entries = dict[str, tuple[str, Entry]]
 
 
 def find_adapter(folder: str | Path) -> Path | None:
-    """Returns the folder in PEFT's form that `folder` is, holds as a run, or names.
+    """Returns the PEFT folder that `folder` is or contains; a hub id is downloaded.
 
-    A hub id (owner/name or owner/name@revision) is fetched.
+    Args:
+        folder: a PEFT folder, a run folder or a hub id (owner/name, or
+            owner/name@revision).
 
     Returns:
-        None for a run that has checkpoints only.
+        None for a run that only has checkpoints.
 
     Raises:
         UsageError: neither an adapter nor a run.
@@ -67,16 +76,16 @@ def find_adapter(folder: str | Path) -> Path | None:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Returns the adapter of a PEFT folder, every value checked; all in float32.
+    """Reads a PEFT folder and checks every value; tensors become float32.
 
     Raises:
         UnsupportedError: a PEFT feature that jlora does not have.
         CorruptError: damaged, incomplete or contradicting files.
     """
     folder = Path(folder)
-    document = read_json(folder, CONFIG)
-    config = read_config(document, f"{folder / CONFIG}")
-    if not (folder / WEIGHTS).exists():
+    config = read_config(read_json(folder, CONFIG), f"{folder / CONFIG}")
+    where = folder / WEIGHTS
+    if not where.exists():
         if (folder / "adapter_model.bin").exists():
             raise UnsupportedError(
                 f"{folder}: adapter_model.bin is a pickle, which is never opened as it "
@@ -84,94 +93,89 @@ def read_adapter(folder: str | Path) -> Adapter:
                 "it again with save_pretrained(folder)"
             )
         raise CorruptError(f"{folder}: {CONFIG} without {WEIGHTS}; copy both")
-    where = folder / WEIGHTS
-    entries = _by_module(read_header(inside_folder(folder, WEIGHTS)), where)
-    _refuse_unexplained(entries, config, where)
+    found = _by_module(read_header(inside_folder(folder, WEIGHTS)), where)
+    _check_purposes(found, config, where)
     tensors = {
-        module_path(name): _leaves(name, found, config, where)
-        for name, found in entries.items()
+        module_path(name): _read_leaves(name, entries, config, where)
+        for name, entries in found.items()
     }
-    if config.ensure_weight_tying and HEAD not in tensors:  # of an untied base
+    if config.ensure_weight_tying and HEAD not in tensors:  # the base is not tied
         config = replace(config, ensure_weight_tying=False)
     pairs = [leaves for leaves in tensors.values() if "lora_A" in leaves]
     if not pairs:
         raise CorruptError(f"{where}: no tensors of an adapter")
-    if not any(leaves["lora_B"].any() for leaves in pairs) and len(pairs) == len(
-        tensors
-    ):
+    if len(pairs) == len(tensors) and not any(x["lora_B"].any() for x in pairs):
         warn(f"{where}: every lora_B is zero, so it changes nothing")
-    return Adapter.make(config, tensors, folder, _has_loose_tables(entries, config))
+    resized = any(
+        module_path(name) in _EMBEDDINGS
+        and "weight" in entries
+        and not _is_saved(config, name)
+        for name, entries in found.items()
+    )
+    return Adapter.make(config, tensors, folder, resized)
 
 
-Found = dict[str, dict[str, tuple[str, Entry]]]
-
-
-def _by_module(entries: dict[str, Entry], where: Path) -> Found:
-    """Returns {HF module name: {leaf: (key, entry)}}; all that is wrong with keys at once."""
-    found: Found = {}
+def _by_module(header: dict[str, Entry], where: Path) -> dict[str, _Entries]:
+    """Groups the file's tensors by HF module name, and lists all that is wrong at once."""
+    found: dict[str, _Entries] = {}
     problems, strange = [], []
-    for key, entry in sorted(entries.items()):
+    for key, entry in sorted(header.items()):
         parsed = parse_key(key)
         if parsed is None:
             strange.append(key)
             continue
         module, leaf = parsed
-        leaves = found.setdefault(module, {})
-        if leaf in leaves:
+        entries = found.setdefault(module, {})
+        if leaf in entries:
             problems.append(f"two tensors for {module}.{leaf}")
-        leaves[leaf] = (key, entry)
+        entries[leaf] = (key, entry)
     if strange:
-        known = [key for leaves in found.values() for key, _ in leaves.values()]
+        known = [key for entries in found.values() for key, _ in entries.values()]
         problems.append(
-            f"keys that are not of the form {FORM}: "
+            f"keys that are not of the form {EXAMPLE}: "
             + listing([f"{key}{nearest(key, known)}" for key in strange])
         )
-    for module, leaves in found.items():
-        problems += _problems(module, leaves)
+    for module, entries in found.items():
+        problems += _shape_problems(module, entries)
     if problems or not found:
         raise CorruptError(f"{where}: {listing(problems) or 'no tensors'}")
     return found
 
 
-def _problems(module: str, leaves: dict[str, tuple[str, Entry]]) -> list[str]:
-    path = module_path(module)
-    pair = {leaf: leaves[leaf] for leaf in ("lora_A", "lora_B") if leaf in leaves}
-    if len(pair) == 1 or (not pair and "lora_magnitude" in leaves):
-        missing = [leaf for leaf in ("lora_A", "lora_B") if leaf not in pair]
-        return [f"{adapter_key(path, leaf)} is missing" for leaf in missing]
-    bad = []
-    for leaf, (key, entry) in leaves.items():
+def _shape_problems(module: str, entries: _Entries) -> list[str]:
+    """Returns what is missing or misshapen in one module, without knowing the base."""
+    pair = [leaf for leaf in ("lora_A", "lora_B") if leaf in entries]
+    if len(pair) == 1 or (not pair and "lora_magnitude" in entries):
+        missing = {"lora_A", "lora_B"} - set(pair)
+        path = module_path(module)
+        return [f"{adapter_key(path, leaf)} is missing" for leaf in sorted(missing)]
+    problems = []
+    for leaf, (key, entry) in entries.items():
         shape, expected = list(entry.shape), _DIMENSIONS.get(leaf, 2)
         if leaf == "weight" and module.endswith("norm"):
             expected = 1
         if len(shape) != expected:
-            bad.append(f"{key} {shape} is not a {['vector', 'matrix'][expected - 1]}")
-    if not bad and pair:
-        (key_a, a), (key_b, b) = pair["lora_A"], pair["lora_B"]
+            form = ["vector", "matrix"][expected - 1]
+            problems.append(f"{key} {shape} is not a {form}")
+    if not problems and pair:
+        (key_a, a), (key_b, b) = entries["lora_A"], entries["lora_B"]
         if a.shape[0] != b.shape[1]:
-            bad.append(
+            problems.append(
                 f"{key_a} {list(a.shape)} and {key_b} {list(b.shape)} have different "
                 "ranks"
             )
-    return bad
+    return problems
 
 
-def _has_loose_tables(found: Found, config: LoraConfig) -> bool:
-    """Returns whether tables come that the adapter neither adapts nor trains."""
-    return any(
-        module_path(module) in _TABLES
-        and "weight" in leaves
-        and not _is_saved(config, module)
-        for module, leaves in found.items()
-    )
-
-
-def _refuse_unexplained(found: Found, config: LoraConfig, where: Path) -> None:
+def _check_purposes(
+    found: dict[str, _Entries], config: LoraConfig, where: Path
+) -> None:
+    """Refuses whole weights that the settings do not mention."""
     strange = [
         key
-        for module, leaves in found.items()
-        for leaf, (key, _) in leaves.items()
-        if _leaf_name(module, leaf, config, leaves) is None
+        for module, entries in found.items()
+        for leaf, (key, _) in entries.items()
+        if _tree_leaf(module, leaf, config, entries) is None
     ]
     if strange:
         raise CorruptError(
@@ -181,18 +185,18 @@ def _refuse_unexplained(found: Found, config: LoraConfig, where: Path) -> None:
         )
 
 
-def _leaves(
-    module: str, found: dict[str, tuple[str, Entry]], config: LoraConfig, where: Path
+def _read_leaves(
+    module: str, entries: _Entries, config: LoraConfig, where: Path
 ) -> dict[str, np.ndarray]:
-    """Returns the leaves of one module, in jlora's layout."""
+    """Reads the leaves of one module, in jlora's layout."""
     leaves = {}
-    for leaf, (key, entry) in found.items():
-        name = _leaf_name(module, leaf, config, found)
-        assert name is not None  # or it was refused
+    for leaf, (key, entry) in entries.items():
+        name = _tree_leaf(module, leaf, config, entries)
+        assert name is not None  # _check_purposes refuses it
         array = _read(entry, f"{where}: {key}")
-        if name not in _TABLES.values():
+        if name not in _EMBEDDINGS.values():
             array = array.astype(np.float32)
-        array = to_leaf(name, array)
+        array = convert_layout(name, array)
         if name in leaves and not np.array_equal(leaves[name], array):
             raise CorruptError(
                 f"{where}: {key} and another tensor of the file are both "
@@ -202,33 +206,30 @@ def _leaves(
     return leaves
 
 
-def _leaf_name(
-    module: str, leaf: str, config: LoraConfig, beside: Collection[str]
+def _tree_leaf(
+    module: str, leaf: str, config: LoraConfig, siblings: Collection[str]
 ) -> str | None:
-    """Returns the name in the tree of what a key holds; None for no known purpose."""
+    """Returns the leaf of the tree that a leaf of `parse_key` is; None if not explained."""
     path = module_path(module)
     saved = _is_saved(config, module)
     if leaf.endswith("bias"):
         return "trained_bias" if saved or config.bias != "none" else None
-    if leaf == "copy" and not (saved and "weight" in beside):
+    if leaf == "copy" and not (saved and "weight" in siblings):
         return None  # PEFT writes it beside the weight, in a resized vocabulary
     if leaf in ("weight", "copy"):
-        return f"trained_{_weight_name(path)}" if saved else _TABLES.get(path)
+        if not saved:
+            return _EMBEDDINGS.get(path)
+        other = "scale" if path.endswith("norm") else "kernel"
+        return f"trained_{_EMBEDDINGS.get(path, other)}"
     if leaf == "base_weight":
-        return _TABLES.get(path) if saved or "lora_A" in beside else None
+        return _EMBEDDINGS.get(path) if saved or "lora_A" in siblings else None
     return leaf
 
 
 def _is_saved(config: LoraConfig, module: str) -> bool:
-    # PEFT writes the head that is tied to a saved embedding under both names.
-    twin = module_path(module) == HEAD and config.ensure_weight_tying
-    return is_saved(config, module) or (twin and is_saved(config, EMBEDDING))
-
-
-def _weight_name(path: str) -> str:
-    if path == EMBEDDING:
-        return "embedding"
-    return "scale" if path.endswith("norm") else "kernel"
+    # PEFT writes a head that is tied to a saved embedding under both names.
+    tied = module_path(module) == HEAD and config.ensure_weight_tying
+    return is_saved(config, module) or (tied and is_saved(config, EMBEDDING))
 
 
 def _read(entry: Entry, where: str) -> np.ndarray:

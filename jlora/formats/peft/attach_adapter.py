@@ -1,10 +1,6 @@
-"""LoRA adapters on a model: laid beside its weights, from PEFT folders and runs.
+"""Puts an adapter's leaves into the tree of a model's parameters.
 
-Reading and writing share one value, `Adapter`, which is checked when it is made: ranks agree
-with the settings, so a scaling can be trusted. Reading refuses what PEFT lets pass with a
-warning while it serves the base model.
-
-Source: PEFT 0.21 `utils/save_and_load.py`, `tuners/lora/layer.py`.
+Source: PEFT 0.21 `tuners/lora/layer.py`.
 """
 
 from dataclasses import replace
@@ -20,52 +16,51 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError
 from jlora.formats.peft.adapter import Adapter
-from jlora.formats.peft.adapter_base import plain, start_of
-from jlora.formats.peft.adapter_embeddings import changed_tables
-from jlora.formats.peft.adapter_fit import check_fit, model_config
+from jlora.formats.peft.adapter_embeddings import changed_embeddings
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
-from jlora.formats.peft.adapter_reader import find_adapter, read_adapter
-from jlora.formats.peft.adapter_writer import save_adapter, write_adapter
+from jlora.formats.peft.adapter_placement import adapted_config, place_adapter
+from jlora.formats.peft.plain_lora import initial_factors, needs_residual_base
 from jlora.formats.tensor_names import Params, module_name, module_path
 from jlora.lora.adapter_tree import modules, with_adapter
 from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import norm_squared, weight_of
 from jlora.lora.merging import without_start
 
-__all__ = [
-    "Adapter",
-    "attach_adapter",
-    "check_fit",
-    "find_adapter",
-    "model_config",
-    "plain",
-    "read_adapter",
-    "save_adapter",
-    "start_adapter",
-    "start_of",
-    "write_adapter",
-]
+_EMBEDDING_NAME = module_name(EMBEDDING)
+# HF module name -> leaf -> array.
+_Modules = dict[str, dict[str, Any]]
 
 
-def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
-    """Refuses what jlora uses but does not train on.
+def initialise_adapter(
+    base: Params,
+    config: LlamaConfig,
+    lora: LoraConfig,
+    *,
+    seed: int,
+    adapter: Adapter | None,
+) -> tuple[Params, LoraConfig]:
+    """Returns (the base with a trainable adapter, the adapter's settings).
 
-    Raises:
-        UnsupportedError: naming it, and what to do.
+    Args:
+        base: arrays; or `jax.ShapeDtypeStruct`s, and the result has such leaves too.
+        config: architecture of the base.
+        lora: settings of a new adapter; of a given one, only the dropout and the name of
+            the base are used.
+        seed: of a new adapter's random values.
+        adapter: what to continue training, from `open_adapter`; None for a new adapter.
     """
-    if adapter.config.bias != "none":
-        raise UnsupportedError(
-            f"{adapter.location}: bias={adapter.config.bias!r}; jlora uses trained biases "
-            "but does not train them, so merge this one first (convert.to_hf) and train "
-            "on the merged model"
+    if adapter is None:
+        initialise = partial(add_lora, config=lora, key=jax.random.key(seed))
+    else:
+        lora = replace(
+            adapter.config,
+            lora_dropout=lora.lora_dropout,
+            base_model_name_or_path=lora.base_model_name_or_path,
+            revision=lora.revision,
         )
-    rows = model_config(adapter, config).vocab_size
-    if rows != config.vocab_size:
-        raise UnsupportedError(
-            f"{adapter.location}: brings tables for {rows} tokens, the base has "
-            f"{config.vocab_size}; training writes an adapter for the base as it is, so "
-            "merge this one first (convert.to_hf) and train on the merged model"
-        )
+        initialise = partial(attach_adapter, config=config, adapter=adapter, train=True)
+    has_arrays = isinstance(jax.tree.leaves(base)[0], jax.Array)
+    return initialise(base) if has_arrays else jax.eval_shape(initialise, base), lora
 
 
 def attach_adapter(
@@ -75,110 +70,93 @@ def attach_adapter(
     *,
     train: bool = False,
 ) -> Params:
-    """Returns the tree with an adapter's leaves beside its weights; nothing is copied.
+    """Returns the tree with an adapter's leaves beside its weights, which are not copied.
 
-    The tables of an adapter with another vocabulary replace those of the base; the model
-    is then that of `model_config`.
+    An adapter with another vocabulary brings embeddings, which replace those of the base;
+    the model's configuration is then `adapted_config`.
 
     Args:
         params: the base model.
         config: its architecture.
         adapter: its tensors and settings.
-        train: whether training goes on. A start that PEFT took out of the base (PiSSA,
-            OLoRA) then becomes leaves, and the base stays as it is.
+        train: whether it will be trained further. A PiSSA or OLoRA adapter then gets
+            leaves lora_A0 and lora_B0; otherwise the kernels become residual ones.
 
     Raises:
-        UnsupportedError, CorruptError: as `check_fit`.
+        UnsupportedError, CorruptError: as `place_adapter`; for training, also what jlora
+            does not train.
     """
     if train:
         _check_trainable(adapter, config)
-    fit = check_fit(adapter, config)
+    placement = place_adapter(adapter, config)
     base = {name: dict(leaves) for name, leaves in modules(params).items()}
-    tables = {path: _leaf(base, path) for path in fit.tables}
-    if any(isinstance(table, Tracer) for table in tables.values()):
-        tables = {}  # only shapes are wanted, and those are the base's
-    replaced: dict[str, dict[str, Any]] = {}
-    for path, array in changed_tables(adapter, fit.tables, tables).items():
-        name, leaf = _name_and_leaf(path)
-        base[name][leaf] = _placed_like(array, base[name][leaf])
-        replaced[name] = {leaf: base[name][leaf]}
-    laid = {}
-    for name, arrays in fit.leaves.items():
+    added = _replaced_embeddings(adapter, placement.embeddings, base)
+    for name, leaves in added.items():
+        base[name] |= leaves
+    for name, arrays in placement.leaves.items():
         leaves = {leaf: jnp.asarray(array) for leaf, array in arrays.items()}
         weight: Any = _weight(base, name)
-        if "lora_A" in leaves and adapter.takes_start_out and name != _TABLE:
-            leaves |= _start_or_rest(adapter, name, base, train=train)
-            weight = leaves.get("kernel", weight)  # less its start, if it is replaced
+        is_residual = needs_residual_base(adapter.config) and name != _EMBEDDING_NAME
+        if "lora_A" in leaves and is_residual:
+            factors = initial_factors(adapter, name, weight)
+            if train or "kernel" not in base.get(name, {}):
+                leaves |= factors
+            else:
+                scaling = adapter.scalings[module_path(name)]
+                weight = leaves["kernel"] = _residual(weight, factors, scaling)
         if "lora_magnitude" in leaves:
             leaves["lora_norm_squared"] = norm_squared(weight)
-        laid[name] = replaced.pop(name, {}) | leaves
-    return with_adapter(params, laid | replaced)
+        added[name] = added.get(name, {}) | leaves
+    return with_adapter(params, added)
 
 
-def start_adapter(
-    base: Params,
-    config: LlamaConfig,
-    lora: LoraConfig,
-    seed: int,
-    adapter: Adapter | None,
-) -> tuple[Params, LoraConfig]:
-    """Returns (base with an adapter to train, its settings); of shapes, shapes.
-
-    Args:
-        base: arrays, or their shapes only.
-        config: of the base.
-        lora: of a new adapter; of a continued one, its dropout and the base's name.
-        seed: of a new adapter's start.
-        adapter: to continue from, or None.
-    """
-    if adapter is None:
-        start = partial(add_lora, config=lora, key=jax.random.key(seed))
-    else:
-        lora = replace(
-            adapter.config,
-            lora_dropout=lora.lora_dropout,
-            base_model_name_or_path=lora.base_model_name_or_path,
-            revision=lora.revision,
+def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
+    """Refuses adapters that jlora can use but not train."""
+    if adapter.config.bias != "none":
+        raise UnsupportedError(
+            f"{adapter.location}: bias={adapter.config.bias!r}; jlora uses trained biases "
+            "but does not train them, so merge this one first (convert.to_hf) and train "
+            "on the merged model"
         )
-        start = partial(attach_adapter, config=config, adapter=adapter, train=True)
-    is_real = isinstance(jax.tree.leaves(base)[0], jax.Array)
-    return start(base) if is_real else jax.eval_shape(start, base), lora
+    tokens = adapted_config(adapter, config).vocab_size
+    if tokens != config.vocab_size:
+        raise UnsupportedError(
+            f"{adapter.location}: has embeddings for {tokens} tokens, the base has "
+            f"{config.vocab_size}; training writes an adapter for the base as it is, so "
+            "merge this one first (convert.to_hf) and train on the merged model"
+        )
 
 
-_TABLE = module_name(EMBEDDING)
+def _replaced_embeddings(
+    adapter: Adapter, stored: dict[str, np.ndarray], base: _Modules
+) -> _Modules:
+    """Returns the adapter's embeddings that differ from the base's, on its devices."""
+    found = {}
+    for path in stored:
+        module, leaf = path.split("/")
+        found[path] = base[module_name(module)][leaf]
+    if any(isinstance(embedding, Tracer) for embedding in found.values()):
+        return {}  # only shapes are wanted, and those are the base's
+    replaced: _Modules = {}
+    for path, array in changed_embeddings(adapter, stored, found).items():
+        module, leaf = path.split("/")
+        replaced[module_name(module)] = {leaf: _on_devices_of(found[path], array)}
+    return replaced
 
 
-def _name_and_leaf(path: str) -> tuple[str, str]:
-    module, _, leaf = path.rpartition("/")
-    return module_name(module), leaf
-
-
-def _leaf(base: dict[str, Params], path: str) -> Any:
-    name, leaf = _name_and_leaf(path)
-    return base[name][leaf]
-
-
-def _weight(base: dict[str, Params], name: str) -> Any:
-    """Returns a module's kernel or embedding; for a tied head, the table's transpose."""
+def _weight(base: _Modules, name: str) -> Any:
+    """Returns a module's kernel or embedding; for a tied head, the embedding's transpose."""
     leaves = base.get(name, {})
     if name == HEAD and "kernel" not in leaves:
-        return base[_TABLE]["embedding"].T
+        return base[_EMBEDDING_NAME]["embedding"].T
     return weight_of(leaves)
 
 
-def _placed_like(array: np.ndarray, like: Any) -> Any:
+def _residual(kernel: Any, factors: dict[str, Any], scaling: float) -> Any:
+    """Returns the kernel that PiSSA or OLoRA leave: without the initial update."""
+    a, b = (np.asarray(factors[leaf]) for leaf in ("lora_A0", "lora_B0"))
+    return _on_devices_of(kernel, without_start(np.asarray(kernel), a, b, scaling))
+
+
+def _on_devices_of(like: Any, array: np.ndarray) -> Any:
     return jax.device_put(array.astype(like.dtype), like.sharding)
-
-
-def _start_or_rest(
-    adapter: Adapter, name: str, base: dict[str, Params], *, train: bool
-) -> dict[str, Any]:
-    """Returns the start's leaves, or the kernel that PEFT leaves without the start."""
-    kernel = _weight(base, name)
-    start = start_of(adapter, name, kernel)
-    if train or "kernel" not in base.get(name, {}):
-        return start
-    a, b = (np.asarray(start[leaf]) for leaf in ("lora_A0", "lora_B0"))
-    scaling = adapter.scalings[module_path(name)]
-    rest = without_start(np.asarray(kernel), a, b, scaling)
-    return {"kernel": _placed_like(rest, kernel)}

@@ -105,7 +105,7 @@ def test_a_damaged_cache_is_built_again(path, tmp_path, tokenised, capsys):
     tokens.write_bytes(bytes(tokens.stat().st_size))
     assert all_tokens(load(path)) == good
     assert tokenised == [40, 40]
-    assert "tokens.bin is damaged; building it again" in capsys.readouterr().out
+    assert "tokens.bin is damaged; building it again" in capsys.readouterr().err
 
 
 def test_what_is_told_does_not_depend_on_the_cache(path):

@@ -102,7 +102,7 @@ def test_a_damaged_store_is_told_and_built_again(cache, capsys, name, damage):
     store = cached_store(cache, "k", build)
     assert store.tokens.tolist() == list(range(9))
     assert store.digest == good
-    assert "building it again" in capsys.readouterr().out
+    assert "building it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 0}'])

@@ -17,8 +17,9 @@ from helpers.adapters import (
 import jlora
 from jlora.errors import UnsupportedError
 from jlora.formats.open_model import open_model
-from jlora.formats.peft.adapter_keys import parse_key, to_leaf
-from jlora.formats.peft.attach_adapter import check_fit, read_adapter
+from jlora.formats.peft.adapter_keys import convert_layout, parse_key
+from jlora.formats.peft.adapter_placement import place_adapter
+from jlora.formats.peft.adapter_reader import read_adapter
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask
 from jlora.train.step import summed_loss
@@ -46,7 +47,7 @@ def test_modules_ranks_and_scalings_equal_peft(case):
 
 
 def test_an_adapter_of_peft_fits_its_base(case):
-    check_fit(read_adapter(case.folder), open_model(str(case.base)).config)
+    place_adapter(read_adapter(case.folder), open_model(str(case.base)).config)
 
 
 def test_logits_equal_peft(case):
@@ -153,7 +154,7 @@ def gradients_of_peft(case):
         if key.startswith("grad/"):
             parsed = parse_key(key.removeprefix("grad/"))
             assert parsed is not None
-            found[parsed] = to_leaf(parsed[1], array)
+            found[parsed] = convert_layout(parsed[1], array)
     if case.folder.name == "tied_embed_ensured":  # one pair in two places
         for leaf, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
             found["model.embed_tokens", leaf] += found.pop(("lm_head", other)).T

@@ -1,7 +1,7 @@
-"""A config.json that every reader takes alike: transformers 4 and 5, vLLM, llama.cpp.
+"""The config.json of an exported model, for transformers 4 and 5, vLLM and llama.cpp.
 
-They look for the dtype and the rotary settings in different places, and some know other
-defaults: every place gets the same resolved numbers. All else is the source's.
+These programs look for the dtype and the rotary settings in different places and have
+different defaults. So each place gets the same numbers. All else is as in the source.
 """
 
 import math
@@ -11,7 +11,7 @@ from jlora.config.architectures import LLAMA, MISTRAL
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.rope_config import RopeParameters, longrope_mscale, yarn_mscale
 
-# llama.cpp takes this where config.json has no such key at the top.
+# What llama.cpp assumes if config.json has no such key at the top level.
 _LLAMA_CPP_ORIGINAL_POSITIONS = 8192
 _ORIGINAL = "original_max_position_embeddings"
 _STRIPPED = ("auto_map", "quantization_config")
@@ -37,13 +37,13 @@ def export_config(
     config["rope_theta"] = rope.rope_theta
     config["rope_scaling"] = scaling if rope.rope_type != "default" else None
     config["rope_parameters"] = {**scaling, "rope_theta": rope.rope_theta}
-    # transformers 4 reads it only there for longrope, llama.cpp for llama3.
+    # For longrope, transformers 4 reads it only here; for llama3, llama.cpp does.
     original = rope.original_max_position_embeddings
     if rope.rope_type == "longrope" or (
         rope.rope_type == "llama3" and original != _LLAMA_CPP_ORIGINAL_POSITIONS
     ):
         config[_ORIGINAL] = original
-    # Old spellings and the headless class are written out as what the files now hold.
+    # The source may have an old spelling, or the class without a head.
     names = config.get("architectures") or []
     is_mistral = config.get("model_type") == "mistral" or names[:1] == [MISTRAL[0]]
     config["architectures"] = [MISTRAL[0] if is_mistral else LLAMA[0]]
@@ -53,7 +53,7 @@ def export_config(
 
 
 def reader_notes(config: LlamaConfig) -> list[str]:
-    """Returns what a reader of the exported folder would get wrong without a word.
+    """Returns a note for each setting that vLLM or llama.cpp ignores without an error.
 
     Source: vLLM 0.33, `rotary_embedding.get_rope` (`tests/parity/vllm_reader.py` runs
     it) and older ones; llama.cpp, conversion/base.py and src/llama-context.cpp.

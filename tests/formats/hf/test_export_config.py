@@ -2,15 +2,23 @@ import json
 
 import pytest
 from helpers import GOLDEN
+from helpers.adapters import files, golden
+from helpers.exports import HF_GOLDEN, copy_base, read_config
+from helpers.exports import export as export_golden
 from helpers.tiny import CONFIG, tensors, write_hf
 
 from jlora.config.llama_config import LlamaConfig
-from jlora.formats.hf.hf_config import export_config, reader_notes
+from jlora.formats.hf.export_config import export_config, reader_notes
 from jlora.formats.open_model import open_model
 
 ROPE = json.loads((GOLDEN / "rope/cases.json").read_text())
 CASES = ROPE["cases"]
 SMALL = CONFIG | {"head_dim": 16}
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
 
 
 @pytest.fixture
@@ -141,3 +149,66 @@ def test_a_yarn_that_reaches_less_far_than_the_model_is_told(factor, positions):
     notes = reader_notes(LlamaConfig.from_hf(SMALL | rope))
     found = [note for note in notes if f"vLLM has {positions} positions" in note]
     assert len(found) == len(notes) == (positions is not None)
+
+
+@pytest.mark.parametrize("base", ["untied_fp32", "tied_fp32"])
+def test_rope_and_dtype_are_where_every_reader_looks(base, out):
+    name = {"untied_fp32": "basic", "tied_fp32": "tied"}[base]
+    config = read_config(export_golden(golden(name), out))
+    theta = {"untied_fp32": 500000.0, "tied_fp32": 50000.0}[base]
+    assert config["rope_theta"] == theta
+    assert config["rope_scaling"] is None
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": theta}
+    assert config["dtype"] == config["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("name", ["basic", "tied"])
+def test_other_settings_are_kept_verbatim(name, out):
+    case = golden(name)
+    before, after = read_config(case.base), read_config(export_golden(case, out))
+    rewritten = {"rope_theta", "rope_scaling", "rope_parameters"}
+    rewritten |= {"dtype", "torch_dtype"}
+    for key in before.keys() - rewritten:
+        assert after[key] == before[key]
+    assert after.keys() == before.keys() | rewritten
+
+
+def test_an_exported_configuration_means_the_same_model(out):
+    source = open_model(str(HF_GOLDEN / "llama3"))
+    out.mkdir()
+    for name, data in files(HF_GOLDEN / "llama3").items():
+        (out / name).write_bytes(data)
+    (out / "config.json").write_text(
+        json.dumps(export_config(source.hf_config, source.config, "float32"))
+    )
+    assert open_model(str(out)).config == source.config
+
+
+def test_llama3_rope_is_written_for_every_reader():
+    source = open_model(str(HF_GOLDEN / "llama3"))
+    config = export_config(source.hf_config, source.config, "bfloat16")
+    numbers = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }
+    assert config["rope_scaling"] == numbers
+    assert config["rope_parameters"] == numbers | {"rope_theta": 500000.0}
+    assert config["original_max_position_embeddings"] == 32
+    assert config["rope_theta"] == 500000.0
+
+
+def test_code_and_private_settings_are_stripped(out, tmp_path):
+    settings = {
+        "auto_map": {"AutoModel": "evil.Model"},
+        "quantization_config": None,
+        "_name_or_path": "x",
+        "_attn_implementation_internal": "eager",
+        "pretraining_tp": 2,
+    }
+    base = copy_base(tmp_path / "base", "untied_fp32", config=settings)
+    config = read_config(export_golden(golden("basic")._replace(base=base), out))
+    assert not settings.keys() - {"pretraining_tp"} & config.keys()
+    assert config["pretraining_tp"] == 2

@@ -1,0 +1,64 @@
+"""The base model that an adapter's settings name."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from jlora.errors import JloraError, UsageError, warn
+from jlora.formats.hub import is_hub_id
+from jlora.formats.open_model import open_config
+from jlora.formats.peft.adapter import Adapter
+
+Opened = TypeVar("Opened")
+
+
+def open_named_base(
+    adapter: Adapter, open_base: Callable[[str], Opened], why: str
+) -> Opened:
+    """Opens the base model of an adapter: a folder, a file or a hub id.
+
+    Args:
+        adapter: its settings name the base, and its revision on the hub.
+        open_base: `open_model`, or `open_config` where the architecture is enough.
+        why: what needs the base, for messages.
+
+    Raises:
+        UsageError: the settings name no base.
+        JloraError: as `open_base`.
+    """
+    name, revision = adapter.config.base_model_name_or_path, adapter.config.revision
+    if not name:
+        raise UsageError(
+            f"{adapter.location}: the adapter names no base: {why} needs it; set "
+            "base_model_name_or_path in its adapter_config.json to a model's folder or "
+            "hub id"
+        )
+    on_hub = is_hub_id(name) and not Path(name).exists()
+    if revision and on_hub and "@" not in name:
+        name = f"{name}@{revision}"
+    try:
+        return open_base(name)
+    except JloraError as error:
+        raise type(error)(
+            f"{adapter.location}: {why} needs its base, named as {name!r}: {error}"
+        ) from error
+
+
+def mark_resized(adapter: Adapter) -> Adapter:
+    """Sets `resized` if the adapter's embeddings have another vocabulary than its base.
+
+    PEFT also saves the embeddings of adapted modules. Where these are copies of the
+    base's, they are not written again.
+    """
+    has_embeddings = any(
+        {"embedding", "kernel"} & leaves.keys() for leaves in adapter.tensors.values()
+    )
+    if adapter.resized or not has_embeddings:
+        return adapter
+    try:
+        base = open_named_base(adapter, open_config, "comparing the vocabularies")
+    except JloraError as error:
+        warn(f"{error}; its copy of the base's embeddings is left out")
+        return adapter
+    return replace(adapter, resized=base.vocab_size != adapter.vocab_size)

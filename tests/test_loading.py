@@ -1,0 +1,54 @@
+import jax
+import numpy as np
+import pytest
+from helpers.adapters import (
+    SEVEN,
+    changed_copy,
+    golden,
+)
+
+import convert
+from jlora.formats.peft.adapter_reader import read_adapter
+from jlora.formats.peft.adapter_writer import save_adapter
+from jlora.loading import open_adapter
+from jlora.lora.adapter_tree import split, trainable_mask
+from jlora.train.checkpoint import RunCheckpoints
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_folder_gives_its_adapter_or_newest_checkpoint(tmp_path, finished):
+    case = golden("patterns")
+    _, _, params = case.load()
+    trainable, _ = split(params, trainable_mask(params))
+    expected = read_adapter(case.folder)
+    settings = {
+        "model": "base",
+        "lora": {
+            "r": 8,
+            "lora_alpha": 16,
+            "target_modules": SEVEN,
+            "rank_pattern": dict(expected.config.rank_pattern),
+            "alpha_pattern": dict(expected.config.alpha_pattern),
+        },
+    }
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints", 1)
+    checkpoints.save(3, {"trainable": trainable}, {"settings": settings})
+    checkpoints.close()
+    if finished:
+        save_adapter(trainable, expected.config, tmp_path / "adapter", "base")
+    adapter = open_adapter(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, adapter.tensors, expected.tensors)
+    assert adapter.scalings == expected.scalings
+    assert adapter.config.base_model_name_or_path == "base"
+    assert adapter.location == (tmp_path / "adapter" if finished else tmp_path)
+
+
+def test_a_loaded_adapter_drops_out_where_a_key_is_given(tmp_path):
+    case = golden("basic")
+    folder = changed_copy(tmp_path / "adapter", "basic", {"lora_dropout": 0.5})
+    model, params = convert.load(str(case.base), adapter=str(folder))
+    quiet = np.asarray(model.apply({"params": params}, case.tokens))
+    np.testing.assert_allclose(quiet, case.expected["logits"], rtol=0, atol=1e-4)
+    key = {"dropout": jax.random.key(0)}
+    noisy = np.asarray(model.apply({"params": params}, case.tokens, rngs=key))
+    assert np.abs(noisy - quiet).max() > 0.1
