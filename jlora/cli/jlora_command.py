@@ -22,6 +22,16 @@ COMMANDS = {
     "info": "info",
     "combine": "combine",
 }
+# What `jlora export --to NAME` runs.
+EXPORTS = {
+    "hf": ["to_hf"],
+    "peft": ["to_peft"],
+    "vllm": ["to_peft", "--for=vllm"],
+    "gguf": ["to_peft", "--for=gguf"],
+}
+_EXPORT = (
+    "Writes the merged model; --to peft, vllm or gguf: the adapter, for that reader."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words else "--help"
     if name in ("-h", "--help"):
-        rows = [(name, _summary(module)) for name, module in COMMANDS.items()]
+        rows = [(name, _summary(script)) for name, script in COMMANDS.items()]
         print(f"usage: jlora COMMAND ...\n\n{table({'': rows})}")
         print(
             "jlora COMMAND --help lists the flags; jlora --version prints the version."
@@ -38,37 +48,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"jlora {importlib.metadata.version('jlora')}")
         return 0
-    if name not in COMMANDS:
-        hint = nearest(name, COMMANDS) or f"; there are {listing(list(COMMANDS))}"
-        print(f"error: unknown command {name!r}{hint}", file=sys.stderr)
-        return UsageError.exit_status
-    module = _load(COMMANDS[name])
-    return run_command(
-        module.main, module.Arguments, argv=words, program=f"jlora {name}"
-    )
+    program = f"jlora {name}"
+    try:
+        if name not in COMMANDS:
+            hint = nearest(name, COMMANDS) or f"; there are {listing([*COMMANDS])}"
+            raise UsageError(f"unknown command {name!r}{hint}")
+        script = COMMANDS[name]
+        if name == "export":
+            program += f" [--to {'|'.join(EXPORTS)}]"
+            script, *words = _choose_export(words)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    module = _load(script)
+    return run_command(module.main, module.Arguments, argv=words, program=program)
 
 
-def _file_of(module: str) -> Path:
-    """Returns the script, which is copied to jlora/commands in the wheel."""
+def _choose_export(words: Sequence[str]) -> list[str]:
+    """Returns the script that --to chooses, and the words for it."""
+    target, rest, queue = "hf", [], iter(words)
+    for word in queue:
+        if word == "--to":
+            target = next(queue, "")
+        elif word.startswith("--to="):
+            target = word.removeprefix("--to=")
+        else:
+            rest.append(word)
+    if target not in EXPORTS:
+        known = listing([*EXPORTS])
+        raise UsageError(f"--to is {target!r}; expected one of {known}")
+    return [*EXPORTS[target], *rest]
+
+
+def _file_of(script: str) -> Path:
+    """Returns the file of a script, which the wheel carries in jlora/commands."""
     package = Path(__file__).parents[1]
     folders = (package / "commands", package.parent, package.parent / "convert")
     return next(
-        file for folder in folders if (file := folder / f"{module}.py").is_file()
+        file for folder in folders if (file := folder / f"{script}.py").is_file()
     )
 
 
-def _summary(module: str) -> str:
+def _summary(script: str) -> str:
     """Returns the first line of a script's docstring, without running the script."""
-    tree = ast.parse(_file_of(module).read_text("utf-8"))
+    if script == COMMANDS["export"]:
+        return _EXPORT
+    tree = ast.parse(_file_of(script).read_text("utf-8"))
     return (ast.get_docstring(tree) or "").splitlines()[0]
 
 
-def _load(module: str) -> ModuleType:
+def _load(script: str) -> ModuleType:
     """Returns the script as a module, whatever else has its name on sys.path."""
-    name = f"jlora.commands.{module}"
-    spec = importlib.util.spec_from_file_location(name, _file_of(module))
+    name = f"jlora.commands.{script}"
+    spec = importlib.util.spec_from_file_location(name, _file_of(script))
     assert spec is not None
     assert spec.loader is not None
-    loaded = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

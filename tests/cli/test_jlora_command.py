@@ -1,5 +1,6 @@
 import pytest
 
+from jlora.cli.arguments import parse
 from jlora.cli.jlora_command import COMMANDS, main
 
 
@@ -31,3 +32,35 @@ def test_a_command_is_called_by_its_name_in_help(capsys):
 def test_a_failure_of_a_command_is_its_exit_status(capsys):
     assert main(["generate", "--modle", "m"]) == 2
     assert "did you mean --model?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        ([], "OUT --model MODEL --adapter ADAPTER"),
+        (["--to", "hf"], "OUT --model MODEL --adapter ADAPTER"),
+        (["--to=peft"], "OUT --adapter ADAPTER"),
+    ],
+)
+def test_export_writes_the_merged_model_or_the_adapter(words, usage, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", *words, "--help"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"usage: jlora export [--to hf|peft|vllm|gguf] {usage} [flags]"
+
+
+def test_export_passes_on_for_whom_it_writes(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "jlora.cli.jlora_command.run_command",
+        lambda main, arguments, *, argv, program: taken.append(parse(arguments, argv)),
+    )
+    main(["export", "--adapter", "run", "--to", "vllm", "out"])
+    [got] = taken
+    assert (got.adapter, got.out, got.for_) == ("run", "out", "vllm")
+
+
+@pytest.mark.parametrize("words", [["--to", "onnx"], ["--to"]])
+def test_an_export_for_an_unknown_reader_is_refused(words, capsys):
+    assert main(["export", *words]) == 2
+    assert "expected one of hf, peft, vllm, gguf\n" in capsys.readouterr().err

@@ -103,6 +103,8 @@ def test_convert_train_and_export_beside_files_of_the_same_names(
     words = [word if word != "hf" else "base" for word in train_flags("run")]
     jlora("train", *words, "--train.max_steps", 2)
     jlora("export", "--model", "base", "--adapter", "run", "merged")
+    jlora("export", "--to", "vllm", "--adapter", "run", "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert "content digest" in jlora("info", "base")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
