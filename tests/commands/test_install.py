@@ -6,6 +6,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT
@@ -27,7 +28,7 @@ finally:
 """
 
 
-def call(*words: object, **settings: object) -> str:
+def call(*words: object, **settings: Any) -> str:
     done = subprocess.run(
         list(map(str, words)), capture_output=True, text=True, timeout=300, **settings
     )
