@@ -6,13 +6,7 @@ from pathlib import Path
 
 from jlora.cli.command import run_command
 from jlora.cli.flags import POSITIONAL
-from jlora.formats.atomic_folder import check_space, check_target
-from jlora.formats.base.base_reader import open_base
-from jlora.formats.base.base_writer import write_base
-from jlora.formats.describe import describe_model
-from jlora.formats.model_source import Dtype, size_as
-from jlora.formats.open_model import open_model
-from jlora.ops.quantize import Format
+from jlora.config.run_config import Dtype, Format
 
 
 @dataclass(frozen=True)
@@ -33,6 +27,14 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Converts and prints a summary."""
+    # What needs JAX is imported here: --help and a wrong flag are answered without it.
+    from jlora.formats.atomic_folder import check_space, check_target
+    from jlora.formats.base.base_reader import open_base
+    from jlora.formats.base.base_writer import write_base
+    from jlora.formats.describe import describe_model
+    from jlora.formats.model_source import size_as
+    from jlora.formats.open_model import open_model
+
     start = time.perf_counter()
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)  # before anything is fetched or read

@@ -10,11 +10,6 @@ from pathlib import Path
 from jlora.cli.command import run_command
 from jlora.cli.flags import POSITIONAL
 from jlora.errors import UsageError
-from jlora.formats.describe import describe_adapter, describe_model
-from jlora.formats.model_source import hashing
-from jlora.formats.open_model import open_model
-from jlora.formats.peft.adapter_reader import find_adapter
-from jlora.loading import open_adapter
 
 
 @dataclass(frozen=True)
@@ -29,6 +24,13 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Prints one line per fact."""
+    # What needs JAX is imported here: --help and a wrong flag are answered without it.
+    from jlora.formats.describe import describe_adapter, describe_model
+    from jlora.formats.model_source import hashing
+    from jlora.formats.open_model import open_model
+    from jlora.formats.peft.adapter_reader import find_adapter
+    from jlora.loading import open_adapter
+
     if is_adapter(Path(arguments.path)):
         if arguments.digest:
             raise UsageError("--digest is for models; an adapter has none")

@@ -17,8 +17,11 @@ DECAY_GROUPS: tuple[str, ...] = (
     "norm",
 )
 
-
 DEFAULT_SEQ_LEN = 512
+
+# Storage of a converted base: of every tensor, and of the layers' projections.
+Dtype = Literal["keep", "float32", "bfloat16", "float16"]
+Format = Literal["none", "fp8", "int8", "nf4"]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from jlora.config.llama_config import LlamaConfig
+from jlora.config.run_config import Dtype, Format
 from jlora.errors import CorruptError, JloraError, UsageError
 from jlora.formats.array_blocks import Index
 from jlora.formats.model_files import reading
@@ -27,9 +28,6 @@ from jlora.formats.stored_leaves import (
     quantized_specs,
 )
 from jlora.formats.tensor_checks import first_non_finite
-from jlora.ops.quantize import Format
-
-Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 
 
 @runtime_checkable

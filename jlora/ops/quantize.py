@@ -19,7 +19,7 @@ E for the table; "FP8 Formats for Deep Learning" (Micikevicius et al., 2022).
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,11 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
+from jlora.config.run_config import Format
 from jlora.errors import UnsupportedError
 from jlora.ops.compute_choices import Compute
 from jlora.ops.matmul import matmul
 
-Format = Literal["none", "fp8", "int8", "nf4"]
 BLOCK = 64
 SCALES = ("kernel_scale", "kernel_absmax")
 QUANTIZED_LEAVES = ("kernel_q", *SCALES)
