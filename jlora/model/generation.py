@@ -12,7 +12,8 @@ from jaxtyping import Array
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import Params
-from jlora.model.llama import KVCache, Llama
+from jlora.model.kv_cache import KVCache
+from jlora.model.llama import Llama
 
 # Prompts are padded to a multiple of this, so that few lengths are ever compiled.
 PROMPT_MULTIPLE = 64

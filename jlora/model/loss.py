@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.lora.adapter_tree import Params, is_trainable
-from jlora.lora.lora_dense import head_logits
+from jlora.lora.embedding_and_head import head_logits
 from jlora.ops.compute_choices import Compute
 from jlora.ops.elementwise import negative_log_likelihood
 
@@ -32,7 +32,7 @@ def cross_entropy(
 
     Args:
         hidden: final states.
-        head: what `jlora.lora.lora_dense.head_parameters` returns.
+        head: what `jlora.lora.embedding_and_head.head_parameters` returns.
         targets: next tokens; any valid id where the weight is 0.
         weights: 1 where the target counts, 0 elsewhere.
         compute: how to make the head's products.

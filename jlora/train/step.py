@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jlora.data import Dataset
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
-from jlora.lora.lora_dense import head_parameters
+from jlora.lora.embedding_and_head import head_parameters
 from jlora.model.llama import Llama
 from jlora.model.loss import cross_entropy
 from jlora.ops.dropout import drop

@@ -17,7 +17,8 @@ from helpers.training_cases import (
 
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import join, split, trainable_mask
-from jlora.model.llama import KVCache, Llama
+from jlora.model.kv_cache import KVCache
+from jlora.model.llama import Llama
 from jlora.ops.dropout import drop_by
 from jlora.train.step import summed_loss
 

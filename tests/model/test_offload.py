@@ -18,7 +18,8 @@ from helpers.training_cases import (
 
 from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.lora.adapter_tree import join, split, trainable_mask
-from jlora.model.llama import KVCache, Llama
+from jlora.model.kv_cache import KVCache
+from jlora.model.llama import Llama
 from jlora.train import memory_estimate as plan
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, summed_loss

@@ -9,7 +9,8 @@ from helpers import reference
 from jlora.config.llama_config import LlamaConfig
 from jlora.formats.tensor_names import all_names
 from jlora.lora.adapter_tree import join, module_at, split, trainable_mask, with_adapter
-from jlora.model.llama import Llama, RMSNorm
+from jlora.model.decoder_layer import RMSNorm
+from jlora.model.llama import Llama
 from jlora.model.loss import cross_entropy
 from jlora.model.rotary import rope_angles
 from jlora.ops.compute_choices import Compute

@@ -19,7 +19,7 @@ from helpers.training_cases import (
 )
 from jax.sharding import PartitionSpec
 
-import jlora.model.llama
+import jlora
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError
 from jlora.formats.digests import flatten
@@ -173,10 +173,11 @@ def test_a_step_keeps_every_leaf_where_it_was(run):
 
 
 def test_every_logical_axis_in_use_has_a_rule():
-    code = Path(jlora.model.llama.__file__).read_text("utf-8")
-    groups = re.findall(r"\(((?:\"\w+\"|None)(?:, (?:\"\w+\"|None))+)\)", code)
+    files = Path(jlora.__file__).parent.rglob("*.py")
+    code = "\n".join(file.read_text("utf-8") for file in files)
+    groups = re.findall(r"with_logical_constraint\([^()]*\(([^()]*)\)", code)
+    assert len(groups) == code.count("nn.with_logical_constraint(")
     named = {name for group in groups for name in re.findall(r"\"(\w+)\"", group)}
-    named -= set(jlora.model.llama.SAVED_NAMES)
     assert {"batch", "length", "act_embed", "act_heads", "act_mlp", "vocab"} <= named
     in_kernels = {name for axes in KERNEL_AXES.values() for name in axes}
     assert (named | in_kernels) - {name for name, _ in RULES} == set()

@@ -24,7 +24,7 @@ from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.formats.digests import fingerprint
 from jlora.lora.adapter_tree import join, trainable_mask
-from jlora.lora.lora_dense import head_parameters
+from jlora.lora.embedding_and_head import head_parameters
 from jlora.model.loss import cross_entropy
 from jlora.ops.compute_choices import Compute
 from jlora.train.checkpoint import (

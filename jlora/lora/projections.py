@@ -1,0 +1,95 @@
+"""Layers that share an input or follow each other, in fused kernels where possible.
+
+The model calls `project_all`, `add_projection` and `add_swiglu`. Only this file decides
+whether the kernels for Hopper GPUs compute a call, or plain XLA layer by layer.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from jlora.lora.lora_dense import Leaves, LoRADense, scale_columns
+from jlora.ops.elementwise import gated
+from jlora.ops.hopper import fused_projections as fused
+from jlora.ops.hopper.low_rank import Dropout
+from jlora.ops.quantize import is_quantized
+
+_DORA_LEAVES = ("lora_magnitude", "lora_norm_squared")
+
+
+class _FusedCall(NamedTuple):
+    """Arguments of the fused kernels."""
+
+    x: Array
+    leaves: list[Leaves]
+    """Of every layer, without DoRA's: its scaling comes after the kernels."""
+    dropout: Dropout | None
+
+
+def project_all(
+    x: Float[Array, "B T D"], layers: Sequence[LoRADense]
+) -> list[Float[Array, "B T _"]]:
+    """Returns every layer's output for the same input."""
+    call = _fused_call(x, layers)
+    if call is None:
+        return [layer(x) for layer in layers]
+    products = fused.project(call.x, call.leaves, dropout=call.dropout)
+    return [
+        scale_columns(y, layer.variables["params"], save_output=layer.save_output)
+        for y, layer in zip(products, layers, strict=True)
+    ]
+
+
+def add_projection(
+    residual: Float[Array, "B T D_out"], x: Float[Array, "B T D_in"], layer: LoRADense
+) -> Float[Array, "B T D_out"]:
+    """Returns residual + layer(x)."""
+    call = None if _has_dora([layer]) else _fused_call(x, [layer])
+    if call is None:
+        return residual + project_all(x, [layer])[0]
+    return fused.project(call.x, call.leaves, residual, call.dropout)[0]
+
+
+def add_swiglu(
+    residual: Float[Array, "B T D"],
+    x: Float[Array, "B T D"],
+    gate: LoRADense,
+    up: LoRADense,
+    down: LoRADense,
+) -> Float[Array, "B T D"]:
+    """Returns residual + down(silu(gate(x)) * up(x))."""
+    layers = [gate, up, down]
+    call = None if _has_dora(layers) else _fused_call(x, layers)
+    if call is not None:
+        return fused.swiglu(call.x, call.leaves, residual, call.dropout)
+    wide = [
+        nn.with_logical_constraint(y, ("batch", "length", "act_mlp"))
+        for y in project_all(x, [gate, up])
+    ]
+    return add_projection(residual, gated(*wide, gate.compute.platform), down)
+
+
+def _has_dora(layers: Sequence[LoRADense]) -> bool:
+    return any(layer.has_variable("params", "lora_magnitude") for layer in layers)
+
+
+def _fused_call(x: Array, layers: Sequence[LoRADense]) -> _FusedCall | None:
+    """Returns how to call the kernels, or None if they do not support these layers."""
+    compute, rate = layers[0].compute, layers[0].dropout
+    if compute.kernels != "hopper" or layers[0].is_initializing():
+        return None
+    drops = layers[0].has_dropout() and (isinstance(rate, Array) or rate > 0)
+    # The kernels need the rate as a constant, and DoRA drops another product as well.
+    if drops and (isinstance(rate, Array) or _has_dora(layers)):
+        return None
+    leaves = [
+        {k: y for k, y in layer.variables["params"].items() if k not in _DORA_LEAVES}
+        for layer in layers
+    ]
+    x = x.astype(compute.dtype)
+    if any(map(is_quantized, leaves)) or not fused.can_fuse(x, leaves, drops=drops):
+        return None
+    seeds = [layer.dropout_seeds() for layer in layers] if drops else []
+    return _FusedCall(x, leaves, Dropout(float(rate), seeds) if drops else None)

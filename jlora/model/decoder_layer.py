@@ -1,0 +1,183 @@
+"""One decoder layer of Llama: RMSNorm, Attention and MLP, and what remat recomputes.
+
+Letters: B batch, T query length, S key length, D hidden_size, F intermediate_size,
+N query heads, K key-value heads, H head_dim, V vocab_size.
+
+Parameter paths are HF's names. Kernels are 2-D [in, out], so one `LoRADense` serves all
+seven projections, and converting a checkpoint is a transpose.
+
+Source: transformers `models/llama/modeling_llama.py`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from jlora.config.llama_config import LlamaConfig
+from jlora.lora.lora_dense import NORM_NAME, LoRADense
+from jlora.lora.projections import add_projection, add_swiglu, project_all
+from jlora.model.kv_cache import KeysValues, write_at
+from jlora.model.rotary import apply_rope
+from jlora.ops.attention import attend
+from jlora.ops.compute_choices import Compute
+from jlora.ops.hopper.fused_projections import DOWN_NAME, PRODUCT_NAME
+
+# What remat "minimal" saves for the backward pass, besides the inputs and outputs of a
+# layer's two halves: the output of every matrix product. So only norms, rotary embedding
+# and SwiGLU are recomputed.
+SAVED_NAMES = ("residual", PRODUCT_NAME, DOWN_NAME, NORM_NAME)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SharedInputs:
+    """Inputs of a forward pass that are the same for every layer.
+
+    Not typed as arrays, because JAX makes trees of this form that hold other things.
+    """
+
+    cos: Any
+    """Of the rotary angles [B, T, 1, H / 2]."""
+    sin: Any
+    segment_ids: Any
+    """[B, T], or None where a row is one document."""
+    offset: Any
+    """[], tokens before this call in the cache; None without a cache."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, the mean in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Returns the normalised input in its own dtype."""
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        scale = self.variables["params"].get("trained_scale", scale)
+        wide = x.astype(jnp.float32)
+        mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+        normed = (wide * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype)
+        return normed * scale.astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """The projections before and after grouped-query attention."""
+
+    config: LlamaConfig
+    compute: Compute
+    lora_dropout: float | Array
+
+    def setup(self) -> None:
+        """Declares the projections."""
+        config, bias = self.config, self.config.attention_bias
+        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        dense = partial(LoRADense, dropout=self.lora_dropout, compute=self.compute)
+        self.q_proj = dense(queries * config.head_dim, use_bias=bias)
+        self.k_proj = dense(keys * config.head_dim, use_bias=bias)
+        self.v_proj = dense(keys * config.head_dim, use_bias=bias)
+        self.o_proj = dense(config.hidden_size, use_bias=bias)
+
+    def queries_keys_values(
+        self, x: Float[Array, "B T D"], shared: SharedInputs
+    ) -> tuple[
+        Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]
+    ]:
+        """Returns queries and keys with their rotary embedding, and values."""
+
+        def heads(y: Array) -> Array:
+            y = y.reshape(*y.shape[:2], -1, self.config.head_dim)
+            return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
+
+        q, k, v = map(heads, project_all(x, (self.q_proj, self.k_proj, self.v_proj)))
+        cos, sin = shared.cos, shared.sin
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+    def add_output(
+        self, residual: Float[Array, "B T D"], out: Float[Array, "B T N H"]
+    ) -> Float[Array, "B T D"]:
+        """Returns residual + o_proj(the outputs of all heads)."""
+        return add_projection(residual, out.reshape(*out.shape[:2], -1), self.o_proj)
+
+
+class MLP(nn.Module):
+    """SwiGLU: residual + down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+    compute: Compute
+    lora_dropout: float | Array
+
+    def setup(self) -> None:
+        """Declares the projections."""
+        config, bias = self.config, self.config.mlp_bias
+        dense = partial(LoRADense, dropout=self.lora_dropout, compute=self.compute)
+        width = config.intermediate_size
+        self.gate_proj = dense(width, use_bias=bias, save_output=True)
+        self.up_proj = dense(width, use_bias=bias, save_output=True)
+        self.down_proj = dense(config.hidden_size, use_bias=bias)
+
+    def __call__(
+        self, residual: Float[Array, "B T D"], x: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Returns the residual stream after the MLP."""
+        return add_swiglu(residual, x, self.gate_proj, self.up_proj, self.down_proj)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each after a norm and added to the residual stream.
+
+    Remat "minimal" recomputes the parts before and after attention separately. What lies
+    between them, the flash kernel, keeps its own residuals and never runs twice.
+    """
+
+    config: LlamaConfig
+    compute: Compute
+    lora_dropout: float | Array
+
+    def setup(self) -> None:
+        """Declares the parts under HF's names."""
+        settings = self.config, self.compute, self.lora_dropout
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.self_attn = Attention(*settings)
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.mlp = MLP(*settings)
+
+    def before_attention(
+        self, x: Array, shared: SharedInputs
+    ) -> tuple[Array, Array, Array]:
+        """Returns queries, keys and values."""
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), shared)
+
+    def after_attention(self, x: Array, out: Array) -> Array:
+        """Returns the residual stream after attention's output and the MLP."""
+        x = checkpoint_name(self.self_attn.add_output(x, out), "residual")
+        x = self.mlp(x, self.post_attention_layernorm(x))
+        return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], shared: SharedInputs, cached: KeysValues | None
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """Returns the residual stream and this layer's keys and values."""
+        before: Any = DecoderLayer.before_attention
+        after: Any = DecoderLayer.after_attention
+        attention: Any = partial(
+            attend,
+            compute=self.compute,
+            segment_ids=shared.segment_ids,
+            offset=shared.offset,
+        )
+        if self.compute.remat == "minimal":
+            save = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
+            before, after = (nn.remat(half, policy=save) for half in (before, after))
+            if self.compute.attention == "xla":  # its residuals are [B, N, T, S]
+                attention = jax.checkpoint(attention)
+        q, k, v = before(self, x, shared)
+        if cached is not None:
+            k, v = write_at(cached, (k, v), shared.offset)
+        return after(self, x, attention(q, k, v)), (k, v)
