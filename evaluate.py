@@ -48,7 +48,7 @@ def main(args: Arguments) -> None:
     from jlora.ops.compute_choices import choose_compute
     from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
     from jlora.report.run_report import show_samples
-    from jlora.train.step import evaluate, make_eval_step
+    from jlora.train.evaluation import evaluate, make_eval_step
 
     source = open_model(args.model)
     adapter = None if args.adapter is None else open_adapter(args.adapter)

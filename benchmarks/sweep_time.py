@@ -30,8 +30,9 @@ from jlora.parallel.sharding import make_mesh
 from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
-from jlora.train.sweep import Member, Sweep
+from jlora.train.sweep import make_sweep_trainer
 from jlora.train.sweep_file import compute_of_sweep
+from jlora.train.trainer import TrainedAdapter
 
 STEPS, WARM_UP, TOTAL = 8, 3, 100
 TINY = llama(512, 128, 256, 2, 4, 2, theta=1e4)
@@ -90,7 +91,7 @@ def measure(name: str) -> dict[str, Any]:
         optimizer = make_optimizer(optim, make_schedule(optim, TOTAL))
         params = jlora.add_lora(base, ALL, jax.random.key(i))
         state, frozen = TrainState.create(params, optimizer, mesh)
-        members.append(Member(optim, i, 0.0, state, frozen))
+        members.append(TrainedAdapter(optim, i, 0.0, state, frozen))
         settings.append(optimizer)
 
     def model_for(adapters: int) -> tuple[Llama, str]:
@@ -107,7 +108,7 @@ def measure(name: str) -> dict[str, Any]:
 
     # First, as the single step donates the state of the adapter that it trains.
     model, remat_together = model_for(count)
-    sweep = Sweep(
+    sweep = make_sweep_trainer(
         members,
         model,
         mesh,

@@ -1,159 +1,177 @@
-"""What goes on around the steps of a run: the late log, and requests to stop."""
+"""The life of a run: resume, then batches, step, log, evaluate, save, stop and export.
 
-import math
-import shutil
-import signal
+A single run is the case of one adapter; those of a sweep do the same in the same order.
+"""
+
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
+from jax.sharding import Mesh
 
-from jlora.errors import DivergedError, UsageError
-from jlora.report.run_report import Report
-from jlora.train.memory_estimate import peak_flops, peak_memory_bytes
+from jlora.config.run_config import TrainConfig
+from jlora.errors import DivergedError, StopRequested, UsageError, listing
+from jlora.lora.adapter_tree import Params
+from jlora.model.llama import Llama
+from jlora.parallel.processes import StopVote, check_agreement, is_first
+from jlora.train.evaluation import make_eval_step
+from jlora.train.prefetch import Prefetch
+from jlora.train.resuming import locked, resume_all
+from jlora.train.run import Run
+from jlora.train.step import Batch
+from jlora.train.step_log import is_due
+from jlora.train.sweep import make_sweep_trainer
+from jlora.train.trainer import Trainer, make_trainer
 
-MAX_SKIPPED_IN_A_ROW = 5
+
+def train_runs(
+    runs: Sequence[Run],
+    model: Llama,
+    mesh: Mesh,
+    config: TrainConfig,
+    *,
+    total_steps: int,
+    packed: bool,
+    resume: str,
+    stop: threading.Event,
+    export: Callable[[Run, Params], None],
+) -> None:
+    """Trains the adapters from their newest common checkpoint, or step 0, to the end.
+
+    Args:
+        runs: what to train, together if there are several.
+        model: the forward pass.
+        mesh: devices.
+        config: how often to log, evaluate and save.
+        total_steps: where training ends.
+        packed: whether rows hold several documents.
+        resume: auto, must or never; see `jlora.train.resuming.resume_all`.
+        stop: set when asked to stop, at any time.
+        export: called with every run and its whole tree at the end, in one process.
+
+    Raises:
+        StopRequested: when asked to, after saving.
+        DivergedError: naming adapters that diverged; the others are exported.
+        UsageError, CorruptError: as `resume_all`.
+    """
+    with ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(locked(run.folder))
+        first = _resume(runs, resume, total_steps)
+        trainer = _make_trainer(runs, model, mesh, config, total_steps, packed)
+        state = trainer.state
+        eval_step = make_eval_step(
+            model, mesh, params=trainer.parameters(state, 0), packed=packed
+        )
+        for run in runs:
+            stack.enter_context(run.open(config, first, total_steps, runs))
+        is_asked = StopVote(stop)
+        stream = _batches(runs, mesh, first, total_steps)
+        for step, batches, waited_s in stack.enter_context(closing(stream)):
+            state, metrics = trainer.step(state, trainer.frozen, batches)
+            for run in runs:
+                run.log(step, metrics, waited_s)
+            stopping = is_asked() and step < total_steps
+            if not stopping and is_due(step, config.eval_every, total_steps):
+                for index, run in enumerate(runs):
+                    params = trainer.parameters(state, index)
+                    run.evaluate(eval_step, step, params, mesh)
+            # Saved after the evaluation, which a resumed run does not repeat.
+            if stopping or is_due(step, config.save_every, total_steps):
+                for run in runs:
+                    run.flush()
+                if not all(run.error for run in runs):
+                    # A diverged run is saved as well, so that all have the same steps.
+                    for index, run in enumerate(runs):
+                        run.save(step, trainer.adapter_state(state, index))
+            if all(run.error for run in runs):
+                _raise_diverged(runs)
+            if stopping:
+                raise StopRequested(f"step {step} is saved; run it again to go on")
+        for index, run in enumerate(runs):
+            if not run.error:
+                params = run.trained_params(trainer.adapter_state(state, index))
+                if is_first():
+                    export(run, params)
+    _raise_diverged(runs)
 
 
-def is_due(step: int, every: int, last: int = 0) -> bool:
-    """Whether something that happens every so many steps, and after the last, is due."""
-    return step == last or (every > 0 and step % every == 0)
-
-
-def check_remaining(run: Path, start: int, total_steps: int) -> None:
-    """Says so where a run has done its steps; raises UsageError where it did more."""
-    if start > total_steps:
+def _resume(runs: Sequence[Run], mode: str, total_steps: int) -> int:
+    """Gives every run its newest common state; returns the steps done so far."""
+    states = resume_all(
+        [run.folder for run in runs],
+        [run.adapter.state for run in runs],
+        [run.meta for run in runs],
+        mode=mode,
+    )
+    first = int(states[0].step)
+    check_agreement([first, [run.meta for run in runs]])
+    if first > total_steps:
         raise UsageError(
-            f"{run}: the run is at step {start} already, and this command ends at step "
-            f"{total_steps}; give more steps (train.max_steps, train.num_epochs), or "
-            "another output_dir"
+            f"{runs[0].folder}: the run is at step {first} already, and this command ends "
+            f"at step {total_steps}; give more steps (train.max_steps, "
+            "train.num_epochs), or another output_dir"
         )
-    if start == total_steps:
+    if first == total_steps:
         print(f"all {total_steps} steps are done; only the adapter is written again")
+    for run, state in zip(runs, states, strict=True):
+        run.adapter = replace(run.adapter, state=state)
+    return first
 
 
-def clear_outcome(run: Path) -> None:
-    """Removes the adapter of a run that goes on: its checkpoints are newer from now on."""
-    shutil.rmtree(run / "adapter", ignore_errors=True)
+def _make_trainer(
+    runs: Sequence[Run],
+    model: Llama,
+    mesh: Mesh,
+    config: TrainConfig,
+    total_steps: int,
+    packed: bool,
+) -> Trainer:
+    """Returns the trainer of one run, or of the adapters of a sweep together."""
+    settings: dict[str, Any] = {
+        "total_steps": total_steps,
+        "packed": packed,
+        "grad_accum_steps": config.grad_accum_steps,
+    }
+    if len(runs) == 1:
+        return make_trainer(runs[0].adapter, model, mesh, **settings)
+    orders = list(_datasets(runs))
+    return make_sweep_trainer(
+        [run.adapter for run in runs],
+        model,
+        mesh,
+        orders=[orders.index(id(run.data)) for run in runs],
+        **settings,
+    )
 
 
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Yields an event that the first SIGTERM or Ctrl-C sets; the second one kills."""
-    stop = threading.Event()
-    signals = (signal.SIGTERM, signal.SIGINT)
-
-    def ask(number: int, _: object) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    before = [signal.signal(number, ask) for number in signals]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+def _batches(
+    runs: Sequence[Run], mesh: Mesh, first: int, total_steps: int
+) -> Iterator[tuple[int, list[Batch], float]]:
+    """Yields (step, a batch of every data set, seconds waited for batches so far)."""
+    with ExitStack() as stack:
+        streams = [
+            stack.enter_context(Prefetch(data, mesh, start=first, stop=total_steps))
+            for data in _datasets(runs).values()
+        ]
+        for step, batches in enumerate(zip(*streams, strict=True), first + 1):
+            yield step, list(batches), sum(stream.waited_s for stream in streams)
 
 
-class StepLog:
-    """Turns the metrics of steps into lines, one step late so that no step waits."""
+def _datasets(runs: Sequence[Run]) -> dict[int, Any]:
+    """Returns the data sets by identity: runs with the same seed share one."""
+    return {id(run.data): run.data for run in runs}
 
-    def __init__(
-        self,
-        report: Report,
-        schedule: Callable[[Any], Any],
-        *,
-        flops_per_token: float,
-        steps_per_epoch: int,
-        log_every: int,
-        total_steps: int,
-        index: int = 0,
-    ) -> None:
-        """Takes what a line tells besides a step's metrics.
 
-        Args:
-            report: where lines go.
-            schedule: learning rates of an array of steps.
-            flops_per_token: of the model and its adapter.
-            steps_per_epoch: of the run's data.
-            log_every: steps between lines.
-            total_steps: of the run; its last step is always logged.
-            index: of this run where the metrics are those of several.
-        """
-        self._last, self._is_still = total_steps, False
-        self._index = index
-        self._report, self._every = report, log_every
-        # At once: asked for late, a rate would queue behind the step that runs.
-        self._rates = np.asarray(schedule(np.arange(total_steps)))
-        self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
-        self._peak = peak_flops()
-        self._pending: tuple[int, dict[str, Any], float] | None = None
-        self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
-        self._waited = 0.0
-
-    def add(self, step: int, metrics: dict[str, Any], waited_s: float) -> None:
-        """Takes the metrics of a step that may still run, and logs the one before.
-
-        `waited_s` is how long all batches up to this step's were waited for.
-        """
-        self.flush()
-        self._pending = step, metrics, waited_s
-
-    def flush(self) -> None:
-        """Logs what is pending, waiting for its step.
-
-        Raises:
-            DivergedError: too many steps in a row were not finite, or the last one was not.
-        """
-        if self._pending is None:
-            return
-        (step, arrays, waited), self._pending = self._pending, None
-        metrics = {
-            name: np.ravel(array)[self._index].item() for name, array in arrays.items()
-        }
-        skipped, in_a_row = metrics.pop("skipped"), metrics.pop("in_a_row")
-        self._tokens, self._steps = self._tokens + metrics["tokens"], self._steps + 1
-        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-        if in_a_row:
-            reason = (
-                "no token of the batch is learnt"
-                if finite
-                else "loss or gradient is not finite"
-            )
-            self._report.say(f"step {step}: {reason}; nothing was changed")
-        elif metrics["grad_norm"] == 0 and not self._is_still:
-            self._is_still = True
-            self._report.say(
-                f"step {step}: the gradient is exactly zero, so nothing is learnt; "
-                "if the loss was falling before, lower optim.learning_rate"
-            )
-        at_end = step == self._last and not finite
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW or at_end:
-            raise DivergedError(
-                f"training diverged: {in_a_row} steps in a row up to step {step} were not "
-                f"finite ({skipped} in all); step {step - in_a_row} was the last good one. "
-                "Lower optim.learning_rate, or look at the data"
-            )
-        if not is_due(step, self._every, self._last):
-            return
-        now = time.perf_counter()
-        elapsed, self._since = now - self._since, now
-        rate, self._tokens = self._tokens / elapsed, 0
-        per_step, wait = elapsed / self._steps, (waited - self._waited) / self._steps
-        self._steps, self._waited = 0, waited
-        self._report.log(
-            step=step,
-            epoch=step / self._steps_per_epoch,
-            **metrics,
-            learning_rate=self._rates[step - 1].item(),
-            skipped=skipped,
-            tokens_per_second=rate,
-            step_time_s=per_step,
-            data_wait_s=wait,
-            mfu=self._flops * rate / self._peak if self._peak else None,
-            peak_memory_bytes=peak_memory_bytes(),
-        )
+def _raise_diverged(runs: Sequence[Run]) -> None:
+    lost = [run for run in runs if run.error]
+    if not lost:
+        return
+    if lost[0].error and not lost[0].name:
+        raise lost[0].error
+    raise DivergedError(
+        f"{len(lost)} of {len(runs)} adapters diverged and are not written: "
+        f"{listing([run.name for run in lost])}"
+    )

@@ -1,8 +1,7 @@
-"""The train step: gradients of the adapter only, one global token-weighted loss.
+"""The train step: gradients of the adapter only, and one loss over the global batch.
 
-Freezing has two belts. Only the trainable part of the tree is differentiated, so no
-gradient of a frozen weight is ever computed; and the optimizer is masked besides. Above
-300 lines, as the step and the evaluation share the loss and how a batch is cut.
+Frozen weights are protected twice. Only the trainable part of the tree is differentiated,
+so no gradient of a frozen weight is computed; and the optimizer is masked as well.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jlora.data import Dataset
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
 from jlora.lora.embedding_and_head import head_parameters
 from jlora.model.llama import Llama
@@ -27,7 +25,6 @@ from jlora.parallel.sharding import (
     tree_shardings,
 )
 from jlora.train.optimizer import stack_layers
-from jlora.train.prefetch import Prefetch
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
@@ -156,7 +153,7 @@ def step_function(
                 join(trainable, frozen),
                 part,
                 packed=packed,
-                chunk=_chunk(part, shards, chunk_tokens),
+                chunk=positions_per_chunk(part, shards, chunk_tokens),
                 dropout_key=jax.random.fold_in(key, index) if drops else None,
             )
 
@@ -249,45 +246,12 @@ def make_train_step(
     )
 
 
-def make_eval_step(
-    model: Llama, mesh: Mesh, *, params: Params, packed: bool = True
-) -> Any:
-    """Returns the jitted (params, batch) -> (summed loss in nats, supervised tokens)."""
-    shards, tokens = row_shards(mesh), model.compute.loss_chunk_tokens
-
-    def loss(params: Params, batch: Batch) -> Array:
-        chunk = _chunk(batch, shards, tokens)
-        return summed_loss(model, params, batch, packed=packed, chunk=chunk)
-
-    def step(params: Params, batch: Batch) -> tuple[Array, Array]:
-        return over_rows(loss, mesh)(params, batch), jnp.sum(batch["loss_mask"])
-
-    return jax.jit(
-        step,
-        compiler_options=compiler_options(mesh),
-        in_shardings=(tree_shardings(mesh, params), batch_sharding(mesh)),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
-
-
 def compiler_options(mesh: Mesh) -> Any:
     """Returns what `jax.jit` is told for the devices of this mesh."""
     return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
-def evaluate(
-    step: Any, params: Params, dataset: Dataset, mesh: Mesh
-) -> tuple[float, int]:
-    """Returns (mean loss in nats per supervised token, tokens) over a whole data set."""
-    total = count = 0.0
-    with Prefetch(dataset, mesh, start=0, stop=dataset.steps_per_epoch) as batches:
-        for batch in batches:
-            summed, supervised = step(params, batch)
-            total, count = total + float(summed), count + float(supervised)
-    return total / count, int(count)
-
-
-def _chunk(batch: Batch, shards: int, tokens: int) -> int:
+def positions_per_chunk(batch: Batch, shards: int, tokens: int) -> int:
     """Returns the positions per row that make so many tokens on one device."""
     return max(1, tokens * shards // batch["tokens"].shape[0])
 

@@ -12,7 +12,7 @@ from helpers.commands import HF_CONFIG, Done, adapter_bytes, call, metrics, succ
 from helpers.data_cases import make_files, write_rows
 from helpers.tiny import tensors, write_hf
 
-import jlora.train.fit
+from jlora.train.run import Run
 
 STEPS = 6
 SWEEP = """\
@@ -125,14 +125,14 @@ def test_one_adapter_of_a_sweep_goes_on_as_a_run_of_its_own(sweep):
 
 
 def test_a_stopped_sweep_goes_on_to_the_same_adapters(sweep, monkeypatch):
-    take = jlora.train.fit._Run.add
+    take = Run.log
 
     def add(run: Any, step: int, *rest: Any) -> None:
         take(run, step, *rest)
-        if (run.entry.name, step) == ("wide", 3):
+        if (run.name, step) == ("wide", 3):
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(jlora.train.fit._Run, "add", add)
+    monkeypatch.setattr(Run, "log", add)
     done = call("train", *words("stopped", "--sweep", "sweep.yaml"))
     assert (done.status, done.err.split()[1:4]) == (75, ["step", "3", "is"])
     monkeypatch.undo()

@@ -23,7 +23,8 @@ from jlora.model.llama import Llama
 from jlora.train import memory_estimate as plan
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, summed_loss
-from jlora.train.sweep import Member, Sweep
+from jlora.train.sweep import make_sweep_trainer
+from jlora.train.trainer import TrainedAdapter
 
 CONFIG = llama_config(num_hidden_layers=3)
 EVERYWHERE = replace(ALL_LINEAR, target_modules=["q_proj", "down_proj", "embed_tokens"])
@@ -116,8 +117,8 @@ def test_a_sweep_of_dropout_rates_trains_as_without_remat():
             params = adapted_params(CONFIG)
             optimizer = make_optimizer(ADAM, schedule)
             state, frozen = TrainState.create(params, optimizer, run.mesh)
-            members.append(Member(ADAM, seed, rate, state, frozen))
-        sweep = Sweep(
+            members.append(TrainedAdapter(ADAM, seed, rate, state, frozen))
+        sweep = make_sweep_trainer(
             members,
             Llama(CONFIG, remat=remat),
             run.mesh,

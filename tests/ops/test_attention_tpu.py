@@ -14,7 +14,8 @@ from jlora.model.llama import Llama
 from jlora.ops.attention import attend
 from jlora.ops.compute_choices import Compute
 from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings, use_mesh
-from jlora.train.step import make_eval_step, summed_loss
+from jlora.train.evaluation import make_eval_step
+from jlora.train.step import summed_loss
 
 SEGMENTS = np.zeros((2, 200), np.int32)  # a full row, and one with a padded tail
 SEGMENTS[0] = np.repeat([1, 2, 3], [70, 100, 30])

@@ -7,7 +7,7 @@ import pytest
 
 from jlora.errors import DivergedError
 from jlora.report.run_report import Report, plot, read_metrics, show_samples
-from jlora.train.loop import MAX_SKIPPED_IN_A_ROW, StepLog, is_due
+from jlora.train.step_log import MAX_SKIPPED_IN_A_ROW, StepLog, is_due
 
 LINE = {"loss": 2.0, "learning_rate": 1e-4}
 

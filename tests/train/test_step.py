@@ -33,9 +33,10 @@ from jlora.train.checkpoint import (
     newest_adapter,
     restore_into,
 )
+from jlora.train.evaluation import make_eval_step
 from jlora.train.optimizer import make_schedule
 from jlora.train.resuming import resume
-from jlora.train.step import make_eval_step, summed_loss
+from jlora.train.step import summed_loss
 
 
 def batch_of(step: int = 0) -> dict[str, jax.Array]:

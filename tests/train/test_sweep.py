@@ -21,7 +21,8 @@ from jlora.model.llama import Llama
 from jlora.parallel.sharding import make_mesh
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import COMPILER_OPTIONS, TrainState, make_train_step
-from jlora.train.sweep import Member, Sweep
+from jlora.train.sweep import make_sweep_trainer
+from jlora.train.trainer import TrainedAdapter
 
 STEPS = 4
 CONFIG = llama_config(num_hidden_layers=1)
@@ -89,10 +90,12 @@ def train_alone(settings, mesh, accumulate):
 
 def make_sweep(case, mesh, accumulate=1):
     members = [
-        Member(optim, seed, lora.lora_dropout, *start(optim, lora, seed, mesh)[1:])
+        TrainedAdapter(
+            optim, seed, lora.lora_dropout, *start(optim, lora, seed, mesh)[1:]
+        )
         for optim, lora, seed, _ in case
     ]
-    return Sweep(
+    return make_sweep_trainer(
         members,
         Llama(CONFIG),
         mesh,
@@ -134,7 +137,7 @@ def assert_equal_runs(case, mesh, accumulate=1):
             ours = {name: value[index].item() for name, value in found[step].items()}
             # One adapter's sums are made in another order beside others.
             assert ours == pytest.approx(metrics, rel=1e-6, abs=1e-6)
-        ours, theirs = named(sweep.member(state, index)), named(alone)
+        ours, theirs = named(sweep.adapter_state(state, index)), named(alone)
         assert ours.keys() == theirs.keys()
         for name in theirs:
             # AdamW divides by the gradient: where that is small, its rounding shows.

@@ -32,7 +32,7 @@ from jlora.ops.hopper import product_kernels as hopper_products
 from jlora.ops.hopper import swiglu_kernel as hopper_swiglu
 from jlora.ops.hopper.fused_projections import Leaves
 from jlora.parallel.sharding import make_mesh
-from jlora.train.step import make_eval_step
+from jlora.train.evaluation import make_eval_step
 
 D, F, K = 24, 40, 12
 ONE_LAYER = llama_config(num_hidden_layers=1)

@@ -1,0 +1,202 @@
+"""One adapter in training: its data, its run folder, its log and its checkpoints."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jax.sharding import Mesh
+
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import TrainConfig
+from jlora.data import Dataset
+from jlora.errors import DivergedError
+from jlora.lora.adapter_tree import (
+    Params,
+    is_adapter,
+    is_trainable,
+    join,
+    map_leaves,
+)
+from jlora.parallel.processes import is_first, to_host
+from jlora.report.run_report import Report
+from jlora.train.checkpoint import RunCheckpoints
+from jlora.train.evaluation import evaluate
+from jlora.train.optimizer import make_schedule
+from jlora.train.step import TrainState
+from jlora.train.step_log import StepLog
+from jlora.train.trainer import TrainedAdapter
+
+
+@dataclass
+class Run:
+    """One adapter, alone or beside others in a sweep, and the run folder it is trained in.
+
+    Attributes:
+        name: in a sweep; empty for a single run.
+        folder: run folder.
+        lora: settings of the adapter, for its export.
+        adapter: what is trained, at the step where training begins.
+        meta: written into every checkpoint; see `jlora.train.resuming.resume_all`.
+        data: what it is trained on.
+        held_out: what it is evaluated on, or None.
+        flops_per_token: of the model with this adapter.
+        error: why this run has ended before the others, or None.
+    """
+
+    name: str
+    folder: Path
+    lora: LoraConfig
+    adapter: TrainedAdapter
+    meta: dict[str, Any]
+    data: Dataset
+    held_out: Dataset | None
+    flops_per_token: float
+    error: DivergedError | None = None
+    report: Report = field(init=False)
+    _log: StepLog = field(init=False)
+    _checkpoints: RunCheckpoints = field(init=False)
+
+    @classmethod
+    def create(
+        cls,
+        settings: Any,
+        params: Params,
+        lora: LoraConfig,
+        splits: tuple[Dataset, Dataset | None],
+        mesh: Mesh,
+        *,
+        name: str,
+        shared: dict[str, Any],
+        together: list[str],
+        flops_per_token: float,
+    ) -> "Run":
+        """Returns a run at step 0.
+
+        Args:
+            settings: arguments of train.py for this run.
+            params: the base with the adapter to train.
+            lora: settings of that adapter.
+            splits: data to train on, and held-out data or None.
+            mesh: devices.
+            name: in a sweep; empty for a single run.
+            shared: what a resumed run must have in common with the one it continues,
+                besides its data, adapter settings and seed.
+            together: names of all runs that are trained together.
+            flops_per_token: of the model with this adapter.
+        """
+        data, held_out = splits
+        own = {"data": data.fingerprint, "lora": asdict(lora), "seed": settings.seed}
+        return cls(
+            name=name,
+            folder=Path(settings.output_dir),
+            lora=lora,
+            adapter=TrainedAdapter.create(
+                params,
+                settings.optim,
+                mesh,
+                seed=settings.seed,
+                lora_dropout=lora.lora_dropout,
+            ),
+            meta={
+                "settings": {**asdict(settings), "lora": asdict(lora)},
+                "identity": {**shared, **own},
+                "versions": {n: version(n) for n in ("jax", "flax", "optax")},
+                "sweep": together,
+            },
+            data=data,
+            held_out=held_out,
+            flops_per_token=flops_per_token,
+        )
+
+    @contextmanager
+    def open(
+        self, config: TrainConfig, first: int, total_steps: int, runs: Sequence["Run"]
+    ) -> Iterator[None]:
+        """Writes config.yaml and keeps the log and the checkpoints open.
+
+        Args:
+            config: how often to log, and how many checkpoints to keep.
+            first: steps done before.
+            total_steps: where training ends.
+            runs: all that are trained together; they share the first one's display.
+        """
+        if first < total_steps and is_first():
+            # The checkpoints are newer than this adapter from now on.
+            shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+        write_settings(self.folder, self.meta["settings"])
+        self.report = Report(
+            self.folder,
+            total_steps=total_steps,
+            start_step=first,
+            name=self.name,
+            beside=None if runs[0] is self else runs[0].report,
+        )
+        self._checkpoints = RunCheckpoints(self.folder / "checkpoints", config.keep)
+        self._log = StepLog(
+            self.report,
+            make_schedule(self.adapter.optim, total_steps),
+            flops_per_token=self.flops_per_token,
+            steps_per_epoch=self.data.steps_per_epoch,
+            log_every=config.log_every,
+            total_steps=total_steps,
+            index=next(i for i, run in enumerate(runs) if run is self),
+        )
+        try:
+            with self.report:
+                yield
+        finally:
+            self._checkpoints.close()
+
+    def log(self, step: int, metrics: dict[str, Any], waited_s: float) -> None:
+        """Logs the step before and keeps this one; see `StepLog.add`."""
+        self.flush()
+        if not self.error:
+            self._log.add(step, metrics, waited_s)
+
+    def flush(self) -> None:
+        """Logs the pending step; sets `error` when training has diverged."""
+        if self.error:
+            return
+        try:
+            self._log.flush()
+        except DivergedError as error:
+            self.error = error
+            if self.name:  # the others go on
+                self.report.say(str(error))
+
+    def evaluate(self, eval_step: Any, step: int, params: Params, mesh: Mesh) -> None:
+        """Logs the loss on the held-out data, if there is any."""
+        self.flush()
+        if self.held_out is not None and not self.error:
+            loss, _ = evaluate(eval_step, params, self.held_out, mesh)
+            self.report.log(step=step, eval_loss=loss)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Writes a checkpoint."""
+        self._checkpoints.save(step, state, self.meta)
+
+    def trained_params(self, state: TrainState) -> Params:
+        """Returns the whole tree, the adapter's leaves as NumPy arrays.
+
+        All processes take part: one of them may hold only a part of a leaf.
+        """
+        return map_leaves(
+            lambda path, leaf: (
+                to_host(leaf)
+                if is_adapter(path[-1]) or is_trainable(path[-1])
+                else leaf
+            ),
+            join(state.trainable, self.adapter.frozen),
+        )
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes config.yaml, which --config takes back."""
+    if is_first():
+        text = yaml.safe_dump(settings, sort_keys=False)
+        (folder / "config.yaml").write_text(text)

@@ -1,0 +1,135 @@
+"""Log lines from the metrics of steps, read one step late so that no step waits."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from jlora.errors import DivergedError
+from jlora.report.run_report import Report
+from jlora.train.memory_estimate import peak_flops, peak_memory_bytes
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+class StepLog:
+    """Logs every step, or every few, of one run; tells when training has diverged.
+
+    JAX runs ahead of Python. Reading a step's metrics waits for that step, so they are
+    read when the next step has been started.
+    """
+
+    def __init__(
+        self,
+        report: Report,
+        schedule: Callable[[Any], Any],
+        *,
+        flops_per_token: float,
+        steps_per_epoch: int,
+        log_every: int,
+        total_steps: int,
+        index: int = 0,
+    ) -> None:
+        """Takes what a line says besides a step's metrics.
+
+        Args:
+            report: where lines go.
+            schedule: learning rates of an array of steps.
+            flops_per_token: of the model and its adapter.
+            steps_per_epoch: of the run's data.
+            log_every: steps between lines.
+            total_steps: of the run; its last step is always logged.
+            index: of this run where the metrics are those of several.
+        """
+        self._report, self._index = report, index
+        self._log_every, self._total_steps = log_every, total_steps
+        # Computed now: asked for late, a rate would queue behind the running step.
+        self._rates = np.asarray(schedule(np.arange(total_steps)))
+        self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
+        self._peak = peak_flops()
+        self._pending: tuple[int, dict[str, Any], float] | None = None
+        self._has_zero_gradient = False
+        # Since the last line: when it was, and the tokens, steps and waiting after it.
+        self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
+        self._waited_s = 0.0
+
+    def add(self, step: int, metrics: dict[str, Any], waited_s: float) -> None:
+        """Takes the metrics of a step that may still run, and logs the one before.
+
+        `waited_s` is how long the batches of all steps so far were waited for.
+        """
+        self.flush()
+        self._pending = step, metrics, waited_s
+
+    def flush(self) -> None:
+        """Logs the pending step, waiting until it is done.
+
+        Raises:
+            DivergedError: too many steps in a row were not finite, or the last one was not.
+        """
+        if self._pending is None:
+            return
+        (step, arrays, waited_s), self._pending = self._pending, None
+        metrics = {
+            name: np.ravel(array)[self._index].item() for name, array in arrays.items()
+        }
+        skipped, in_a_row = metrics.pop("skipped"), metrics.pop("in_a_row")
+        self._tokens, self._steps = self._tokens + metrics["tokens"], self._steps + 1
+        self._report_trouble(step, metrics, skipped, in_a_row)
+        if is_due(step, self._log_every, self._total_steps):
+            self._write_line(step, metrics, skipped, waited_s)
+
+    def _report_trouble(
+        self, step: int, metrics: dict[str, Any], skipped: int, in_a_row: int
+    ) -> None:
+        """Prints why a step changed nothing; raises DivergedError, see `flush`."""
+        finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        if in_a_row:
+            reason = (
+                "the batch has no supervised token"
+                if finite
+                else "loss or gradient is not finite"
+            )
+            self._report.say(f"step {step}: {reason}; nothing was changed")
+        elif metrics["grad_norm"] == 0 and not self._has_zero_gradient:
+            self._has_zero_gradient = True
+            self._report.say(
+                f"step {step}: the gradient is exactly zero, so nothing is trained; "
+                "if the loss was falling before, lower optim.learning_rate"
+            )
+        at_end = step == self._total_steps and not finite
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW or at_end:
+            raise DivergedError(
+                f"training diverged: {in_a_row} steps in a row up to step {step} were not "
+                f"finite ({skipped} in all); step {step - in_a_row} was the last good one. "
+                "Lower optim.learning_rate, or look at the data"
+            )
+
+    def _write_line(
+        self, step: int, metrics: dict[str, Any], skipped: int, waited_s: float
+    ) -> None:
+        now = time.perf_counter()
+        elapsed, self._since = now - self._since, now
+        rate, self._tokens = self._tokens / elapsed, 0
+        step_time_s = elapsed / self._steps
+        data_wait_s = (waited_s - self._waited_s) / self._steps
+        self._steps, self._waited_s = 0, waited_s
+        self._report.log(
+            step=step,
+            epoch=step / self._steps_per_epoch,
+            **metrics,
+            learning_rate=self._rates[step - 1].item(),
+            skipped=skipped,
+            tokens_per_second=rate,
+            step_time_s=step_time_s,
+            data_wait_s=data_wait_s,
+            mfu=self._flops * rate / self._peak if self._peak else None,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+
+def is_due(step: int, every: int, last: int = 0) -> bool:
+    """Whether something that happens every so many steps, and after the last, is due."""
+    return step == last or (every > 0 and step % every == 0)

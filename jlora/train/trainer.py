@@ -1,0 +1,100 @@
+"""What the loop steps: one adapter, or several that share a base and one compiled step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jlora.config.run_config import OptimConfig
+from jlora.lora.adapter_tree import Params, join
+from jlora.model.llama import Llama
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import Batch, Metrics, TrainState, make_train_step
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """One adapter: how it is trained, its state, and the frozen weights it belongs to."""
+
+    optim: OptimConfig
+    seed: int
+    lora_dropout: float
+    state: TrainState
+    frozen: Params
+
+    @classmethod
+    def create(
+        cls,
+        params: Params,
+        optim: OptimConfig,
+        mesh: Mesh,
+        *,
+        seed: int,
+        lora_dropout: float,
+    ) -> "TrainedAdapter":
+        """Returns the adapter of `params` at step 0; the base is shared, not copied."""
+        # The schedule's length does not matter: only the structure of the state does.
+        optimizer = make_optimizer(optim, make_schedule(optim, 1))
+        state, frozen = TrainState.create(params, optimizer, mesh)
+        return cls(optim, seed, lora_dropout, state, frozen)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A compiled train step and its state, of one adapter or of several.
+
+    Attributes:
+        state: where training begins; of several adapters every leaf has a leading axis.
+        frozen: the base, and the frozen leaves of the adapters.
+        step: (state, frozen, batches) -> (state, metrics), which donates the state. There
+            is one batch per order of the data, and metrics have an axis of adapters if
+            there are several.
+        parameters: (state, index) -> the whole tree of one adapter, to evaluate it. In a
+            sweep all have the same shapes, so that the evaluation is compiled once.
+        adapter_state: (state, index) -> the state of one adapter as a run of its own has it.
+    """
+
+    state: TrainState
+    frozen: Params
+    step: Callable[[TrainState, Params, list[Batch]], tuple[TrainState, Metrics]]
+    parameters: Callable[[TrainState, int], Params]
+    adapter_state: Callable[[TrainState, int], TrainState]
+
+
+def make_trainer(
+    adapter: TrainedAdapter,
+    model: Llama,
+    mesh: Mesh,
+    *,
+    total_steps: int,
+    packed: bool = True,
+    grad_accum_steps: int = 1,
+) -> Trainer:
+    """Returns the trainer of one adapter; `jlora.train.sweep` has that of several.
+
+    Args:
+        adapter: what to train.
+        model: the forward pass; it gets the adapter's dropout rate.
+        mesh: devices.
+        total_steps: length of the learning rate schedule.
+        packed: whether rows hold several documents.
+        grad_accum_steps: parts of a batch, see `make_train_step`.
+    """
+    step: Any = make_train_step(
+        model.clone(lora_dropout=adapter.lora_dropout),
+        make_optimizer(adapter.optim, make_schedule(adapter.optim, total_steps)),
+        mesh,
+        state=adapter.state,
+        frozen=adapter.frozen,
+        packed=packed,
+        grad_accum_steps=grad_accum_steps,
+        seed=adapter.seed,
+    )
+    return Trainer(
+        state=adapter.state,
+        frozen=adapter.frozen,
+        step=lambda state, frozen, batches: step(state, frozen, batches[0]),
+        parameters=lambda state, _: join(state.trainable, adapter.frozen),
+        adapter_state=lambda state, _: state,
+    )
