@@ -7,13 +7,10 @@ once.
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from jlora.cli.command import run_command
 from jlora.cli.flags import POSITIONAL
-from jlora.formats.atomic_folder import check_target
-from jlora.formats.peft.adapter_writer import write_adapter_folder
-from jlora.formats.peft.combine_adapters import Method, combine_adapters
-from jlora.loading import open_adapter
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Arguments:
     """PEFT adapter folders or run folders: [A,B]."""
     weights: list[float]
     """Weight of each adapter, also negative: [1,-0.5]."""
-    how: Method = "cat"
+    how: Literal["linear", "cat", "svd"] = "cat"
     """cat: exact, ranks add up; svd: best of svd_rank; linear: weights on A and on B."""
     svd_rank: int | None = None
     """Rank of the result of svd; null: the largest of the adapters'."""
@@ -36,6 +33,12 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Reads the adapters, combines them and writes the result."""
+    # What needs JAX is imported here: --help and a wrong flag are answered without it.
+    from jlora.formats.atomic_folder import check_target
+    from jlora.formats.peft.adapter_writer import write_adapter_folder
+    from jlora.formats.peft.combine_adapters import combine_adapters
+    from jlora.loading import open_adapter
+
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
     adapters = [open_adapter(folder) for folder in arguments.adapters]

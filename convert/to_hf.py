@@ -10,14 +10,7 @@ from pathlib import Path
 
 from jlora.cli.command import run_command
 from jlora.cli.flags import POSITIONAL
-from jlora.formats.atomic_folder import atomic_folder, check_space, check_target
-from jlora.formats.export_merged import write_merged
-from jlora.formats.hf.export_config import reader_notes
-from jlora.formats.model_source import Dtype, size_as
-from jlora.formats.open_model import open_model
-from jlora.formats.peft.adapter_placement import place_adapter
-from jlora.formats.verify_export import verify_export
-from jlora.loading import open_adapter
+from jlora.config.run_config import Dtype
 
 # Comparing the logits of a larger model takes minutes; the bytes are compared anyway.
 MAX_VERIFIED_PARAMETERS = 1_000_000_000
@@ -43,6 +36,16 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Merges, writes, reads back, compares the logits and prints the figures."""
+    # What needs JAX is imported here: --help and a wrong flag are answered without it.
+    from jlora.formats.atomic_folder import atomic_folder, check_space, check_target
+    from jlora.formats.export_merged import write_merged
+    from jlora.formats.hf.export_config import reader_notes
+    from jlora.formats.model_source import size_as
+    from jlora.formats.open_model import open_model
+    from jlora.formats.peft.adapter_placement import place_adapter
+    from jlora.formats.verify_export import verify_export
+    from jlora.loading import open_adapter
+
     began = time.perf_counter()
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)

@@ -6,12 +6,6 @@ from typing import Literal
 
 from jlora.cli.command import run_command
 from jlora.cli.flags import POSITIONAL
-from jlora.formats.atomic_folder import check_target
-from jlora.formats.peft.adapter_writer import write_adapter_folder
-from jlora.formats.peft.named_base import mark_resized
-from jlora.formats.peft.plain_lora import plain_lora
-from jlora.formats.peft.serving_formats import convert_for_serving
-from jlora.loading import open_adapter
 
 
 @dataclass(frozen=True)
@@ -30,6 +24,14 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Reads the adapter, converts it for its reader and writes it."""
+    # What needs JAX is imported here: --help and a wrong flag are answered without it.
+    from jlora.formats.atomic_folder import check_target
+    from jlora.formats.peft.adapter_writer import write_adapter_folder
+    from jlora.formats.peft.named_base import mark_resized
+    from jlora.formats.peft.plain_lora import plain_lora
+    from jlora.formats.peft.serving_formats import convert_for_serving
+    from jlora.loading import open_adapter
+
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
     adapter = open_adapter(arguments.adapter)

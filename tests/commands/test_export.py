@@ -45,7 +45,7 @@ def test_a_wrong_merge_is_found_and_nothing_is_written(out, monkeypatch):
 
 def test_large_models_are_only_verified_on_request(out, monkeypatch, capsys):
     monkeypatch.setattr(to_hf, "MAX_VERIFIED_PARAMETERS", 1000)
-    monkeypatch.setattr(to_hf, "verify_export", None)
+    monkeypatch.setattr("jlora.formats.verify_export.verify_export", None)
     export(golden("basic"), out, check=None)
     assert "logit" not in capsys.readouterr().out
 

@@ -17,7 +17,7 @@ from jlora.cli.jlora_command import COMMANDS
 # What makes --help slow if it is imported before the flags are read.
 HEAVY = "flax huggingface_hub jax matplotlib numpy optax orbax tensorstore tokenizers"
 # Their imports of JAX are still at the top of the file.
-SLOW = {"train", "export", "combine"}
+SLOW = {"train"}
 IMPORTED = f"""
 import sys
 from jlora.cli.jlora_command import main

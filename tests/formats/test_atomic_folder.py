@@ -158,7 +158,7 @@ def test_a_disk_that_fills_up_meanwhile_is_told_and_leaves_nothing(
     place = (
         "jlora.formats.base.base_writer.write_safetensors"
         if what == "convert"
-        else "convert.to_hf._read_back"
+        else "jlora.formats.export_merged._read_back"
     )
     monkeypatch.setattr(place, full)
     assert run(what, hf, out) == 5
