@@ -38,7 +38,9 @@ def main(args: Arguments) -> None:
     # What needs JAX is imported here: --help and a wrong flag are answered without it.
     import jax
 
-    from jlora.data import Tokenizer, load_dataset, make_samples, plan_lines
+    from jlora.data.batch.load_dataset import load_dataset
+    from jlora.data.batch.preview import preview_lines, preview_samples
+    from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.load_params import load_params
     from jlora.formats.open_model import open_model
     from jlora.formats.peft.adapter_placement import adapted_config
@@ -58,7 +60,7 @@ def main(args: Arguments) -> None:
     )
     rows = rows.sized(config.max_position_embeddings)
     config.check_length(rows.row_length, "seq_len")
-    tokenizer = Tokenizer.from_files(source.files, config)
+    tokenizer = Tokenizer(source.files, config)
     data = load_dataset(
         args.data,
         tokenizer,
@@ -69,8 +71,8 @@ def main(args: Arguments) -> None:
         shuffle=False,
     )
     if args.show:
-        print("\n".join([*data.summary, *plan_lines(data), ""]))
-        show_samples(make_samples(data, tokenizer))
+        print("\n".join([*data.summary, *preview_lines(data), ""]))
+        show_samples(preview_samples(data, tokenizer))
         return
     keep_freed_memory()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

@@ -44,7 +44,7 @@ class Arguments(ModelConfig):
 def main(args: Arguments) -> None:
     """Loads the model, then completes the prompt or answers each message."""
     # What needs JAX is imported here: --help and a wrong flag are answered without it.
-    from jlora.data import Tokenizer
+    from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.load_params import load_params
     from jlora.formats.open_model import open_model
     from jlora.formats.peft.adapter_placement import adapted_config
@@ -62,7 +62,7 @@ def main(args: Arguments) -> None:
         params = attach_adapter(params, config, adapter)
         config = adapted_config(adapter, config)
     model = Llama(config, choose_dtype(args.dtype, default_platform()))
-    tokenizer = Tokenizer.from_files(source.files, config)
+    tokenizer = Tokenizer(source.files, config)
     sample = partial(
         generate_tokens,
         model,

@@ -69,7 +69,8 @@ def main(args: Arguments) -> None:
 
 def train(args: Arguments, stop: threading.Event) -> None:
     """Runs the whole fine-tune, in the order things happen."""
-    from jlora.data import Tokenizer, load_split
+    from jlora.data.batch.load_dataset import load_split
+    from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.digests import fingerprint
     from jlora.formats.load_params import abstract_params, load_params
     from jlora.formats.open_model import open_model
@@ -100,7 +101,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
 
     # Data, before the weights are read: in one order per seed.
-    tokenizer = Tokenizer.from_files(source.files, config)
+    tokenizer = Tokenizer(source.files, config)
     load = partial(load_split, tokenizer, sized, vocab_size=config.vocab_size)
     seeds = dict.fromkeys(own.seed for own in every.values())
     splits = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}

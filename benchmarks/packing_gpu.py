@@ -51,10 +51,10 @@ def lengths() -> np.ndarray:
 
 def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
     """Returns the documents with random tokens, the last two thirds of each learnt."""
-    from jlora.data.batch.batches import make_dataset
+    from jlora.data.batch.batches import Dataset
     from jlora.data.cache.build_cache import make_block
-    from jlora.data.cache.token_store import Store
-    from jlora.data.tokenize.tokenized_rows import Example
+    from jlora.data.cache.token_store import TokenStore
+    from jlora.data.tokenize.tokenize_rows import Example
 
     rng = np.random.default_rng(1)
     examples = []
@@ -63,11 +63,11 @@ def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
         learnt = (np.arange(length) >= max(1, length // 3)).astype(np.uint8)
         examples.append(Example(Path("random"), number, tokens, learnt))
     block = make_block(examples)
-    return make_dataset(
-        Store(block.tokens, block.loss_mask, block.records, note={}, digest=""),
+    return Dataset(
+        TokenStore(block.tokens, block.loss_mask, block.records, note={}, digest=""),
         block.records["start"],
         block.records["length"],
-        num_supervised=int(block.records["learnt"].sum()),
+        num_supervised=int(block.records["supervised"].sum()),
         seq_len=SEQ_LEN,
         packing=packing,
         batch_size=batch_size,

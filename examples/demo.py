@@ -120,11 +120,11 @@ def reload_and_compare() -> tuple[dict[str, float], list[tuple[str, str, str, st
     """Returns the largest logit difference per form, and answers before and after."""
     import convert
     import jlora
-    from jlora.data import Tokenizer
+    from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.open_model import open_model
 
     source = open_model(str(BASE))
-    tokenizer = Tokenizer.from_files(source.files, source.config)
+    tokenizer = Tokenizer(source.files, source.config)
     lines = HELD_OUT.read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines[:: len(lines) // SAMPLES]][:SAMPLES]
     questions = [record["messages"][0]["content"] for record in records]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jlora.data import Tokenizer
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UsageError, listing
 from jlora.formats.load_params import BASE_DTYPES, BaseDtype, load_params
 from jlora.formats.model_source import Dtype
@@ -80,7 +80,7 @@ def load(
     model = Llama(config, dtype=compute, lora_dropout=dropout)
     if "tokenizer.json" not in source.files:
         return model, params, None
-    return model, params, Tokenizer.from_files(source.files, source.config)
+    return model, params, Tokenizer(source.files, source.config)
 
 
 def open_adapter(folder: str | Path) -> Adapter:

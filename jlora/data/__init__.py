@@ -1,20 +1,9 @@
-"""Records to fixed-shape batches; the only owner of tokenizers and jinja2.
+"""From files of records to batches of token ids. Read the packages in this order.
 
-Nothing here imports JAX, which processes that tokenise would wait a second for.
+`read` finds the files and turns their rows into records; `chat` renders a conversation
+with the model's chat template, in a sandbox; `tokenize` encodes records and marks the
+tokens that the loss counts; `cache` keeps token ids on disk; `batch` packs them into
+rows and makes the batch of any step.
+
+Nothing here imports JAX: worker processes that tokenise start a second sooner.
 """
-
-from jlora.data.batch.batches import Dataset
-from jlora.data.batch.dataset import load_dataset, load_split
-from jlora.data.batch.preview import make_samples, plan_lines
-from jlora.data.read.jsonl import RowError
-from jlora.data.tokenize.tokenizer import Tokenizer
-
-__all__ = [
-    "Dataset",
-    "RowError",
-    "Tokenizer",
-    "load_dataset",
-    "load_split",
-    "make_samples",
-    "plan_lines",
-]

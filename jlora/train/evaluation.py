@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from jlora.data import Dataset
+from jlora.data.batch.batches import Dataset
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import (

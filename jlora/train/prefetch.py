@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jlora.data import Dataset
+from jlora.data.batch.batches import Dataset
 from jlora.parallel.sharding import batch_sharding
 
 _DEPTH = 2

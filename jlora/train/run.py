@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import TrainConfig
-from jlora.data import Dataset
+from jlora.data.batch.batches import Dataset
 from jlora.errors import DivergedError
 from jlora.lora.adapter_tree import (
     Params,

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 from jax.sharding import Mesh
 
-from jlora.data import Dataset, Tokenizer, make_samples, plan_lines
+from jlora.data.batch.batches import Dataset
+from jlora.data.batch.preview import preview_lines, preview_samples
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.lora.adapter_tree import Params, format_parameter_count
 from jlora.report.run_report import show_samples
 from jlora.train.memory_estimate import Workload, memory_table
@@ -46,5 +48,5 @@ def print_plan(
     data: Dataset, tokenizer: Tokenizer, params: Params, work: Workload
 ) -> None:
     """Prints a table of the data, the memory of a step, and samples of the data."""
-    print("\n".join([*plan_lines(data), *memory_table(params, work), ""]))
-    show_samples(make_samples(data, tokenizer))
+    print("\n".join([*preview_lines(data), *memory_table(params, work), ""]))
+    show_samples(preview_samples(data, tokenizer))

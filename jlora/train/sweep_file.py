@@ -17,7 +17,7 @@ import jax
 from jlora.cli.arguments import with_changes
 from jlora.cli.strict_yaml import read_yaml
 from jlora.config.run_config import ComputeConfig
-from jlora.data import Dataset
+from jlora.data.batch.batches import Dataset
 from jlora.errors import UsageError, listing
 
 # What is data to one compiled step. All else is shared: base, files, batch size, steps.

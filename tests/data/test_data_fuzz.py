@@ -1,4 +1,4 @@
-"""Whatever stands in a file: examples and problems for every row, or one message."""
+"""Any content of a file gives examples and bad rows, or one error message."""
 
 import gzip
 import json
@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from jlora.config.run_config import DataConfig
-from jlora.data.cache.corpus import open_source
-from jlora.data.read.data_paths import find_sources
-from jlora.data.read.records import COLUMNS
-from jlora.data.read.row_files import place
-from jlora.data.tokenize.tokenized_rows import Example, tokenize
+from jlora.data.read.data_paths import find_data_sources
+from jlora.data.read.row_files import row_location
+from jlora.data.read.row_formats import COLUMNS
+from jlora.data.read.source_rows import open_rows
+from jlora.data.tokenize.tokenize_rows import Example, tokenize_rows
 from jlora.errors import JloraError
 
 NAMES = ("chatml", "generation", "llama3", "llama2", "mistral", "zephyr", "tools")
@@ -80,18 +80,22 @@ lines = st.one_of(
 def read(path: Path, name: str = "chatml", **config: Any) -> tuple[list[Example], int]:
     """The examples, and how many rows the examples and problems are from."""
     examples, count = [], 0
-    for source in find_sources(str(path)):
-        reading, chunks = open_source(source, TOKENIZERS[name], DataConfig(**config))
+    for source in find_data_sources(str(path)):
+        row_format, chunks = open_rows(
+            source,
+            DataConfig(**config),
+            has_template=TOKENIZERS[name].has_chat_template,
+        )
         for chunk in chunks:
-            found = tokenize(chunk, reading, TOKENIZERS[name])
-            told = [e.number for e in found.examples] + [
-                p.number for p in found.problems
+            found = tokenize_rows(chunk, row_format, TOKENIZERS[name])
+            numbers = [e.number for e in found.examples] + [
+                row.number for row in found.bad_rows
             ]
-            assert sorted(told) == sorted(number for number, _ in chunk.rows)
-            for problem in found.problems:
-                assert place(path, problem.number) in str(problem)
+            assert sorted(numbers) == sorted(number for number, _ in chunk.rows)
+            for bad_row in found.bad_rows:
+                assert row_location(path, bad_row.number) in str(bad_row)
             examples += found.examples
-            count += len(told)
+            count += len(numbers)
     return examples, count
 
 
@@ -147,7 +151,7 @@ def test_any_lines_give_examples_and_problems_or_one_message(
         ["auto", "assistant", "last_assistant", "completion", "all"]
     ),
 )
-def test_any_row_is_an_example_or_has_a_reason(row, name, train_on):
+def test_any_row_is_an_example_or_bad_with_a_reason(row, name, train_on):
     path = written(b"\n".join(json.dumps(r).encode() for r in row))
     try:
         check(read(path, name, train_on=train_on)[0], name)
@@ -186,15 +190,15 @@ def test_control_strings_of_a_message_never_become_tokens(said, name):
         return [t for t in example.tokens.tolist() if t in tokenizer.control_ids]
 
     assert controls(found[0]) == controls(plain[0])
-    learnt = found[0].tokens[found[0].loss_mask > 0].tolist()
-    text = tokenizer.spell(learnt)
+    supervised = found[0].tokens[found[0].loss_mask > 0].tolist()
+    text = tokenizer.decode(supervised, skip_special=False)
     for answer in said[1::2]:
         assert answer in text
 
 
 @FUZZ
 @given(data=st.data(), kind=st.sampled_from([".jsonl.gz", ".jsonl.zst", ".parquet"]))
-def test_a_damaged_file_is_told_or_gives_rows_of_its_own(data, kind):
+def test_a_damaged_file_is_an_error_or_gives_valid_examples(data, kind):
     content = b"".join(b'{"text": "the sum of %d"}\n' % i for i in range(50))
     if kind == ".parquet":
         path = written(b"", kind)

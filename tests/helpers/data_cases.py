@@ -9,11 +9,12 @@ from helpers import GOLDEN
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import DataConfig
-from jlora.data import Dataset, Tokenizer, load_dataset
-from jlora.data.batch.batches import make_dataset
+from jlora.data.batch.batches import Dataset
+from jlora.data.batch.load_dataset import load_dataset
 from jlora.data.cache.build_cache import make_block
-from jlora.data.cache.token_store import Store
-from jlora.data.tokenize.tokenized_rows import Example
+from jlora.data.cache.token_store import TokenStore
+from jlora.data.tokenize.tokenize_rows import Example
+from jlora.data.tokenize.tokenizer import Tokenizer
 
 GOLDEN = GOLDEN / "chat"
 TEMPLATES = json.loads((GOLDEN / "cases.json").read_text())["templates"]
@@ -48,7 +49,13 @@ def make_files(name: str = "chatml", **settings: Any) -> dict[str, bytes]:
 
 
 def make_tokenizer(name: str = "chatml", **settings: Any) -> Tokenizer:
-    return Tokenizer.from_files(make_files(name, **settings), CONFIG)
+    return Tokenizer(make_files(name, **settings), CONFIG)
+
+
+def render(tokenizer: Tokenizer, messages, tools=None, **options: bool) -> str:
+    """The text of a conversation."""
+    template = tokenizer.template(tools)
+    return template.render(template.prepare(messages, tools), **options).text
 
 
 def write_rows(path: Path, rows: Sequence[object]) -> Path:
@@ -97,12 +104,12 @@ def dataset_of(
 ) -> Dataset:
     """Shuffled batches of four rows from examples that no file holds."""
     block = make_block(examples)
-    store = Store(block.tokens, block.loss_mask, block.records, note={}, digest="")
-    return make_dataset(
+    store = TokenStore(block.tokens, block.loss_mask, block.records, note={}, digest="")
+    return Dataset(
         store,
         block.records["start"],
         block.records["length"],
-        num_supervised=int(block.records["learnt"].sum()),
+        num_supervised=int(block.records["supervised"].sum()),
         seq_len=seq_len,
         packing=packing,
         batch_size=4,
@@ -118,7 +125,7 @@ def all_tokens(data: Dataset) -> list[int]:
 
 
 def all_masks(data: Dataset) -> list[int]:
-    """Which of `all_tokens` are learnt."""
+    """The loss masks of `all_tokens`."""
     return [m for i in range(data.num_records) for m in data.record(i)[1].tolist()]
 
 

@@ -5,12 +5,12 @@ from functools import cache
 
 import numpy as np
 import pytest
-from helpers.data_cases import GOLDEN, TEMPLATES, make_tokenizer
+from helpers.data_cases import GOLDEN, TEMPLATES, make_tokenizer, render
 from transformers import PreTrainedTokenizerFast
 
 from jlora.data.chat.control_tokens import Rendered
 from jlora.data.read.records import ChatRecord
-from jlora.data.tokenize.assistant_masks import find_spans, plan_conversation
+from jlora.data.tokenize.assistant_masks import find_supervised_spans, plan_mask
 
 WORDS = [
     *("the", "sum", "of", "five", "café", "\U0001f600", "naïve", "x<y", '"q"', "&amp;"),
@@ -65,7 +65,7 @@ def test_text_and_ids_equal_transformers(name, prompt):
         text = theirs(name).apply_chat_template(
             messages, tokenize=False, **options, **dated
         )
-        assert ours.render(messages, **options) == text
+        assert render(ours, messages, **options) == text
         ids = theirs(name).apply_chat_template(
             messages, return_dict=True, **options, **dated
         )
@@ -99,12 +99,12 @@ def test_mask_is_what_transformers_renders_between_two_prefixes(name):
             if tokens[i] in ("Ċ", "\n") and whole[i - 1] in ours.control_ids:
                 expected[i] = 0
         record = ChatRecord(1, messages, None, 0)
-        plan = plan_conversation(record, ours, train_on="assistant", where="here")
+        plan = plan_mask(record, ours, train_on="assistant", where="here")
 
         def encoded(rendered: Rendered):
             return ours.encode_rendered([rendered], with_offsets=True)[0]
 
-        found, spans, all_end = find_spans(plan, ours, encoded)
+        found, spans, all_end = find_supervised_spans(plan, ours, encoded)
         mask = np.zeros(len(found.ids), int)
         for start, end in spans:
             mask[start:end] = 1
@@ -120,9 +120,9 @@ def test_mask_of_generation_blocks_equals_transformers():
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
         record = ChatRecord(1, messages, None, 0)
-        plan = plan_conversation(record, ours, train_on="assistant", where="here")
+        plan = plan_mask(record, ours, train_on="assistant", where="here")
         whole = ours.encode_rendered([plan.whole], with_offsets=True)[0]
-        _, spans, _ = find_spans(plan, ours, {plan.whole: whole}.__getitem__)
+        _, spans, _ = find_supervised_spans(plan, ours, {plan.whole: whole}.__getitem__)
         mask = np.zeros(len(whole.ids), int)
         for start, end in spans:
             mask[start:end] = 1

@@ -11,7 +11,7 @@ import pytest
 from helpers.data_cases import dataset_of
 from helpers.training_cases import CONFIG, adapted_params, llama_config
 
-from jlora.data.tokenize.tokenized_rows import Example
+from jlora.data.tokenize.tokenize_rows import Example
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.llama import Llama
 from jlora.train.step import summed_loss

@@ -9,7 +9,7 @@ from helpers.data_cases import dataset_of
 
 from jlora.config.run_config import MeshConfig
 from jlora.data.batch.batches import Dataset
-from jlora.data.tokenize.tokenized_rows import Example
+from jlora.data.tokenize.tokenize_rows import Example
 from jlora.parallel.sharding import batch_sharding, make_mesh
 from jlora.train.prefetch import Prefetch, place_batch
 

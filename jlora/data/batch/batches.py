@@ -1,51 +1,83 @@
-"""Fixed-shape batches: a pure function of the data, the seed and the step."""
+"""Batches of fixed shape, each a pure function of the data, the seed and the step."""
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from jlora.data.batch.packing import Packing, one_per_row, pack_documents
-from jlora.data.cache.row_counts import Account
-from jlora.data.cache.token_store import Store
-from jlora.data.tokenize.tokenized_rows import Example
+from jlora.data.cache.row_counts import RowCounts
+from jlora.data.cache.token_store import TokenStore
+from jlora.data.tokenize.tokenize_rows import Example
+from jlora.errors import counted
 
-# Rows are rounded up to this many tokens, so that similar files share a compiled step.
+# Row lengths are rounded up to a multiple, so that similar data shares a compiled step.
 _ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Tokenised records, laid out in rows of `row_length` tokens."""
+    """Tokenised records, arranged in rows, packed or one per row."""
 
-    store: Store
-    """Token ids and masks, on disk; a record's first token is never to be learnt."""
+    store: TokenStore
+    """Token ids and masks, on disk; the loss never counts a record's first token."""
     starts: np.ndarray
     """int64 [num_records], where each record starts in the store."""
     lengths: np.ndarray
-    """int64 [num_records], what is used of each."""
+    """int64 [num_records], how many tokens of each are used; at most `seq_len`."""
     num_supervised: int
     """Tokens per epoch that the loss counts."""
-    rows: Packing
-    """The records of each row, as ranks in the order of an epoch (see `_plan`)."""
-    row_length: int
+    seq_len: int
+    packing: bool
     batch_size: int
     pad_id: int
     seed: int
     shuffle: bool
-    packing: bool
-    summary: list[str] = field(default_factory=list)
-    """Lines for the log."""
-    accounts: list[Account] = field(default_factory=list)
-    """What became of the rows of each source."""
+    name: str = ""
+    """Of the data, for the log."""
+    source_lines: list[str] = field(default_factory=list)
+    """Lines of the log about the sources."""
+    row_counts: list[RowCounts] = field(default_factory=list)
+    """What happened to the rows of each source."""
     samples: list[Example] = field(default_factory=list)
     """A few examples to show."""
-    # The plan of the epoch asked for last: a memo, no state.
-    _plans: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    # Caches the order of the epoch that was asked for last.
+    _orders: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+
+    @cached_property
+    def rows(self) -> Packing:
+        """The records of each row, as positions in the order of an epoch (`_order`)."""
+        if self.packing:
+            return pack_documents(-np.sort(-self.lengths), self.seq_len)
+        return one_per_row(len(self.lengths))
+
+    @cached_property
+    def row_length(self) -> int:
+        """Tokens per row."""
+        if self.packing:
+            return self.seq_len
+        rounded = -(-int(self.lengths.max()) // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        return min(self.seq_len, rounded)
+
+    @property
+    def summary(self) -> list[str]:
+        """Lines for the log."""
+        supervised = self.num_supervised / self.num_tokens
+        packed = ", packed" if self.packing else ""
+        fill = self.num_tokens / (self.num_rows * self.row_length)
+        return [
+            *self.source_lines,
+            f"{self.name}: {counted(self.num_records, 'record')}, "
+            f"{self.num_tokens:,} tokens, {self.num_supervised:,} of them supervised "
+            f"({supervised:.1%})",
+            f"{self.name}: {counted(self.num_rows, 'row')} of {self.row_length:,} "
+            f"tokens{packed}, {fill:.1%} full",
+        ]
 
     @property
     def num_records(self) -> int:
-        """Records that are trained on."""
+        """The number of records."""
         return len(self.starts)
 
     @property
@@ -55,7 +87,7 @@ class Dataset:
 
     @property
     def max_segments(self) -> int:
-        """Most records in one row."""
+        """The most records in any row."""
         return self.rows.max_documents
 
     @property
@@ -70,14 +102,14 @@ class Dataset:
 
     @property
     def fingerprint(self) -> str:
-        """A sha256 over tokens, masks and borders."""
+        """A sha256 of the tokens, masks and lengths of all records."""
         digest = hashlib.sha256(self.store.digest.encode())
         for array in (self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, "<i8").tobytes())
         return digest.hexdigest()
 
     def record(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the tokens (int32) of a record and which of them are learnt (uint8)."""
+        """Returns the tokens (int32) of a record and its loss mask (uint8)."""
         start = self.starts[index]
         end = start + self.lengths[index]
         return self.store.tokens[start:end], self.store.loss_mask[start:end]
@@ -90,7 +122,7 @@ class Dataset:
         in every document). The last batch of an epoch ends in rows of padding.
         """
         epoch, index = divmod(step, self.steps_per_epoch)
-        records, order = self._plan(epoch)
+        records, order = self._order(epoch)
         wanted = range(self.batch_size)[rows]
         shape = (len(wanted), self.row_length)
         batch = {
@@ -102,36 +134,25 @@ class Dataset:
         }
         of_batch = order[index * self.batch_size :][: self.batch_size].tolist()
         for at, row in enumerate(wanted):
-            column = 0
-            ranks = self.rows.row(of_batch[row]) if row < len(of_batch) else []
-            for segment, rank in enumerate(ranks, 1):
-                column = self._put(batch, at, column, segment, int(records[rank]))
+            start = 0
+            documents = self.rows.row(of_batch[row]) if row < len(of_batch) else []
+            for segment, document in enumerate(documents, 1):
+                tokens, loss_mask = self.record(int(records[document]))
+                stop = start + len(tokens)
+                batch["tokens"][at, start:stop] = tokens
+                # A record's last position predicts nothing: its target would be the
+                # first token of the next record.
+                batch["targets"][at, start : stop - 1] = tokens[1:]
+                batch["loss_mask"][at, start : stop - 1] = loss_mask[1:]
+                batch["segment_ids"][at, start:stop] = segment
+                batch["positions"][at, start:stop] = np.arange(len(tokens))
+                start = stop
         return batch
 
-    def _put(
-        self,
-        batch: dict[str, np.ndarray],
-        row: int,
-        column: int,
-        segment: int,
-        record: int,
-    ) -> int:
-        """Writes one record into a row; returns the column after it."""
-        tokens, loss_mask = self.record(record)
-        stop = column + len(tokens)
-        batch["tokens"][row, column:stop] = tokens
-        # The record's last position predicts nothing: its target would be the first
-        # token of the next one.
-        batch["targets"][row, column : stop - 1] = tokens[1:]
-        batch["loss_mask"][row, column : stop - 1] = loss_mask[1:]
-        batch["segment_ids"][row, column:stop] = segment
-        batch["positions"][row, column:stop] = np.arange(stop - column)
-        return stop
-
-    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns rank -> record and the order of the rows in this epoch."""
-        if epoch in self._plans:
-            return self._plans[epoch]
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the records in the order of this epoch, and the order of its rows."""
+        if epoch in self._orders:
+            return self._orders[epoch]
         records = np.arange(self.num_records)
         order = np.arange(self.num_rows)
         if self.shuffle:
@@ -139,47 +160,10 @@ class Dataset:
             records = rng.permutation(self.num_records)
             order = rng.permutation(self.num_rows)
         if self.packing:
-            # Which rank shares a row with which depends on the sorted lengths
-            # alone; which record has which rank among equals differs by epoch.
+            # The packing depends on the sorted lengths alone. Which of the records of
+            # equal length shares a row with which differs by epoch.
             lengths = self.lengths[records]
             records = records[np.argsort(-lengths, kind="stable")]
-        self._plans.clear()
-        self._plans[epoch] = records, order
+        self._orders.clear()
+        self._orders[epoch] = records, order
         return records, order
-
-
-def make_dataset(
-    store: Store,
-    starts: np.ndarray,
-    lengths: np.ndarray,
-    *,
-    num_supervised: int,
-    seq_len: int,
-    packing: bool,
-    batch_size: int,
-    pad_id: int,
-    seed: int,
-    shuffle: bool,
-) -> Dataset:
-    """Returns the rows of records that are at most `seq_len` tokens long."""
-    lengths = lengths.astype(np.int64)
-    row_length = seq_len
-    rows = one_per_row(len(lengths))
-    if packing:
-        rows = pack_documents(-np.sort(-lengths), seq_len)
-    else:
-        longest = int(lengths.max())
-        row_length = min(seq_len, -(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-    return Dataset(
-        store=store,
-        starts=starts.astype(np.int64),
-        lengths=lengths,
-        num_supervised=num_supervised,
-        rows=rows,
-        row_length=row_length,
-        batch_size=batch_size,
-        pad_id=pad_id,
-        seed=seed,
-        shuffle=shuffle,
-        packing=packing,
-    )

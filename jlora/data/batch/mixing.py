@@ -1,7 +1,7 @@
-"""Which records are held out and how often the others come: functions of their content.
+"""Chooses the records to hold out and how often to repeat the others.
 
-A record's rank is a keyed hash of its tokens, so that neither its place in a file nor
-the other records decide about it, and copies of one record are held out together.
+Both follow a rank, which is a hash of the record's tokens and the seed. So neither the
+order of the file nor the other records matter, and copies are held out together.
 """
 
 import hashlib
@@ -31,10 +31,10 @@ def content_ranks(records: Iterable[np.ndarray], seed: int) -> UInt64[np.ndarray
 def hold_out(
     ranks: UInt64[np.ndarray, " n"], fraction: float
 ) -> Bool[np.ndarray, " n"]:
-    """Returns which records are held out: the share `fraction` of the different ones.
+    """Returns which records to hold out: `fraction` of the distinct ones.
 
     Raises:
-        UsageError: too few different records to hold any out.
+        UsageError: too few distinct records to hold any out.
     """
     different = np.unique(ranks)
     count = max(1, round(fraction * len(different)))
@@ -46,12 +46,13 @@ def hold_out(
     return ranks < different[count]
 
 
-def repeat(
+def repeat_records(
     ranks: UInt64[np.ndarray, " n"], passes: float
 ) -> Int[np.ndarray, " passes_n"]:
-    """Returns the records of one epoch in order, each `passes` times on average.
+    """Returns the indices of one epoch in order, each `passes` times on average.
 
-    2.25 takes every record twice and a quarter of them, at least one, once more.
+    2.25 takes every record twice and a quarter of them once more; 0.25 takes a quarter,
+    but at least one.
     """
     whole, part = divmod(passes, 1.0)
     times = np.full(len(ranks), int(whole))

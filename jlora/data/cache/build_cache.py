@@ -1,7 +1,7 @@
-"""The rows of all sources to one store of token ids, on all cores, kept in a cache.
+"""Tokenises the rows of all sources on all cores, once: token ids are kept in a cache.
 
-The store's key is a digest of the files, the tokenizer, the settings that decide what a row
-becomes, and the code that does it; so a store that is found is the one that would be built.
+The key of a store is a digest of the files, the tokenizer, the settings that decide what
+a row becomes, and this code; a store with that key holds what would be built now.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,77 +26,70 @@ from typing import Any
 import numpy as np
 
 from jlora.config.run_config import DataConfig
-from jlora.data.cache.corpus import open_source
-from jlora.data.cache.row_counts import Account
+from jlora.data.cache.row_counts import RowCounts
 from jlora.data.cache.token_store import (
     RECORD,
-    Block,
-    Store,
     StoreWriter,
-    cached_store,
-    default_cache,
+    TokenBlock,
+    TokenStore,
+    file_sha256,
+    open_or_build,
 )
-from jlora.data.read.data_paths import Source
-from jlora.data.read.jsonl import Problem
-from jlora.data.read.row_files import Chunk
-from jlora.data.tokenize.tokenized_rows import Example, Reading, tokenize
+from jlora.data.read.data_paths import DataSource
+from jlora.data.read.row_files import RowChunk
+from jlora.data.read.row_formats import RowFormat
+from jlora.data.read.source_rows import open_rows
+from jlora.data.tokenize.tokenize_rows import Example, TokenizedRows, tokenize_rows
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import ResourceError
 
-# A worker takes seconds to start, in which one process has done this much itself.
+# The code of `jlora.data`, which decides what a row becomes.
+_CODE = Path(__file__).parent.parent
+# A worker takes seconds to start, in which one process does this much itself.
 _BYTES_PER_WORKER = 4 << 20
-_TELL_EVERY_S = 5.0
+_REPORT_EVERY_S = 5.0
+# What is known of a chunk's rows, without the examples, and the examples as a block.
+_Tokenized = tuple[TokenizedRows, TokenBlock]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What became of the rows of one chunk."""
-
-    path: Path
-    num_rows: int
-    block: Block
-    problems: list[Problem]
-    encoded_apart: list[int]
-    without_end: list[int]
+def token_cache_folder(config: DataConfig) -> Path:
+    """Returns the folder of all stores: in data.cache_dir, $JLORA_CACHE or ~/.cache."""
+    default = os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora"
+    return Path(config.cache_dir or default) / "tokens"
 
 
-def token_cache(config: DataConfig) -> Path:
-    """Returns the folder of the stores."""
-    cache = Path(config.cache_dir) if config.cache_dir else default_cache()
-    return cache / "tokens"
-
-
-def open_corpus(
-    sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig
-) -> tuple[Store, list[Account]]:
-    """Returns all records of the sources, uncut, and the account of each source.
+def open_token_store(
+    sources: Sequence[DataSource], tokenizer: Tokenizer, config: DataConfig
+) -> tuple[TokenStore, list[RowCounts]]:
+    """Returns all records of the sources, uncut, and the row counts of each source.
 
     Raises:
         UsageError: nothing in a source, a setting that does not fit it, no template, or a
             cache that cannot be written.
         UnsupportedError: a kind of file or template that jlora cannot use.
         CorruptError: a damaged file, or rows that fit no format.
-        ResourceError: the cache's disk is full.
+        ResourceError: the cache's disk is full, or a worker process died.
     """
-    store = cached_store(
-        token_cache(config),
+    store = open_or_build(
+        token_cache_folder(config),
         _key(sources, tokenizer, config),
-        lambda writer: {"accounts": _build(writer, sources, tokenizer, config)},
+        lambda writer: {"counts": _build(writer, sources, tokenizer, config)},
     )
-    accounts = [
-        Account.from_note(note, source, config.row_length)
-        for note, source in zip(store.note["accounts"], sources, strict=True)
+    counts = [
+        RowCounts.from_json(stored, source, config.row_length)
+        for stored, source in zip(store.note["counts"], sources, strict=True)
     ]
-    return store, accounts
+    return store, counts
 
 
-def _key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig) -> str:
-    """Returns a digest of all that the records follow from."""
-    files = [[_digest(file) for file in source.files] for source in sources]
-    code = [_digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))]
+def _key(
+    sources: Sequence[DataSource], tokenizer: Tokenizer, config: DataConfig
+) -> str:
+    """Returns a digest of everything that decides the records."""
     special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    code = [file_sha256(file) for file in sorted(_CODE.rglob("*.py"))]
     parts = {
-        "files": files,
+        "files": [[file_sha256(file) for file in source.files] for source in sources],
         "tokenizer": [tokenizer.fingerprint, special, tokenizer.adds_bos],
         "format": [config.format, config.fields, config.train_on],
         "code": [code, version("tokenizers"), version("jinja2")],
@@ -104,108 +97,132 @@ def _key(sources: Sequence[Source], tokenizer: Tokenizer, config: DataConfig) ->
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _build(
     writer: StoreWriter,
-    sources: Sequence[Source],
+    sources: Sequence[DataSource],
     tokenizer: Tokenizer,
     config: DataConfig,
 ) -> list[dict[str, Any]]:
-    """Appends the records of all sources and returns their accounts' notes."""
+    """Appends the records of all sources and returns their row counts as JSON."""
     size = sum(file.stat().st_size for source in sources for file in source.files)
     cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # which Linux has
+    if hasattr(os, "sched_getaffinity"):  # only on Linux
         cores = len(os.sched_getaffinity(0))
-    progress = _Progress(writer)
-    notes, first_file = [], 0
-    with _Tokenizing(tokenizer, min(cores, size // _BYTES_PER_WORKER)) as work:
+    workers = min(cores, size // _BYTES_PER_WORKER)
+    all_counts, first_file = [], 0
+    start = reported = time.monotonic()
+    with _worker_pool(tokenizer, workers) as pool:
         for source in sources:
-            reading, chunks = open_source(source, tokenizer, config)
-            account = Account(source, reading, config.row_length)
-            for part in work.on(chunks, reading):
-                _count(account, part)
-                file = first_file + source.files.index(part.path)
-                part.block.records["file"] = file
-                account.records += len(part.block.records)
-                account.largest_id = max(
-                    account.largest_id, int(part.block.tokens.max(initial=0))
-                )
-                writer.append(part.block)
-                progress.tell(source)
-            notes.append(account.note())
-            first_file += len(source.files)
-    return notes
-
-
-def _count(account: Account, part: _Part) -> None:
-    account.rows += part.num_rows
-    for problem in part.problems:
-        account.add_bad(problem)
-    for number in part.encoded_apart:
-        account.encoded_apart.add(part.path, number)
-    for number in part.without_end:
-        account.without_end.add(part.path, number)
-
-
-class _Tokenizing:
-    """Turns chunks into parts, in order: here, or in processes of its own.
-
-    Processes, as rendering and masks are Python; started afresh, because a fork of a
-    process that has threads (JAX's, say) may hang.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, workers: int) -> None:
-        self._tokenizer, self._ahead = tokenizer, 2 * workers
-        self._pool = None
-        if workers > 1:
-            context = multiprocessing.get_context("spawn")
-            # Not as an argument: starting a process waits until it has read those, and
-            # a tokenizer is more than a pipe holds.
-            queue = context.Queue()
-            queue.cancel_join_thread()  # a process that dies early leaves its own there
-            for _ in range(workers):
-                queue.put(tokenizer)
-            self._pool = ProcessPoolExecutor(
-                workers, context, initializer=_start_worker, initargs=(queue,)
+            row_format, chunks = open_rows(
+                source, config, has_template=tokenizer.has_chat_template
             )
+            counts = RowCounts(source, row_format, config.row_length)
+            if pool:
+                parts = _tokenize_with(pool, chunks, row_format, ahead=2 * workers)
+            else:
+                parts = (_tokenize(chunk, row_format, tokenizer) for chunk in chunks)
+            for rows, block in parts:
+                counts.add(rows, block)
+                block.records["file"] = first_file + source.files.index(rows.path)
+                writer.append(block)
+                now = time.monotonic()
+                if now - reported >= _REPORT_EVERY_S:
+                    reported = now
+                    _report_progress(source, writer, now - start)
+            all_counts.append(counts.to_json())
+            first_file += len(source.files)
+    return all_counts
 
-    def __enter__(self) -> "_Tokenizing":
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+def _report_progress(source: DataSource, writer: StoreWriter, seconds: float) -> None:
+    print(
+        f"tokenising {source.name}: {writer.num_records:,} records, "
+        f"{writer.num_tokens / 1e6:,.1f}M tokens, "
+        f"{writer.num_tokens / seconds:,.0f} tokens/s",
+        flush=True,
+    )
 
-    def on(self, chunks: Iterator[Chunk], reading: Reading) -> Iterator[_Part]:
-        """Yields the part of each chunk; few chunks are in memory at a time."""
-        if self._pool is None:
-            for chunk in chunks:
-                yield _make_part(chunk, reading, self._tokenizer)
-            return
-        pending: deque[Future[_Part]] = deque()
-        try:
-            for chunk in chunks:
-                with _without_script():
-                    pending.append(self._pool.submit(_work, chunk, reading))
-                if len(pending) > self._ahead:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise ResourceError(
-                "a process that tokenises died, probably out of memory"
-            ) from error
+
+def _tokenize(
+    chunk: RowChunk, row_format: RowFormat, tokenizer: Tokenizer
+) -> _Tokenized:
+    rows = tokenize_rows(chunk, row_format, tokenizer)
+    return replace(rows, examples=[]), make_block(rows.examples)
+
+
+def make_block(examples: Sequence[Example]) -> TokenBlock:
+    """Returns examples one after the other, as records of file 0."""
+    records = np.zeros(len(examples), RECORD)
+    empty = np.empty(0, np.int32)
+    tokens = np.concatenate([empty, *(example.tokens for example in examples)])
+    mask = np.concatenate([empty, *(example.loss_mask for example in examples)])
+    for record, example in zip(records, examples, strict=True):
+        supervised = np.flatnonzero(example.loss_mask)
+        length = len(example.tokens)
+        record["number"], record["length"] = example.number, length
+        record["supervised"] = len(supervised)
+        record["first_supervised"] = supervised[0] if len(supervised) else length
+    records["start"] = np.cumsum(records["length"]) - records["length"]
+    return TokenBlock(tokens.astype(np.int32), mask.astype(np.uint8), records)
 
 
 @contextmanager
-def _without_script() -> Iterator[None]:
-    """Keeps processes that start meanwhile from importing the script that is run.
+def _worker_pool(
+    tokenizer: Tokenizer, workers: int
+) -> Iterator[ProcessPoolExecutor | None]:
+    """Starts worker processes that have the tokenizer; yields None for fewer than two.
 
-    It has nothing they need, takes a second, and one without a guard would run again.
+    Processes, because rendering and masks are Python. They are spawned, because a fork
+    of a process with threads (such as JAX's) may hang.
+    """
+    if workers < 2:
+        yield None
+        return
+    context = multiprocessing.get_context("spawn")
+    # Not in `initargs`: starting a process waits until it has read them, because a
+    # tokenizer is larger than the buffer of a pipe.
+    queue = context.Queue()
+    queue.cancel_join_thread()  # a process that dies early never takes its tokenizer
+    for _ in range(workers):
+        queue.put(tokenizer)
+    pool = ProcessPoolExecutor(
+        workers, context, initializer=_start_worker, initargs=(queue,)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenize_with(
+    pool: ProcessPoolExecutor,
+    chunks: Iterator[RowChunk],
+    row_format: RowFormat,
+    *,
+    ahead: int,
+) -> Iterator[_Tokenized]:
+    """Yields each chunk tokenised, in order; at most `ahead` chunks are in memory."""
+    pending: deque[Future[_Tokenized]] = deque()
+    try:
+        for chunk in chunks:
+            with _without_main_module():
+                pending.append(pool.submit(_work, chunk, row_format))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ResourceError(
+            "a process that tokenises died, probably out of memory"
+        ) from error
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Keeps processes that are started meanwhile from importing the user's script.
+
+    They need nothing of it, it costs a second, and a script without a guard would run
+    again.
     """
     script = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
@@ -219,65 +236,17 @@ _worker_tokenizer: list[Tokenizer] = []
 
 
 def _start_worker(tokenizers: Any) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores are taken
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have workers
     _worker_tokenizer.append(tokenizers.get())
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is killed, as no pipe tells it."""
+def _exit_with_parent() -> None:
+    """Ends this process when its parent is killed, which it would not notice itself."""
     if parent := multiprocessing.parent_process():
         wait([parent.sentinel])
         os._exit(1)
 
 
-def _work(chunk: Chunk, reading: Reading) -> _Part:
-    return _make_part(chunk, reading, _worker_tokenizer[0])
-
-
-def _make_part(chunk: Chunk, reading: Reading, tokenizer: Tokenizer) -> _Part:
-    tokenized = tokenize(chunk, reading, tokenizer)
-    return _Part(
-        path=chunk.path,
-        num_rows=len(chunk.rows),
-        block=make_block(tokenized.examples),
-        problems=tokenized.problems,
-        encoded_apart=tokenized.encoded_apart,
-        without_end=tokenized.without_end,
-    )
-
-
-def make_block(examples: Sequence[Example]) -> Block:
-    """Returns examples one after the other; all of file 0."""
-    records = np.zeros(len(examples), RECORD)
-    empty = np.empty(0, np.int32)
-    tokens = np.concatenate([empty, *(example.tokens for example in examples)])
-    mask = np.concatenate([empty, *(example.loss_mask for example in examples)])
-    for record, example in zip(records, examples, strict=True):
-        learnt = np.flatnonzero(example.loss_mask)
-        length = len(example.tokens)
-        record["number"], record["length"] = example.number, length
-        record["learnt"] = len(learnt)
-        record["first_learnt"] = learnt[0] if len(learnt) else length
-    records["start"] = np.cumsum(records["length"]) - records["length"]
-    return Block(tokens.astype(np.int32), mask.astype(np.uint8), records)
-
-
-class _Progress:
-    """Tells every few seconds how far tokenising is, if it takes that long."""
-
-    def __init__(self, writer: StoreWriter) -> None:
-        self._writer = writer
-        self._start = self._told = time.monotonic()
-
-    def tell(self, source: Source) -> None:
-        now = time.monotonic()
-        if now - self._told < _TELL_EVERY_S:
-            return
-        self._told = now
-        rate = self._writer.num_tokens / (now - self._start)
-        print(
-            f"tokenising {source.name}: {self._writer.num_records:,} records, "
-            f"{self._writer.num_tokens / 1e6:,.1f}M tokens, {rate:,.0f} tokens/s",
-            flush=True,
-        )
+def _work(chunk: RowChunk, row_format: RowFormat) -> _Tokenized:
+    return _tokenize(chunk, row_format, _worker_tokenizer[0])

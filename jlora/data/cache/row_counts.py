@@ -1,21 +1,21 @@
-"""What became of every row of a source: counted, named and told."""
+"""Counts the rows of a source and says what happened to them, for the log and --plan."""
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jlora.data.read.data_paths import Source
-from jlora.data.read.jsonl import Problem
-from jlora.data.read.records import Layout
-from jlora.data.read.row_files import place
-from jlora.data.tokenize.tokenized_rows import Reading
+from jlora.data.cache.token_store import TokenBlock
+from jlora.data.read.bad_rows import MAX_LISTED, BadRow
+from jlora.data.read.data_paths import DataSource
+from jlora.data.read.row_files import row_location
+from jlora.data.read.row_formats import RowFormat
+from jlora.data.tokenize.tokenize_rows import TokenizedRows
 from jlora.errors import counted, listing
 
-MAX_LISTED = 12
-_LEARNT = {
+_LOSS_COUNTS = {
     "assistant": "every assistant turn",
     "last_assistant": "the last assistant turn",
     "completion": "the completion",
@@ -24,181 +24,156 @@ _LEARNT = {
 
 
 @dataclass
-class Places:
-    """How many rows something happened to, and where the first of them stand."""
+class Occurrences:
+    """How many rows something happened to, and which of them were the first."""
 
     MOST: ClassVar[int] = 8
     count: int = 0
-    first: list[tuple[Path, int]] = field(default_factory=list)
+    first: list[list[int]] = field(default_factory=list)
+    """[index of the file in its source, number of the row]."""
 
-    def add(self, path: Path, number: int) -> None:
+    def add(self, file: int, number: int) -> None:
         """Counts one more row."""
         self.count += 1
         if len(self.first) < self.MOST:
-            self.first.append((path, number))
+            self.first.append([file, number])
 
-    def __str__(self) -> str:
-        files = {path for path, _ in self.first}
-        if len(files) == 1:
-            (path,) = files
-            unit = place(path, 0).removeprefix(f"{path}, ").removesuffix(" 0")
-            shown = f"{unit} {', '.join(str(number) for _, number in self.first)}"
+    def describe(self, files: Sequence[Path]) -> str:
+        """Returns where the first rows are, such as "line 1, 5 and 3 more"."""
+        rows = [(files[file], number) for file, number in self.first]
+        if len({path for path, _ in rows}) == 1:
+            path = rows[0][0]
+            unit = row_location(path, 0).removeprefix(f"{path}, ").removesuffix(" 0")
+            shown = f"{unit} {', '.join(str(number) for _, number in rows)}"
         else:
-            shown = "; ".join(place(path, number) for path, number in self.first)
+            shown = "; ".join(row_location(path, number) for path, number in rows)
         rest = self.count - len(self.first)
         return f"{shown} and {rest:,} more" if rest else shown
 
-    def note(self, files: Sequence[Path]) -> list[Any]:
-        """Returns this as JSON, files by their index."""
-        return [self.count, [[files.index(path), n] for path, n in self.first]]
-
-    @classmethod
-    def from_note(cls, note: Sequence[Any], files: Sequence[Path]) -> "Places":
-        """Returns what `note` was made of."""
-        count, first = note
-        return cls(count, [(files[index], number) for index, number in first])
-
-    @property
-    def records(self) -> str:
-        """The count with its noun."""
-        return counted(self.count, "record")
-
 
 @dataclass
-class Account:
-    """The rows of one source."""
+class RowCounts:
+    """The rows of one source: how many there are, and what happened to them."""
 
-    source: Source
-    reading: Reading
+    source: DataSource
+    row_format: RowFormat
     seq_len: int
-    """Tokens that examples are cut at."""
+    """Tokens that examples are cut to."""
+    # Counted while tokenising, and stored with the token ids:
     rows: int = 0
     records: int = 0
-    """Rows that became records, whatever is cut or dropped later."""
+    """Rows that became records, even if they are cut or dropped later."""
     largest_id: int = 0
-    bad: list[Problem] = field(default_factory=list)
-    """The first bad rows."""
-    bad_reasons: dict[str, Places] = field(default_factory=dict)
-    """Reasons, without what differs from row to row."""
-    encoded_apart: Places = field(default_factory=Places)
-    without_end: Places = field(default_factory=Places)
-    cut: Places = field(default_factory=Places)
+    bad: list[list[Any]] = field(default_factory=list)
+    """The first bad rows: index of the file, number, reason, column."""
+    bad_reasons: dict[str, Occurrences] = field(default_factory=dict)
+    """By the reason, in which numbers and quotations are left out."""
+    encoded_apart: Occurrences = field(default_factory=Occurrences)
+    without_end: Occurrences = field(default_factory=Occurrences)
+    # Counted by `truncate_records`:
+    cut: Occurrences = field(default_factory=Occurrences)
     tokens_lost: int = 0
-    emptied: Places = field(default_factory=Places)
-    """Dropped: cut before anything was to be learnt."""
-    empty: Places = field(default_factory=Places)
-    """Dropped: nothing to learn."""
+    cut_away: Occurrences = field(default_factory=Occurrences)
+    """Dropped: cut before the first token that the loss counts."""
+    unsupervised: Occurrences = field(default_factory=Occurrences)
+    """Dropped: the loss counts no token."""
     kept: int = 0
     tokens: int = 0
     supervised: int = 0
-    """Of the examples that are kept, after the cut."""
+    """Tokens that the loss counts in the kept records, after the cut."""
     lengths: Counter[int] = field(default_factory=Counter)
-    """Bits of the length before the cut -> examples: a histogram by powers of two."""
+    """Bits of the length before the cut -> records: a histogram by powers of two."""
 
     @property
     def num_bad(self) -> int:
         """Rows that cannot be used."""
-        return sum(places.count for places in self.bad_reasons.values())
+        return sum(rows.count for rows in self.bad_reasons.values())
 
     @property
     def num_dropped(self) -> int:
-        """Good rows with nothing to learn."""
-        return self.emptied.count + self.empty.count
+        """Good rows in which nothing is to be trained on."""
+        return self.cut_away.count + self.unsupervised.count
 
-    def add_bad(self, problem: Problem) -> None:
-        """Counts a bad row under its reason, numbers and quotations left out."""
-        if len(self.bad) < MAX_LISTED:
-            self.bad.append(problem)
-        reason = re.sub(r"'[^']*'|\"[^\"]*\"", "...", problem.reason)
-        reason = re.sub(r"\d+", "N", reason)
-        self.bad_reasons.setdefault(reason, Places()).add(problem.path, problem.number)
+    def bad_rows(self) -> list[BadRow]:
+        """Returns the first bad rows."""
+        return [BadRow(self.source.files[file], *rest) for file, *rest in self.bad]
 
-    def note(self) -> dict[str, Any]:
-        """Returns what tokenising found out, as JSON; what `fit` counts is left out."""
-        files, reading = self.source.files, self.reading
+    def add(self, rows: TokenizedRows, block: TokenBlock) -> None:
+        """Counts the rows of a chunk and its records."""
+        file = self.source.files.index(rows.path)
+        self.rows += rows.num_rows
+        self.records += len(block.records)
+        self.largest_id = max(self.largest_id, int(block.tokens.max(initial=0)))
+        for row in rows.bad_rows:
+            if len(self.bad) < MAX_LISTED:
+                self.bad.append([file, row.number, row.reason, row.column])
+            reason = re.sub(r"'[^']*'|\"[^\"]*\"", "...", row.reason)
+            reason = re.sub(r"\d+", "N", reason)
+            self.bad_reasons.setdefault(reason, Occurrences()).add(file, row.number)
+        for number in rows.encoded_apart:
+            self.encoded_apart.add(file, number)
+        for number in rows.without_end:
+            self.without_end.add(file, number)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what was counted while tokenising; files only by their index."""
         return {
-            "format": reading.layout.format,
-            "is_chat": reading.layout.is_chat,
-            "fields": dict(reading.layout.fields),
-            "train_on": reading.train_on,
+            "row_format": asdict(self.row_format),
             "rows": self.rows,
             "records": self.records,
             "largest_id": self.largest_id,
-            "bad": [
-                [files.index(bad.path), bad.number, bad.reason, bad.column]
-                for bad in self.bad
-            ],
-            "bad_reasons": {
-                reason: places.note(files)
-                for reason, places in self.bad_reasons.items()
-            },
-            "encoded_apart": self.encoded_apart.note(files),
-            "without_end": self.without_end.note(files),
+            "bad": self.bad,
+            "bad_reasons": {name: asdict(x) for name, x in self.bad_reasons.items()},
+            "encoded_apart": asdict(self.encoded_apart),
+            "without_end": asdict(self.without_end),
         }
 
     @classmethod
-    def from_note(
-        cls, note: Mapping[str, Any], source: Source, seq_len: int
-    ) -> "Account":
-        """Returns the account that `note` was made of, nothing cut or dropped yet."""
-        files = source.files
-        layout = Layout(note["format"], note["is_chat"], note["fields"])
-        return cls(
-            source,
-            Reading(layout, note["train_on"]),
-            seq_len,
-            rows=note["rows"],
-            records=note["records"],
-            largest_id=note["largest_id"],
-            bad=[Problem(files[file], *rest) for file, *rest in note["bad"]],
-            bad_reasons={
-                reason: Places.from_note(places, files)
-                for reason, places in note["bad_reasons"].items()
-            },
-            encoded_apart=Places.from_note(note["encoded_apart"], files),
-            without_end=Places.from_note(note["without_end"], files),
-        )
+    def from_json(
+        cls, stored: Mapping[str, Any], source: DataSource, seq_len: int
+    ) -> "RowCounts":
+        """Returns the counts that `to_json` stored; nothing is cut or dropped yet."""
+        reasons = stored["bad_reasons"].items()
+        parts = {
+            "row_format": RowFormat(**stored["row_format"]),
+            "bad_reasons": {name: Occurrences(**x) for name, x in reasons},
+            "encoded_apart": Occurrences(**stored["encoded_apart"]),
+            "without_end": Occurrences(**stored["without_end"]),
+        }
+        return cls(source=source, seq_len=seq_len, **{**stored, **parts})
 
     def lines(self) -> list[str]:
-        """Returns what there is to say about the source, one fact per line."""
-        source, reading = self.source, self.reading
+        """Returns the lines of the log about this source, one fact in each."""
+        source, row_format = self.source, self.row_format
         files = f"{len(source.files):,} files, " if len(source.files) > 1 else ""
         passes = "" if source.weight == 1 else f", {source.weight:g} passes per epoch"
         lines = [
-            f"format {reading.layout.format}, the loss counts "
-            f"{_LEARNT[reading.train_on]}, {files}{counted(self.rows, 'record')}{passes}"
+            f"format {row_format.name}, the loss counts "
+            f"{_LOSS_COUNTS[row_format.train_on]}, {files}"
+            f"{counted(self.rows, 'record')}{passes}"
         ]
         if source.ignored:
             lines.append(f"not data, ignored: {listing(source.ignored, limit=5)}")
-        lines += [f"{text} ({places})" for places, text in self._told() if places.count]
-        return [f"{source.name}: {line}" for line in lines]
-
-    def _told(self) -> list[tuple[Places, str]]:
-        """Returns what can happen to records, and where it did."""
-        left_out = [
-            (places, f"left out {places.records}: {reason}")
-            for reason, places in self.bad_reasons.items()
-        ]
-        return [
-            *left_out,
-            (
-                self.cut,
-                f"cut {self.cut.records} at data.seq_len={self.seq_len}, "
-                f"{counted(self.tokens_lost, 'token')} lost",
-            ),
-            (
-                self.emptied,
-                f"dropped {self.emptied.count:,} of them, which had nothing to learn left",
-            ),
-            (self.empty, f"dropped {self.empty.records} with nothing to learn"),
+        lost = counted(self.tokens_lost, "token")
+        events = [
+            *((rows, "left out", f": {why}") for why, rows in self.bad_reasons.items()),
+            (self.cut, "cut", f" at data.seq_len={self.seq_len}, {lost} lost"),
+            (self.cut_away, "dropped", ", as the cut left nothing to train on"),
+            (self.unsupervised, "dropped", " with nothing to train on"),
             (
                 self.encoded_apart,
-                f"prompt and completion encoded apart in {self.encoded_apart.records}, "
-                "where they would share a token",
+                "prompt and completion encoded apart in",
+                ", where they would share a token",
             ),
             (
                 self.without_end,
-                f"no control token ends the answer in {self.without_end.records}; the "
-                "model may not learn to stop",
+                "no control token ends the answer in",
+                "; the model may not learn to stop",
             ),
         ]
+        lines += [
+            f"{what} {counted(rows.count, 'record')}{why} ({rows.describe(source.files)})"
+            for rows, what, why in events
+            if rows.count
+        ]
+        return [f"{source.name}: {line}" for line in lines]

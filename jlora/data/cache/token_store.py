@@ -1,8 +1,8 @@
 """Token ids on disk: written once, read at random through memory maps, checked by digests.
 
-A store is a folder of three arrays and a note. It appears whole or not at all, one process
-builds it while others wait, and one that is damaged (a power cut before the disk had it
-all, say) is built again. A cache of them takes a tenth of its disk, or what is in use.
+A store is a folder of three arrays and a note. It appears whole or not at all. One process
+builds it while others wait. A damaged store (after a power cut, say) is built again. All
+stores of a cache folder take at most a tenth of the disk, apart from those in use.
 """
 
 import errno
@@ -22,24 +22,25 @@ import numpy as np
 
 from jlora.errors import ResourceError, UsageError, warn
 
-SCHEMA = 1
 SHARE = 0.1
-"""Of the disk: what all stores of a cache may take, whenever one is built."""
+"""Share of the disk that all stores of a cache may take; checked after each build."""
 RECORD = np.dtype(
     [
-        ("start", "<i8"),  # of its tokens
+        ("start", "<i8"),  # index of its first token
         ("number", "<i8"),  # line or row of the file, from 1
         ("length", "<i4"),
-        ("learnt", "<i4"),  # tokens to learn
-        ("first_learnt", "<i4"),  # index of the first one; length if there is none
+        ("supervised", "<i4"),  # tokens that the loss counts
+        ("first_supervised", "<i4"),  # index of the first one; length if there is none
         ("file", "<i4"),  # index among all files of the data set
     ]
 )
 _DTYPES = {"tokens": np.dtype("<i4"), "loss_mask": np.dtype("u1"), "records": RECORD}
+# What reading a folder raises that is not a whole store.
+_NO_STORE = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class TokenBlock:
     """Some records: tokens int32 [n], loss_mask uint8 [n], records RECORD [m]."""
 
     tokens: np.ndarray
@@ -48,19 +49,16 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
-class Store:
-    """The arrays of a `Block`, mapped from disk, and what was noted beside them."""
+class TokenStore(TokenBlock):
+    """The records of a folder, mapped from disk, and the note beside them."""
 
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    records: np.ndarray
     note: dict[str, Any]
     digest: str
-    """A sha256 over tokens, masks and borders."""
+    """A sha256 of tokens, masks and lengths."""
 
     @property
     def num_bytes(self) -> int:
-        """What it takes on disk, but for its note."""
+        """The size of its arrays on disk."""
         return sum(x.nbytes for x in (self.tokens, self.loss_mask, self.records))
 
 
@@ -76,17 +74,13 @@ class StoreWriter:
         }
         self._hashes = {name: hashlib.sha256() for name in [*_DTYPES, "lengths"]}
 
-    def append(self, block: Block) -> None:
-        """Writes a block, whose records count their starts from its own beginning."""
+    def append(self, block: TokenBlock) -> None:
+        """Writes a block, in which the first record starts at token 0."""
         records = block.records.copy()
         records["start"] += self.num_tokens
-        arrays = {
-            "tokens": block.tokens,
-            "loss_mask": block.loss_mask,
-            "records": records,
-        }
-        for name, array in arrays.items():
-            data = np.ascontiguousarray(array, _DTYPES[name]).tobytes()
+        arrays = (block.tokens, block.loss_mask, records)
+        for (name, dtype), array in zip(_DTYPES.items(), arrays, strict=True):
+            data = np.ascontiguousarray(array, dtype).tobytes()
             self._files[name].write(data)
             self._hashes[name].update(data)
         self._hashes["lengths"].update(records["length"].tobytes())
@@ -110,15 +104,15 @@ class StoreWriter:
         return {name: digest.hexdigest() for name, digest in self._hashes.items()}
 
 
-def cached_store(
+def open_or_build(
     cache: Path, key: str, build: Callable[[StoreWriter], dict[str, Any]]
-) -> Store:
-    """Returns the store `key` of a cache folder, building it if need be.
+) -> TokenStore:
+    """Returns the store `key` of a cache folder; builds it if it is not there.
 
     Args:
         cache: created if it is not there.
-        key: a digest of all that the content follows from.
-        build: appends everything and returns the note (JSON).
+        key: a digest of everything that decides the content.
+        build: appends all records and returns the note (JSON).
 
     Raises:
         UsageError: the folder cannot be written.
@@ -127,12 +121,12 @@ def cached_store(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{key}.lock", wait=True):
-            _clear_stale(cache, but=key)
+            _remove_unfinished(cache, but=key)
             store = _open(cache / key)
             if store is None:
                 store = _build(cache, key, build)
                 _prune(cache, but=key)
-            _keep_while_used(store, cache / key)
+            _hold_while_used(store, cache / key)
             return store
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -142,7 +136,7 @@ def cached_store(
                 "takes 5 bytes per token; make room or give another data.cache_dir"
             ) from error
         if error.filename is None or not str(error.filename).startswith(str(cache)):
-            raise  # not of the cache: a file of the data
+            raise  # about a data file, not about the cache
         raise UsageError(
             f"{cache}: the token cache cannot be written ({error.strerror}); "
             "give another folder with data.cache_dir"
@@ -151,7 +145,7 @@ def cached_store(
 
 def _build(
     cache: Path, key: str, build: Callable[[StoreWriter], dict[str, Any]]
-) -> Store:
+) -> TokenStore:
     temporary = cache / f"{key}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)  # of a build that was killed
     temporary.mkdir()
@@ -159,10 +153,9 @@ def _build(
         with StoreWriter(temporary) as writer:
             note = build(writer)
             digests = writer.finish()
-        about = {"schema": SCHEMA, "key": key, "sha256": digests, "note": note}
         with (temporary / "note.json").open("w", encoding="utf-8") as file:
-            json.dump(about, file)
-        shutil.rmtree(cache / key, ignore_errors=True)  # damaged, or it would be used
+            json.dump({"key": key, "sha256": digests, "note": note}, file)
+        shutil.rmtree(cache / key, ignore_errors=True)  # damaged, or we would not build
         temporary.rename(cache / key)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -172,43 +165,47 @@ def _build(
     return store
 
 
-def _open(folder: Path, *, verify: bool = True) -> Store | None:
+def _open(folder: Path, *, verify: bool = True) -> TokenStore | None:
     """Returns the store in a folder, None if there is none or it is damaged."""
     if not folder.is_dir():
         return None
     try:
-        about = json.loads((folder / "note.json").read_text("utf-8"))
+        about = _read_note(folder)
         digests = about["sha256"]
-        if about["schema"] != SCHEMA or about["key"] != folder.name:
-            raise ValueError("the note belongs to another store")
         arrays = {}
         for name, dtype in _DTYPES.items():
             path = folder / f"{name}.bin"
-            if verify and _file_digest(path) != digests[name]:
+            if verify and file_sha256(path) != digests[name]:
                 raise ValueError(f"{path.name} is damaged")
-            arrays[name] = _map(path, dtype)
+            # An empty file cannot be mapped.
+            is_empty = path.stat().st_size == 0
+            arrays[name] = (
+                np.empty(0, dtype) if is_empty else np.memmap(path, dtype, "r")
+            )
         parts = [digests[name] for name in ("tokens", "loss_mask", "lengths")]
         digest = hashlib.sha256("".join(parts).encode()).hexdigest()
-        return Store(**arrays, note=about["note"], digest=digest)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return TokenStore(**arrays, note=about["note"], digest=digest)
+    except _NO_STORE as error:
         warn(f"token cache {folder}: {error}; building it again")
         return None
 
 
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    if path.stat().st_size == 0:  # which cannot be mapped
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+def _read_note(folder: Path) -> dict[str, Any]:
+    about = json.loads((folder / "note.json").read_text("utf-8"))
+    if about["key"] != folder.name:
+        raise ValueError("the note belongs to another store")
+    return about
 
 
-def _file_digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
-    """Holds a lock file; yields whether it could be had, which `wait` makes sure."""
+    """Holds a lock file; yields whether it is held, which is certain with `wait`."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,21 +218,22 @@ def _locked(path: Path, *, wait: bool) -> Iterator[bool]:
         yield True
 
 
-def _clear_stale(cache: Path, but: str) -> None:
+def _remove_unfinished(cache: Path, but: str) -> None:
     """Removes what killed builds of other keys left behind."""
     for temporary in cache.glob("*.tmp"):
-        # Without a lock file it is not a build's.
-        if temporary.stem != but and temporary.with_suffix(".lock").exists():
-            with _locked(cache / f"{temporary.stem}.lock", wait=False) as held:
+        lock = temporary.with_suffix(".lock")
+        # A folder without a lock file was not made by a build.
+        if temporary.stem != but and lock.exists():
+            with _locked(lock, wait=False) as held:
                 if held:
                     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _keep_while_used(store: Store, folder: Path) -> None:
-    """Notes that a store is used now, and by whom it must not be taken away."""
+def _hold_while_used(store: TokenStore, folder: Path) -> None:
+    """Marks a store as used now, and keeps `_prune` from removing it while it is open."""
     os.utime(folder)
     use = os.open(folder.with_suffix(".use"), os.O_RDWR | os.O_CREAT, 0o666)
-    fcntl.flock(use, fcntl.LOCK_SH)  # nobody holds it long: see `_prune`
+    fcntl.flock(use, fcntl.LOCK_SH)  # waits for `_prune` at most, which is quick
     weakref.finalize(store, os.close, use)
 
 
@@ -243,38 +241,24 @@ def _prune(cache: Path, but: str) -> None:
     """Removes stores that nobody uses, the longest unused first, down to SHARE."""
     found = []  # (last use, size, folder)
     for folder in cache.iterdir():
-        with suppress(FileNotFoundError):  # another process prunes, too
-            if _is_store(folder):
-                size = sum(file.stat().st_size for file in folder.iterdir())
-                found.append((folder.stat().st_mtime, size, folder))
+        with suppress(*_NO_STORE):  # which are left alone
+            _read_note(folder)
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            found.append((folder.stat().st_mtime, size, folder))
     total = sum(size for _, size, _ in found)
     excess = total - SHARE * shutil.disk_usage(cache).total
-    for _, size, store in sorted(found):
+    for _, size, folder in sorted(found):
         if excess <= 0:
             return
-        if store.name == but:
+        if folder.name == but:
             continue
         with (
-            # Not while another process opens it, nor while one has it open.
-            _locked(store.with_suffix(".lock"), wait=False) as is_closed,
-            _locked(store.with_suffix(".use"), wait=False) as is_unused,
+            # Held while another process opens the store, and while one has it open.
+            _locked(folder.with_suffix(".lock"), wait=False) as is_closed,
+            _locked(folder.with_suffix(".use"), wait=False) as is_unused,
         ):
             if is_closed and is_unused:
-                shutil.rmtree(store, ignore_errors=True)
-                if not store.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                if not folder.exists():
                     excess -= size
-                    print(f"token cache: {store} was removed to make room", flush=True)
-
-
-def _is_store(folder: Path) -> bool:
-    """Returns whether a folder is named by the note in it: others are left alone."""
-    try:
-        about = json.loads((folder / "note.json").read_text("utf-8"))
-        return about["key"] == folder.name
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def default_cache() -> Path:
-    """Returns $JLORA_CACHE, or else ~/.cache/jlora."""
-    return Path(os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora")
+                    print(f"token cache: {folder} was removed to make room", flush=True)

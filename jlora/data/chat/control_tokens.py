@@ -1,8 +1,8 @@
-"""Control strings in data stay text: `<|im_end|>` typed by a user never ends a turn.
+"""Keeps control strings in data plain text: `<|im_end|>` typed by a user ends no turn.
 
-Before a template runs, control strings in its input are wrapped in marks; afterwards
-the marks say which control tokens of the rendered text are the template's own. The
-marks are lone surrogates, which no valid text contains.
+Before a template runs, control strings in its input are wrapped in marks. Afterwards the
+marks say which control tokens of the rendered text the template itself wrote. The marks
+are lone surrogates, which no valid text contains.
 """
 
 import json
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from jlora.data.read.jsonl import RowError
+from jlora.data.read.bad_rows import RowError
 
 OPEN_GENERATION, CLOSE_GENERATION = "\udc03", "\udc04"
 _START, _END = "\udc01", "\udc02"
 _MARKS = re.compile("([\udc01-\udc04])")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Noncharacters, reserved for use inside a program.
+# Unicode noncharacters, which are reserved for use inside a program.
 _GUARD = "\ufdd0\ufdd1\ufdd0"
 
 Span = tuple[int, int]
@@ -29,28 +29,28 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class Rendered:
-    """A conversation as text, with character spans of what came from where.
+    """A rendered conversation; spans are of characters.
 
-    Each is equal to itself alone, so that looking one up does not read its text.
+    Compared by identity, so that using one as a key does not hash its text.
     """
 
     text: str
     generated: tuple[Span, ...] = ()
     """The contents of the template's generation blocks."""
-    data: tuple[Span, ...] = ()
+    data_controls: tuple[Span, ...] = ()
     """Control strings that came from the data."""
-    cuts: tuple[int, ...] = ()
-    """Borders that no control token may cross: where a mark was removed."""
+    boundaries: tuple[int, ...] = ()
+    """Where a mark was removed; no control token may cross one."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and, where asked for, the characters each came from."""
+    """Token ids and, where asked for, the span of characters that each covers."""
 
     ids: list[int]
     offsets: list[Span]
     shared: int = 0
-    """Ids before these, left out because they are the first ones of the whole text."""
+    """How many ids before these are left out, because the whole text begins with them."""
 
     @cached_property
     def array(self) -> np.ndarray:
@@ -74,10 +74,10 @@ def control_pattern(controls: Set[str]) -> re.Pattern[str]:
 
 
 def mark(value: Any, pattern: re.Pattern[str]) -> Any:
-    """Returns a fresh copy of plain JSON data with marks around control strings."""
+    """Returns a copy of plain JSON data with marks around control strings."""
     if isinstance(value, str):
         check_text(value)
-        # Searched first, as `sub` takes a while to begin and most texts hold none.
+        # Searched first, because `sub` is slow to start and most texts have no match.
         found = pattern.search(value)
         return pattern.sub(f"{_START}\\g<0>{_END}", value) if found else value
     if isinstance(value, dict):
@@ -90,61 +90,68 @@ def mark(value: Any, pattern: re.Pattern[str]) -> Any:
 
 
 def unmark(marked: str, controls: Set[str]) -> Rendered:
-    """Returns the text without marks, and what the marks said."""
+    """Removes the marks from a rendered text and returns what they say."""
     if marked.isascii() or not _MARKS.search(marked):
         return Rendered(marked)
     pieces = _MARKS.split(marked)
-    text: list[str] = []
     generated: list[Span] = []
-    data: list[Span] = []
-    cuts: list[int] = []
+    data_controls: list[Span] = []
+    boundaries: list[int] = []
     position, opened = 0, 0
     for index, piece in enumerate(pieces):
         if index % 2 == 0:
-            text.append(piece)
             position += len(piece)
         elif piece == OPEN_GENERATION:
             opened = position
         elif piece == CLOSE_GENERATION:
             generated.append((opened, position))
         else:
-            cuts.append(position)
-            # A template may split a text between its marks: only a whole marked
-            # control string counts as one, a single mark is a border.
+            boundaries.append(position)
+            # A template may cut a text between its marks. Only a whole control string
+            # between both marks counts as one; a single mark is just a boundary.
             inside = pieces[index + 1]
-            whole = piece == _START and inside in controls
-            if whole and pieces[index + 2 : index + 3] == [_END]:
-                data.append((position, position + len(inside)))
-    return Rendered("".join(text), tuple(generated), tuple(data), tuple(cuts))
+            is_whole = piece == _START and inside in controls
+            if is_whole and pieces[index + 2 : index + 3] == [_END]:
+                data_controls.append((position, position + len(inside)))
+    text = "".join(pieces[::2])
+    return Rendered(text, tuple(generated), tuple(data_controls), tuple(boundaries))
 
 
-class GuardedTokenizer:
-    """Encodes a text as if it stood in the middle of a longer one.
+def add_guard(
+    source: tokenizers.Tokenizer, *, added_tokens: bool
+) -> tokenizers.Tokenizer:
+    """Returns a copy of a tokenizer that `encode_guarded` can use.
 
-    Some tokenizers put a space before the first word of a string. A guard token in
-    front, removed afterwards, keeps that from happening.
+    Args:
+        source: the tokenizer.
+        added_tokens: whether the copy keeps its added tokens (False: they are text).
     """
+    document = json.loads(source.to_str())
+    if not added_tokens:
+        document["added_tokens"] = []
+    copy = tokenizers.Tokenizer.from_str(json.dumps(document))
+    guard = tokenizers.AddedToken(_GUARD, normalized=False, special=True)
+    copy.add_special_tokens([guard])
+    return copy
 
-    def __init__(self, source: tokenizers.Tokenizer, *, added_tokens: bool) -> None:
-        """Copies `source`, without its added tokens if they are not wanted."""
-        document = json.loads(source.to_str())
-        if not added_tokens:
-            document["added_tokens"] = []
-        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(document))
-        self._tokenizer.add_special_tokens(
-            [tokenizers.AddedToken(_GUARD, normalized=False, special=True)]
-        )
 
-    def encode(self, text: str, *, in_the_middle: bool = True) -> Encoded:
-        """Returns ids and offsets of `text` alone."""
-        if _GUARD in text:
-            raise RowError("the text holds noncharacters (U+FDD0) reserved for jlora")
-        guard = _GUARD if in_the_middle else ""
-        encoding = self._tokenizer.encode(guard + text, add_special_tokens=False)
-        skip = 1 if guard else 0
-        shift = len(guard)
-        offsets = [(a - shift, b - shift) for a, b in encoding.offsets[skip:]]
-        return Encoded(encoding.ids[skip:], offsets)
+def encode_guarded(
+    tokenizer: tokenizers.Tokenizer, text: str, *, in_the_middle: bool = True
+) -> Encoded:
+    """Returns ids and offsets of a text that continues another one.
+
+    Some tokenizers put a space before the first word of a string. A guard token in front
+    of the text, removed afterwards, prevents that (not at the start of a text).
+    """
+    if _GUARD in text:
+        raise RowError("the text holds noncharacters (U+FDD0) reserved for jlora")
+    if not in_the_middle:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        return Encoded(encoding.ids, encoding.offsets)
+    encoding = tokenizer.encode(_GUARD + text, add_special_tokens=False)
+    shift = len(_GUARD)
+    offsets = [(a - shift, b - shift) for a, b in encoding.offsets[1:]]
+    return Encoded(encoding.ids[1:], offsets)
 
 
 def encode_data_as_text(
@@ -153,12 +160,12 @@ def encode_data_as_text(
     *,
     added_ids: Set[int],
     control_ids: Set[int],
-    plain: GuardedTokenizer,
+    plain: tokenizers.Tokenizer,
 ) -> Encoded:
-    """Returns `encoded` with every control token that came from the data undone.
+    """Returns `encoded` with text in place of the control tokens that data forged.
 
-    The template's own added tokens split the text; each stretch between two of them
-    that holds a forged one is encoded again as plain text.
+    The template's own added tokens split the text. A stretch between two of them that
+    holds a forged one is encoded again by `plain`, which knows no added tokens.
 
     Raises:
         RowError: the tokenizer makes a control token even of plain text.
@@ -168,12 +175,12 @@ def encode_data_as_text(
     begin, begin_char = 0, 0
 
     def close_stretch(end: int, end_char: int) -> None:
-        if not any(index in added_ids for index in encoded.ids[begin:end]):
+        if added_ids.isdisjoint(encoded.ids[begin:end]):
             ids.extend(encoded.ids[begin:end])
             offsets.extend(encoded.offsets[begin:end])
             return
         stretch = rendered.text[begin_char:end_char]
-        again = plain.encode(stretch, in_the_middle=begin_char > 0)
+        again = encode_guarded(plain, stretch, in_the_middle=begin_char > 0)
         if not control_ids.isdisjoint(again.ids):
             raise RowError(
                 f"the tokenizer makes a control token of the plain text {stretch!r:.80}"
@@ -194,6 +201,6 @@ def encode_data_as_text(
 
 
 def _is_forged(rendered: Rendered, start: int, end: int) -> bool:
-    return any(a < end and b > start for a, b in rendered.data) or any(
-        start < cut < end for cut in rendered.cuts
+    return any(a < end and b > start for a, b in rendered.data_controls) or any(
+        start < boundary < end for boundary in rendered.boundaries
     )

@@ -1,4 +1,4 @@
-"""The jinja2 environment of Hugging Face's chat templates, with limits on what it costs."""
+"""The jinja2 environment for chat templates: Transformers' own, with limits on its work."""
 
 import importlib.metadata
 import json
@@ -17,24 +17,24 @@ import jinja2.utils
 from jinja2.exceptions import SecurityError, TemplateError
 
 from jlora.data.chat.control_tokens import CLOSE_GENERATION, OPEN_GENERATION
-from jlora.data.chat.template_limits import (
+from jlora.data.chat.template_budget import (
     Budget,
-    metered_call,
+    charge_call,
     metered_filter,
     node_filters,
     rewrite,
 )
 from jlora.errors import UnsupportedError
 
-# Llama 3.2's template prints today's date; its own fallback is this day. Pinned, so
-# that neither the data nor a resumed run depends on the clock.
+# "Today" for templates that print the date: the fallback of Llama 3.2's own template.
+# Pinned, so that neither the data nor a resumed run depends on the clock.
 PINNED_DATE = datetime(2024, 7, 26)
 _MIN_JINJA2 = (3, 1, 6)
-# Answers about attributes that are kept; a template may ask for any name.
-_MAX_KNOWN = 1000
-_OF_LOOPS = frozenset({"first", "last", "index", "index0"})
-# By chance, or for web pages, and without a bound on what they make.
-_LEFT_OUT = ("random", "pprint", "urlize", "wordwrap", "xmlattr")
+# Bounds the cache of `is_safe_attribute`, as a template may ask for any name.
+_MAX_CACHED = 1000
+_LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0"})
+# Random, or made for web pages, and their output has no known bound.
+_REMOVED_FILTERS = ("random", "pprint", "urlize", "wordwrap", "xmlattr")
 
 
 def make_environment() -> "_Sandbox":
@@ -56,7 +56,7 @@ def make_environment() -> "_Sandbox":
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: leaves marks around its content."""
+    """`{% generation %}...{% endgeneration %}`: puts marks around its content."""
 
     tags = {"generation"}  # noqa: RUF012 (declared so by jinja2)
 
@@ -71,12 +71,12 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """HF's sandbox; an unsafe attribute raises at once, and a budget bounds all work."""
+    """Transformers' sandbox; unsafe attributes raise at once, a budget limits the work."""
 
     intercepted_binops = frozenset({"+", "-", "*", "**", "%"})
 
     def __init__(self, **options: Any) -> None:
-        """Makes the filters and globals that templates of models expect."""
+        """Sets up the filters and globals that chat templates expect."""
         self.budget = Budget()
         self._is_safe: dict[tuple[type, str], bool] = {}
         super().__init__(**options, finalize=self.budget.finalize)
@@ -84,7 +84,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters = {
             name: metered_filter(self.budget, name, filter)
             for name, filter in self.filters.items()
-            if name not in _LEFT_OUT
+            if name not in _REMOVED_FILTERS
         } | node_filters(self.budget)
         self.globals = {
             "dict": _TemplateDict(),
@@ -100,14 +100,14 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         )
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is jinja2.runtime.LoopContext and attribute in _OF_LOOPS:
-            return getattr(obj, attribute)  # asked for by every message
+        if type(obj) is jinja2.runtime.LoopContext and attribute in _LOOP_ATTRIBUTES:
+            return getattr(obj, attribute)  # most frequent, and always safe
         return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        key = type(obj), attr  # which is all that jinja2's answer depends on
+        key = type(obj), attr  # jinja2's answer depends on nothing else
         if key not in self._is_safe:
-            if len(self._is_safe) >= _MAX_KNOWN:
+            if len(self._is_safe) >= _MAX_CACHED:
                 self._is_safe.clear()
             self._is_safe[key] = super().is_safe_attribute(obj, attr, value)
         return self._is_safe[key]
@@ -115,20 +115,20 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(
         self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
     ) -> Any:
-        if operator == "+" and type(left) is type(right) is str:  # nearly all of them
+        if operator == "+" and type(left) is type(right) is str:  # the usual case
             self.budget.spend(len(left) + len(right))
             return left + right
         self.budget.binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def call(
-        __self,  # not `self`: a template may pass a keyword of that name
+        __self,  # a template may pass a keyword argument named `self`
         __context: jinja2.runtime.Context,
         __obj: Any,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        args = metered_call(__self.budget, __obj, args, kwargs)
+        args = charge_call(__self.budget, __obj, args, kwargs)
         result = super().call(__context, __obj, *args, **kwargs)
         return __self.budget.charge_result(result)
 
@@ -159,7 +159,7 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 class _TemplateDict:
-    """`dict` without the type's attributes."""
+    """`dict` for templates, without the other attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -169,20 +169,20 @@ class _TemplateDict:
 
 
 class _TemplateNamespace(jinja2.utils.Namespace):
-    """`namespace` without names that begin with an underscore."""
+    """`namespace` for templates; refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
         attributes = dict(*rest, **kwargs)
         for name in attributes:
-            _TemplateNamespace._check_name(name)
+            _check_name(name)
         jinja2.utils.Namespace.__init__(self, attributes)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _TemplateNamespace._check_name(name)
+        _check_name(name)
         super().__setitem__(name, value)
 
-    @staticmethod
-    def _check_name(name: str) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace attribute named {name!r}")
+
+def _check_name(name: str) -> None:
+    if name.startswith("_"):
+        raise SecurityError(f"a namespace attribute named {name!r}")

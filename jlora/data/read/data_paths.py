@@ -1,4 +1,4 @@
-"""What the user named to the files to read: a file, folder or glob, and its weight."""
+"""Finds the data files behind what the user gave: files, folders, globs, weights."""
 
 import glob
 from collections.abc import Mapping, Sequence
@@ -9,30 +9,34 @@ from typing import Any
 from jlora.config.strict_json import parse_json_object
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow")
-_COMPRESSIONS = ("", ".gz", ".zst")
-Given = str | Path | Sequence[str] | Mapping[str, float]
+_JSON_ENDINGS = tuple(
+    name + compression
+    for name in (".jsonl", ".ndjson", ".json")
+    for compression in ("", ".gz", ".zst")
+)
+DataPaths = str | Path | Sequence[str] | Mapping[str, float]
+"""One path, several, or {path: passes per epoch}."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Files of one format."""
+class DataSource:
+    """One of the given paths and its files, which have the same format."""
 
     name: str
-    """As the user gave it."""
+    """The path as the user gave it."""
     files: tuple[Path, ...]
     weight: float = 1.0
     """Passes over the source per epoch."""
     ignored: tuple[str, ...] = ()
-    """Names of a folder's files that hold no records."""
+    """Names of the other files in a folder."""
 
 
-def find_sources(given: Given) -> list[Source]:
-    """Returns the sources in the order given, the files of each in order of name.
+def find_data_sources(given: DataPaths) -> list[DataSource]:
+    """Returns the sources in the given order, the files of each sorted by name.
 
     Raises:
-        UsageError: nothing is there, a path given twice, or a weight that is none.
-        UnsupportedError: an old Hugging Face data-set folder.
+        UsageError: nothing there, a path given twice, or a weight out of range.
+        UnsupportedError: a Hugging Face data-set folder of an old version.
         CorruptError: a Hugging Face data-set folder whose files are missing.
     """
     weights = {str(given): 1.0} if isinstance(given, str | Path) else given
@@ -46,10 +50,10 @@ def find_sources(given: Given) -> list[Source]:
         weights = dict.fromkeys(names, 1.0)
     if not weights:
         raise UsageError("no data is named; give a file, a folder or a glob")
-    return [_source(name, weight) for name, weight in weights.items()]
+    return [_find_source(name, weight) for name, weight in weights.items()]
 
 
-def _source(name: str, weight: float) -> Source:
+def _find_source(name: str, weight: float) -> DataSource:
     if not 0 < weight <= 1000:
         raise UsageError(
             f"{name}: the weight {weight} is not above 0 and at most 1000; a weight of "
@@ -57,16 +61,16 @@ def _source(name: str, weight: float) -> Source:
         )
     path = Path(name)
     if path.is_dir():
-        files, ignored = _folder(path)
-        return Source(name, files, weight, ignored)
+        files, ignored = _list_folder(path)
+        return DataSource(name, files, weight, ignored)
     if not path.exists() and glob.has_magic(name):
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))
         files = tuple(file for file in found if file.is_file())
         if not files:
             raise UsageError(f"{name}: no file matches")
-        return Source(name, files, weight)
+        return DataSource(name, files, weight)
     _check_file(path)
-    return Source(name, (path,), weight)
+    return DataSource(name, (path,), weight)
 
 
 def _check_file(path: Path) -> None:
@@ -82,10 +86,10 @@ def _check_file(path: Path) -> None:
     raise UsageError(f"{path}: no such file{nearest(path.name, names)}")
 
 
-def _folder(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+def _list_folder(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Returns the data files of a folder, and the names of its other files."""
     if (path / "dataset_dict.json").is_file():
-        return _folder(_training_split(path))
+        return _list_folder(_training_split(path))
     if (path / "state.json").is_file():
         return _saved_files(path), ()
     names = sorted(
@@ -93,32 +97,26 @@ def _folder(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
         for file in path.iterdir()
         if file.is_file() and not file.name.startswith(".")
     )
-    data = [name for name in names if _is_data(name)]
+    data = [
+        name
+        for name in names
+        if name.endswith((*_JSON_ENDINGS, ".parquet", ".arrow"))
+        and name not in ("dataset_info.json", "dataset_infos.json")  # metadata
+    ]
     if not data:
         inside = sorted(item.name for item in path.iterdir() if item.is_dir())
         hint = f"; it has the folders {listing(inside)}" if inside else ""
         raise UsageError(
-            f"{path} is a folder with no data files ({', '.join(SUFFIXES)}, the first "
-            f"three also .gz or .zst){hint}"
+            f"{path} is a folder with no data files (.jsonl, .ndjson, .json, .parquet, "
+            f".arrow, the first three also .gz or .zst){hint}"
         )
-    return tuple(path / name for name in data), tuple(
-        name for name in names if name not in data
-    )
-
-
-def _is_data(name: str) -> bool:
-    if name in ("dataset_info.json", "dataset_infos.json"):  # of the hub's folders
-        return False
-    return any(
-        name.endswith(suffix + compression)
-        for suffix in SUFFIXES
-        for compression in (_COMPRESSIONS if "json" in suffix else ("",))
-    )
+    ignored = tuple(name for name in names if name not in data)
+    return tuple(path / name for name in data), ignored
 
 
 def _training_split(path: Path) -> Path:
-    """The folder of split `train` in what `DatasetDict.save_to_disk` wrote."""
-    splits = _read(path / "dataset_dict.json").get("splits")
+    """Returns the folder of split `train` of a saved Hugging Face `DatasetDict`."""
+    splits = _read_object(path / "dataset_dict.json").get("splits")
     if not isinstance(splits, list) or "train" not in splits:
         raise UsageError(
             f"{path} holds the splits {splits} and none is named train; "
@@ -128,8 +126,8 @@ def _training_split(path: Path) -> Path:
 
 
 def _saved_files(path: Path) -> tuple[Path, ...]:
-    """The files of what `Dataset.save_to_disk` wrote, in its order."""
-    state = _read(path / "state.json")
+    """Returns the files of a saved Hugging Face `Dataset`, in its order."""
+    state = _read_object(path / "state.json")
     if state.get("_indices_data_files"):
         raise UnsupportedError(
             f"{path} is a selection of rows that an old version of datasets saved; "
@@ -151,5 +149,5 @@ def _saved_files(path: Path) -> tuple[Path, ...]:
     return tuple(path / name for name in names)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     return parse_json_object(path.read_bytes(), str(path))

@@ -1,12 +1,10 @@
-"""Rows as they stand in a file to objects; what cannot be read is kept with its place."""
+"""Parses the JSON text of rows; every row gives an object or a reason why not."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jlora.data.read.row_files import Chunk, place
-from jlora.errors import CorruptError
+from jlora.data.read.bad_rows import BadRow, RowError
+from jlora.data.read.row_files import RowChunk
 
 _TYPE_NAMES = {
     type(None): "null",
@@ -19,47 +17,33 @@ _TYPE_NAMES = {
 }
 
 
-class RowError(CorruptError):
-    """One record or conversation that cannot be used; the message is the reason."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A bad row (numbered from 1), why, and the column where that is known."""
-
-    path: Path
-    number: int
-    reason: str
-    column: int | None = None
-
-    def __str__(self) -> str:
-        column = f", column {self.column}" if self.column else ""
-        return f"{place(self.path, self.number)}{column}: {self.reason}"
-
-
-def parse_rows(chunk: Chunk) -> tuple[list[tuple[int, dict[str, Any]]], list[Problem]]:
-    """Returns (number, object) of every good row, and the bad ones."""
+def parse_rows(
+    chunk: RowChunk,
+) -> tuple[list[tuple[int, dict[str, Any]]], list[BadRow]]:
+    """Returns (number, object) of every good row, and the bad rows."""
     rows: list[tuple[int, dict[str, Any]]] = []
-    bad: list[Problem] = []
+    bad: list[BadRow] = []
     for number, raw in chunk.rows:
+        column = None
         try:
             rows.append((number, raw if isinstance(raw, dict) else _parse(raw)))
+            continue
         except json.JSONDecodeError as error:
-            reason = f"not JSON, {error.msg}"
-            bad.append(Problem(chunk.path, number, reason, error.colno))
+            reason, column = f"not JSON, {error.msg}", error.colno
         except UnicodeDecodeError as error:
-            bad.append(Problem(chunk.path, number, "not UTF-8 text", error.start + 1))
+            reason, column = "not UTF-8 text", error.start + 1
         except RecursionError:
-            bad.append(Problem(chunk.path, number, "JSON nested too deeply"))
+            reason = "JSON nested too deeply"
         except ValueError as error:  # an integer of more digits than Python converts
-            bad.append(Problem(chunk.path, number, f"not JSON, {error}"))
+            reason = f"not JSON, {error}"
         except RowError as error:
-            bad.append(Problem(chunk.path, number, str(error)))
+            reason = str(error)
+        bad.append(BadRow(chunk.path, number, reason, column))
     return rows, bad
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    row = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    row = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     if not isinstance(row, dict):
         hint = ""
         if isinstance(row, list):
@@ -68,7 +52,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     return row
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]

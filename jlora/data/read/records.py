@@ -1,28 +1,14 @@
-"""Rows to validated records: which columns a format has and what they must hold."""
+"""Turns a row into a validated record, by the format of its source."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jlora.data.read.jsonl import RowError, type_name
-from jlora.errors import CorruptError, UsageError, listing, nearest
+from jlora.data.read.bad_rows import RowError
+from jlora.data.read.jsonl import type_name
+from jlora.data.read.row_formats import COLUMNS, RowFormat
+from jlora.errors import nearest
 
-# The columns that a row of each format must have; auto takes the first that fits.
-REQUIRED = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
-}
-_OPTIONAL = {
-    "messages": ("tools",),
-    "prompt_completion": ("tools",),
-    "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system", "history"),
-    "text": (),
-}
-COLUMNS = {name: REQUIRED[name] + _OPTIONAL[name] for name in REQUIRED}
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -32,7 +18,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-# As published with Stanford Alpaca; nothing stands between them and the answer.
+# As published with Stanford Alpaca; the answer follows without a space.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that "
     "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
@@ -43,11 +29,13 @@ _ALPACA_WITH_INPUT = (
     "further context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
+Row = Mapping[str, Any]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class TextRecord:
-    """Plain text; the part before `completion` is context ("" for format text)."""
+    """Plain text: a prompt ("" for format text) and its completion."""
 
     number: int
     prompt: str
@@ -56,191 +44,119 @@ class TextRecord:
 
 @dataclass(frozen=True)
 class ChatRecord:
-    """A conversation; its first `num_prompt` messages are the prompt, if any are."""
+    """A conversation; its first `num_prompt` messages come from a prompt column."""
 
     number: int
-    messages: list[dict[str, Any]]
+    messages: list[Message]
     tools: list[Any] | None
     num_prompt: int
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the rows of a source are read."""
-
-    format: str
-    is_chat: bool
-    """Whether a row is a conversation, to be rendered by the chat template."""
-    fields: Mapping[str, str]
-    """The format's name of a column -> its name in the rows, where they differ."""
-
-    def column(self, name: str) -> str:
-        """Returns what the rows call the format's column `name`."""
-        return self.fields.get(name, name)
-
-
-def known_columns(fields: Mapping[str, str]) -> frozenset[str]:
-    """Returns all column names that any format would read."""
-    names = {name for columns in COLUMNS.values() for name in columns}
-    return frozenset(names | set(fields.values()))
-
-
-def detect_layout(
-    row: Mapping[str, Any],
-    *,
-    format: str,
-    fields: Mapping[str, str],
-    has_template: bool,
-    where: str,
-) -> Layout:
-    """Returns the layout of a source from its first row; `format` may be auto.
-
-    Raises:
-        UsageError: a field that no format has, or not the named one.
-        CorruptError: the row fits no format.
-    """
-    formats = list(REQUIRED) if format == "auto" else [format]
-    fitting = [name for name in formats if set(fields) <= set(COLUMNS[name])]
-    if not fitting:
-        known = sorted({name for f in formats for name in COLUMNS[f]})
-        wrong = next((name for name in fields if name not in known), "")
-        what = f"{wrong!r} is no field of" if wrong else "no one format has all of"
-        raise UsageError(
-            f"data.fields={dict(fields)}: {what} format {listing(formats)}"
-            f"{nearest(wrong, known)}; the fields are {listing(known, limit=20)}"
-        )
-    if format == "auto":
-        format = _detect(row, fitting, fields, where)
-    is_chat = {
-        "text": False,
-        "prompt_completion": isinstance(row.get(fields.get("prompt", "prompt")), list),
-        "alpaca": has_template,
-    }.get(format, True)
-    return Layout(format, is_chat, dict(fields))
-
-
-def _detect(
-    row: Mapping[str, Any], formats: list[str], fields: Mapping[str, str], where: str
-) -> str:
-    for format in formats:
-        if all(fields.get(name, name) in row for name in REQUIRED[format]):
-            return format
-    expected = " or ".join(
-        " + ".join(fields.get(name, name) for name in REQUIRED[format])
-        for format in formats
-    )
-    raise CorruptError(
-        f"{where}: the keys {listing(sorted(row)) or '(none)'} fit no format; expected "
-        f"{expected}, or give the names with data.fields, such as "
-        "{prompt: question, completion: answer}"
-    )
-
-
 def make_record(
-    number: int, row: Mapping[str, Any], layout: Layout
+    number: int, row: Row, row_format: RowFormat
 ) -> TextRecord | ChatRecord:
     """Returns the record of one row.
 
     Raises:
         RowError: the row does not hold what its format needs.
     """
-    view = _View(row, layout)
-    if layout.format == "text":
-        return TextRecord(number, "", view.text("text"))
-    if layout.format == "alpaca":
-        return _alpaca(number, view, layout.is_chat)
-    if layout.format == "sharegpt":
-        messages = view.optional_system() + _sharegpt_messages(view)
-        return ChatRecord(number, messages, view.tools(), 0)
-    if layout.format == "messages":
-        return ChatRecord(number, view.messages("messages"), view.tools(), 0)
-    if not layout.is_chat:
-        return TextRecord(number, view.text("prompt"), view.text("completion"))
-    prompt, completion = view.messages("prompt"), view.messages("completion")
-    return ChatRecord(number, prompt + completion, view.tools(), len(prompt))
+    columns = COLUMNS[row_format.name]
+    # The data's name of each column of the format.
+    column = {name: row_format.fields.get(name, name) for name in columns}
+    if row_format.name == "text":
+        return TextRecord(number, "", _text(row, column["text"]))
+    if row_format.name == "alpaca":
+        return _alpaca(number, row, column, row_format.is_chat)
+    if not row_format.is_chat:
+        prompt = _text(row, column["prompt"])
+        return TextRecord(number, prompt, _text(row, column["completion"]))
+    num_prompt = 0
+    if row_format.name == "sharegpt":
+        messages = _system(row, column["system"])
+        messages += _sharegpt_messages(row, column["conversations"])
+    elif row_format.name == "messages":
+        messages = _messages(row, column["messages"])
+    else:
+        messages = _messages(row, column["prompt"])
+        num_prompt = len(messages)
+        messages = messages + _messages(row, column["completion"])
+    tools = _optional_list(row, column["tools"])
+    return ChatRecord(number, messages, tools, num_prompt)
 
 
-class _View:
-    """A row under its format's column names; whoever asks gets the right type."""
+def _check_type(value: Any, name: str, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise RowError(f"{name} is {type_name(value)}; expected {expected}")
 
-    def __init__(self, row: Mapping[str, Any], layout: Layout) -> None:
-        self._row, self._layout = row, layout
 
-    def value(self, name: str) -> tuple[str, Any]:
-        column = self._layout.column(name)
-        if column not in self._row:
-            raise RowError(f"no {column}{nearest(column, self._row)}")
-        return column, self._row[column]
+def _value(row: Row, column: str) -> Any:
+    if column not in row:
+        raise RowError(f"no {column}{nearest(column, row)}")
+    return row[column]
 
-    def text(self, name: str) -> str:
-        column, value = self.value(name)
-        if not isinstance(value, str):
-            raise RowError(f"{column} is {type_name(value)}; expected a string")
-        if not value:
-            raise RowError(f"{column} is empty")
-        return value
 
-    def optional_text(self, name: str) -> str:
-        value = self._row.get(self._layout.column(name))
-        return "" if value is None or value == "" else self.text(name)
+def _text(row: Row, column: str) -> str:
+    value = _value(row, column)
+    _check_type(value, column, str, "a string")
+    if not value:
+        raise RowError(f"{column} is empty")
+    return value
 
-    def optional_system(self) -> list[dict[str, Any]]:
-        system = self.optional_text("system")
-        return [{"role": "system", "content": system}] if system else []
 
-    def tools(self) -> list[Any] | None:
-        has_tools = self._row.get(self._layout.column("tools")) is not None
-        return self.optional_list("tools") if has_tools else None
+def _optional_text(row: Row, column: str) -> str:
+    return "" if row.get(column) in (None, "") else _text(row, column)
 
-    def optional_list(self, name: str) -> list[Any]:
-        column = self._layout.column(name)
-        value = self._row.get(column)
-        if value is not None and not isinstance(value, list):
-            raise RowError(f"{column} is {type_name(value)}; expected a list")
-        return value or []
 
-    def items(self, name: str) -> tuple[str, list[Any]]:
-        column, value = self.value(name)
-        if not isinstance(value, list):
-            raise RowError(
-                f"{column} is {type_name(value)}; expected a list of messages"
-            )
-        if not value:
-            raise RowError(f"{column} is an empty list")
-        return column, value
+def _optional_list(row: Row, column: str) -> list[Any] | None:
+    value = row.get(column)
+    if value is not None:
+        _check_type(value, column, list, "a list")
+    return value
 
-    def messages(self, name: str) -> list[dict[str, Any]]:
-        column, value = self.items(name)
-        for index, message in enumerate(value):
-            _check_message(message, f"{column}[{index}]")
-        return value
+
+def _items(row: Row, column: str) -> list[Any]:
+    value = _value(row, column)
+    _check_type(value, column, list, "a list of messages")
+    if not value:
+        raise RowError(f"{column} is an empty list")
+    return value
+
+
+def _system(row: Row, column: str) -> list[Message]:
+    system = _optional_text(row, column)
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _messages(row: Row, column: str) -> list[Message]:
+    messages = _items(row, column)
+    for index, message in enumerate(messages):
+        _check_message(message, f"{column}[{index}]")
+    return messages
 
 
 def _check_message(message: Any, name: str) -> None:
-    if not isinstance(message, dict):
-        raise RowError(f"{name} is {type_name(message)}; expected an object")
+    _check_type(message, name, dict, "an object")
+    has_calls = message.get("tool_calls")
     for key in ("role", "content"):
-        value = message.get(key)
-        if key == "content" and value is None and message.get("tool_calls"):
+        if key == "content" and message.get(key) is None and has_calls:
             continue
         if key not in message:
             raise RowError(f"{name} has no {key}")
-        if not isinstance(value, str):
-            raise RowError(f"{name}.{key} is {type_name(value)}; expected a string")
+        _check_type(message[key], f"{name}.{key}", str, "a string")
+    if not message["role"]:
+        raise RowError(f"{name}.role is empty")
     # A tool may return nothing and a system turn may be blank; a question or an answer
     # without words is a fault of the data.
-    may_be_empty = message["role"] in ("system", "tool") or message.get("tool_calls")
-    if not message["role"] or not (message.get("content") or may_be_empty):
-        raise RowError(f"{name}.{'content' if message['role'] else 'role'} is empty")
+    may_be_empty = message["role"] in ("system", "tool") or has_calls
+    if not (message.get("content") or may_be_empty):
+        raise RowError(f"{name}.content is empty")
 
 
-def _sharegpt_messages(view: _View) -> list[dict[str, Any]]:
-    column, turns = view.items("conversations")
+def _sharegpt_messages(row: Row, column: str) -> list[Message]:
     messages = []
-    for index, turn in enumerate(turns):
+    for index, turn in enumerate(_items(row, column)):
         name = f"{column}[{index}]"
-        if not isinstance(turn, dict):
-            raise RowError(f"{name} is {type_name(turn)}; expected an object")
+        _check_type(turn, name, dict, "an object")
         for key in ("from", "value"):
             if key not in turn:
                 hint = ""
@@ -250,10 +166,7 @@ def _sharegpt_messages(view: _View) -> list[dict[str, Any]]:
                         f"data.format=messages and data.fields={{messages: {column}}}"
                     )
                 raise RowError(f"{name} has no {key}{hint}")
-            if not isinstance(turn[key], str):
-                raise RowError(
-                    f"{name}.{key} is {type_name(turn[key])}; expected a string"
-                )
+            _check_type(turn[key], f"{name}.{key}", str, "a string")
         if turn["from"] not in _SHAREGPT_ROLES:
             raise RowError(
                 f"{name}.from is {turn['from']!r}"
@@ -267,34 +180,38 @@ def _sharegpt_messages(view: _View) -> list[dict[str, Any]]:
     return messages
 
 
-def _alpaca(number: int, view: _View, is_chat: bool) -> TextRecord | ChatRecord:
-    instruction, output = view.text("instruction"), view.text("output")
-    input, system = view.optional_text("input"), view.optional_system()
-    history = _history(view)
+def _alpaca(
+    number: int, row: Row, column: Mapping[str, str], is_chat: bool
+) -> TextRecord | ChatRecord:
+    instruction, output = (
+        _text(row, column["instruction"]),
+        _text(row, column["output"]),
+    )
+    input = _optional_text(row, column["input"])
+    system, history = _system(row, column["system"]), _history(row, column["history"])
     if is_chat:
         question = f"{instruction}\n{input}" if input else instruction
-        turns = [*history, (question, output)]
-        messages = system + [
-            {"role": role, "content": text}
-            for turn in turns
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
+        messages = system
+        for user, assistant in [*history, (question, output)]:
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": assistant})
         return ChatRecord(number, messages, None, 0)
     if system or history:
         raise RowError(
             f"{'system' if system else 'history'} needs a chat template, "
             "which the model does not have"
         )
-    form = _ALPACA_WITH_INPUT if input else _ALPACA
-    return TextRecord(number, form.format(instruction=instruction, input=input), output)
+    template = _ALPACA_WITH_INPUT if input else _ALPACA
+    prompt = template.format(instruction=instruction, input=input)
+    return TextRecord(number, prompt, output)
 
 
-def _history(view: _View) -> list[tuple[str, str]]:
-    pairs = view.optional_list("history")
+def _history(row: Row, column: str) -> list[list[str]]:
+    pairs = _optional_list(row, column) or []
     for index, pair in enumerate(pairs):
         is_pair = isinstance(pair, list) and len(pair) == 2
         if not is_pair or not all(isinstance(text, str) and text for text in pair):
             raise RowError(
                 f"history[{index}] is no pair of question and answer, two strings"
             )
-    return [(question, answer) for question, answer in pairs]
+    return pairs

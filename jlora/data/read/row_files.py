@@ -1,4 +1,4 @@
-"""Files of any kind to chunks of rows; what a file is, its first bytes say."""
+"""Reads the rows of any kind of file; its first bytes decide the kind, not its name."""
 
 import gzip
 import io
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jlora.data.read import columnar
+from jlora.data.read import pyarrow_files
 from jlora.errors import CorruptError, UnsupportedError
 
 MAX_LINE_BYTES = 16 << 20
 # A fraction of a second's work, so that all cores end at about the same time.
 CHUNK_ROWS = 256
 CHUNK_BYTES = 1 << 20
-# gzip can reach 1000 to 1 and zstd far more, text hardly 30 to 1: what unpacks to more
-# than this is a trap, not data.
+# gzip can reach 1000 to 1 and zstd far more, text hardly 30 to 1: a file that unpacks to
+# more than this is an attack (a "zip bomb"), not data.
 MAX_RATIO = 200
 RATIO_FROM_BYTES = 1 << 28
 _PARQUET, _ARROW_FILE, _ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
@@ -30,31 +30,33 @@ _REFUSED = {
     b"<!DOC": "a web page",
     b"<html": "a web page",
 }
+# A row with its number from 1: JSON text, or the values of its columns.
+NumberedRow = tuple[int, bytes | dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Some rows of a file: numbers from 1, and JSON text or a row of columns each."""
+class RowChunk:
+    """Some successive rows of a file."""
 
     path: Path
-    rows: list[tuple[int, bytes | dict[str, Any]]]
+    rows: list[NumberedRow]
 
 
-def place(path: Path, number: int) -> str:
-    """Returns where a row stands, for messages."""
+def row_location(path: Path, number: int) -> str:
+    """Returns "FILE, line 3" or "FILE, row 3", for messages."""
     unit = "row" if path.suffix in (".parquet", ".arrow") else "line"
     return f"{path}, {unit} {number}"
 
 
-def read_chunks(path: Path, columns: Collection[str]) -> Iterator[Chunk]:
+def read_row_chunks(path: Path, columns: Collection[str]) -> Iterator[RowChunk]:
     """Yields the rows of a JSONL (plain, gzip, zstd), Parquet or Arrow file in order.
 
-    Blank lines are left out. Of columns that are not in `columns`, Parquet and Arrow
-    rows keep the name only where the file has none of `columns`.
+    Skips blank lines. Reads only the given columns of Parquet and Arrow files; of a file
+    that has none of them, only the names of its columns.
 
     Raises:
         UnsupportedError: another kind of file, or one whose library is not installed.
-        CorruptError: a damaged file, or a line over the cap.
+        CorruptError: a damaged file, or a line that is too long.
     """
     with path.open("rb") as file:
         head = file.read(32)
@@ -65,27 +67,21 @@ def read_chunks(path: Path, columns: Collection[str]) -> Iterator[Chunk]:
                 "or .zst), Parquet and Arrow files"
             )
     if head.startswith(_PARQUET):
-        rows: Any = columnar.parquet_rows(path, columns)
+        rows: Iterator[NumberedRow] = pyarrow_files.parquet_rows(path, columns)
     elif head.startswith((_ARROW_FILE, _ARROW_STREAM)):
-        rows = columnar.arrow_rows(path, columns, stream=head[0] == 0xFF)
+        rows = pyarrow_files.arrow_rows(path, columns, stream=head[0] == 0xFF)
     else:
         rows = _lines(path, head)
-    yield from _in_chunks(path, rows)
-
-
-def _in_chunks(
-    path: Path, rows: Iterator[tuple[int, bytes | dict[str, Any]]]
-) -> Iterator[Chunk]:
-    chunk: list[tuple[int, bytes | dict[str, Any]]] = []
+    chunk: list[NumberedRow] = []
     size = 0
     for number, row in rows:
         chunk.append((number, row))
         size += len(row) if isinstance(row, bytes) else 0
         if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
-            yield Chunk(path, chunk)
+            yield RowChunk(path, chunk)
             chunk, size = [], 0
     if chunk:
-        yield Chunk(path, chunk)
+        yield RowChunk(path, chunk)
 
 
 def _lines(path: Path, head: bytes) -> Iterator[tuple[int, bytes]]:
@@ -109,10 +105,12 @@ def _lines(path: Path, head: bytes) -> Iterator[tuple[int, bytes]]:
                         f"{path} unpacks to more than {limit:,} bytes, {MAX_RATIO} "
                         "times its size; unpack it yourself if that is meant"
                     )
-                # Only the file's own line ends go: a CR in a JSON string is escaped.
+                # White space around the JSON text; a CR inside a string is escaped.
                 if stripped := raw.strip(b" \t\r\n"):
                     yield number, stripped
-    except (EOFError, zlib.error, gzip.BadGzipFile, columnar.Damaged) as error:
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise  # of the disk, not of the content
         raise CorruptError(
             f"{path}: damaged after line {number} ({error}); get the file again"
         ) from error
@@ -122,5 +120,5 @@ def _open(path: Path, head: bytes) -> io.BufferedIOBase:
     if head.startswith(_GZIP):
         return gzip.open(path)
     if head.startswith(_ZSTD):
-        return columnar.open_zstd(path)
+        return pyarrow_files.open_zstd(path)
     return path.open("rb")

@@ -1,63 +1,63 @@
-"""Which tokens of a conversation the assistant said.
+"""Finds the tokens of a conversation that the assistant wrote.
 
-A template may mark that itself with generation blocks. Where it does not, the
-conversation is rendered up to the start and up to the end of each answer, and what
-lies between is the answer; templates that rewrite earlier turns are refused.
+A template may mark them itself, with generation blocks. Otherwise the conversation is
+rendered up to the start and up to the end of each answer, and what lies between is the
+answer. Templates that change earlier turns are refused.
 """
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from jlora.data.chat.chat_template import Conversation
 from jlora.data.chat.control_tokens import Encoded, Rendered, Span
-from jlora.data.read.jsonl import RowError
+from jlora.data.read.bad_rows import RowError
 from jlora.data.read.records import ChatRecord
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
-class Turn:
-    """Message `index`: all text up to its content, and up to its end."""
+class Answer:
+    """Message `index` of a conversation, rendered up to its content and to its end."""
 
     index: int
-    head: Rendered
+    before: Rendered
     upto: Rendered
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to encode for one conversation to find its tokens and mask."""
+class MaskPlan:
+    """The texts to encode for one conversation, to find its tokens and its mask."""
 
     number: int
     whole: Rendered
-    turns: tuple[Turn, ...] = ()
+    answers: tuple[Answer, ...] = ()
     marked: tuple[Span, ...] = ()
-    """Characters to learn, where the template marks them."""
+    """Characters to train on, where the template marks them."""
     everything: bool = False
 
     def texts(self) -> list[Rendered]:
-        """Returns all texts that `find_spans` will ask the ids of."""
-        return [self.whole, *(r for turn in self.turns for r in (turn.head, turn.upto))]
+        """Returns all texts whose ids `find_supervised_spans` needs."""
+        return [self.whole, *(x for a in self.answers for x in (a.before, a.upto))]
 
 
-def plan_conversation(
+def plan_mask(
     record: ChatRecord, tokenizer: Tokenizer, *, train_on: str, where: str
-) -> Plan:
-    """Returns the texts whose tokens decide the mask.
+) -> MaskPlan:
+    """Renders a conversation, and the texts whose tokens decide its mask.
 
     Raises:
         RowError: the template refuses this conversation.
-        UnsupportedError: the template rewrites earlier turns; `where` names the record.
+        UnsupportedError: the template changes earlier turns; `where` names the record.
     """
     template = tokenizer.template(record.tools)
     messages = record.messages
     template.check_roles(messages)
-    conversation = template.conversation(messages, record.tools)
-    whole = conversation.render()
+    render = partial(template.render, template.prepare(messages, record.tools))
+    whole = render()
     if train_on == "all":
-        return Plan(record.number, whole, everything=True)
+        return MaskPlan(record.number, whole, everything=True)
     answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if train_on == "completion" and record.num_prompt:
         answers = [i for i in answers if i >= record.num_prompt]
@@ -65,103 +65,89 @@ def plan_conversation(
         # Without a column for the prompt, the completion is the last answer.
         answers = answers[-1:]
     if not answers:
-        return Plan(record.number, whole)
+        return MaskPlan(record.number, whole)
     if template.has_generation:
-        marked = _marked_spans(conversation, whole, answers[0], where)
-        return Plan(record.number, whole, marked=marked)
-    turns = tuple(_turn(conversation, whole, i, where) for i in answers)
-    return Plan(record.number, whole, turns)
+        marked = whole.generated
+        if any(m["role"] == "assistant" for m in messages[: answers[0]]):
+            earlier = render(answers[0]).generated
+            if marked[: len(earlier)] != earlier:
+                raise _unstable_template(where, answers[0])
+            marked = marked[len(earlier) :]
+        return MaskPlan(record.number, whole, marked=marked)
+    rendered = []
+    for index in answers:
+        is_last = index + 1 == len(messages)
+        upto = whole if is_last else render(index + 1)
+        answer = _render_answer(index, upto, render)
+        if not answer or not whole.text.startswith(upto.text):
+            raise _unstable_template(where, index)
+        rendered.append(answer)
+    return MaskPlan(record.number, whole, tuple(rendered))
 
 
-def find_spans(
-    plan: Plan, tokenizer: Tokenizer, encoded: Callable[[Rendered], Encoded]
+def find_supervised_spans(
+    plan: MaskPlan, tokenizer: Tokenizer, encode: Callable[[Rendered], Encoded]
 ) -> tuple[Encoded, list[Span], bool]:
-    """Returns the whole, spans of tokens to learn, and whether a token ends every answer.
+    """Finds the tokens to train on.
+
+    Args:
+        plan: of `plan_mask`.
+        tokenizer: the model's.
+        encode: returns the ids of a text of the plan.
+
+    Returns:
+        The encoded conversation, the spans of tokens that the loss counts, and whether
+        each of them includes a control token that ends the answer.
 
     Raises:
-        RowError: an answer shares a token with its surroundings, or BOS comes twice.
+        RowError: an answer shares a token with its surroundings, or BOS occurs twice.
     """
-    whole = encoded(plan.whole)
+    whole = encode(plan.whole)
     ids = whole.ids
-    if tokenizer.bos_id is not None and ids[:2] == [tokenizer.bos_id] * 2:
+    if tokenizer.begins_with_two_bos(ids):
         raise RowError("the chat template writes the BOS token twice")
     if plan.everything:
         return whole, [(0, len(ids))], True
     if plan.marked:
         spans = _to_tokens(plan.marked, whole.offsets)
-        ends = tokenizer.control_ids
-        all_end = all(not ends.isdisjoint(ids[start:end]) for start, end in spans)
+        controls = tokenizer.control_ids
+        all_end = all(not controls.isdisjoint(ids[a:b]) for a, b in spans)
         return whole, spans, all_end
-    spans, all_end = [], True
-    for turn in plan.turns:
-        pair = encoded(turn.head), encoded(turn.upto)
-        first = min(end.shared for end in pair)
-        head, upto = (ids[first : end.shared] + end.ids for end in pair)
-        if upto[: len(head)] != head:
-            raise RowError(
-                f"message {turn.index}: the answer's first characters share a token "
-                "with the turn's header (does it begin with white space?)"
-            )
-        end, has_end = _turn_end(upto, len(head), tokenizer)
-        if ids[first : first + end] != upto[:end]:
-            raise RowError(
-                f"message {turn.index}: the answer's last characters share a token "
-                "with the next turn"
-            )
-        spans.append((first + len(head), first + end))
-        all_end = all_end and has_end
-    return whole, spans, all_end
+    found = [_answer_span(a, ids, tokenizer, encode) for a in plan.answers]
+    return whole, [span for span, _ in found], all(has_end for _, has_end in found)
 
 
-def _turn(conversation: Conversation, whole: Rendered, index: int, where: str) -> Turn:
-    """Renders up to both ends of an answer and checks that both stay as they are."""
-    upto = whole
-    if index + 1 < len(conversation.messages):
-        upto = conversation.render(index + 1)
-    try:
-        head = conversation.render(index, add_generation_prompt=True)
-        is_stable = upto.text.startswith(head.text)
-    except RowError:
-        if index:
-            raise
-        head, is_stable = upto, False
-    if index == 0 and not is_stable:
+def _answer_span(
+    answer: Answer,
+    ids: list[int],
+    tokenizer: Tokenizer,
+    encode: Callable[[Rendered], Encoded],
+) -> tuple[Span, bool]:
+    """Returns the tokens of an answer, and whether a control token ends it."""
+    pair = encode(answer.before), encode(answer.upto)
+    first = min(part.shared for part in pair)
+    before, upto = (ids[first : part.shared] + part.ids for part in pair)
+    if upto[: len(before)] != before:
         raise RowError(
-            "the conversation begins with an assistant turn, and the chat template "
-            "does not show where its content starts"
+            f"message {answer.index}: the answer's first characters share a token "
+            "with the turn's header (does it begin with white space?)"
         )
-    if not is_stable or not whole.text.startswith(upto.text):
-        raise _unstable(where, index)
-    return Turn(index, head, upto)
+    end, has_end = _answer_end(upto, len(before), tokenizer)
+    if ids[first : first + end] != upto[:end]:
+        raise RowError(
+            f"message {answer.index}: the answer's last characters share a token "
+            "with the next turn"
+        )
+    return (first + len(before), first + end), has_end
 
 
-def _marked_spans(
-    conversation: Conversation, whole: Rendered, first: int, where: str
-) -> tuple[Span, ...]:
-    """The generation blocks of message `first` and later ones."""
-    earlier = conversation.messages[:first]
-    if not any(message["role"] == "assistant" for message in earlier):
-        return whole.generated
-    before = conversation.render(first).generated
-    if whole.generated[: len(before)] != before:
-        raise _unstable(where, first)
-    return whole.generated[len(before) :]
+def _answer_end(
+    ids: Sequence[int], start: int, tokenizer: Tokenizer
+) -> tuple[int, bool]:
+    """Returns where an answer's tokens end: after its last control token, if it has one.
 
-
-def _unstable(where: str, index: int) -> UnsupportedError:
-    return UnsupportedError(
-        f"{where}: the chat template changes earlier text when message {index} is "
-        "added, so the answer's tokens cannot be told from the others; use "
-        "data.train_on=all, a template with generation blocks "
-        "({% generation %}...{% endgeneration %}), or one record per answer"
-    )
-
-
-def _turn_end(ids: Sequence[int], start: int, tokenizer: Tokenizer) -> tuple[int, bool]:
-    """Returns where to stop learning: after the last control token, if there is one.
-
-    Only white space may follow it. Without such a token, everything is learnt: the
-    line break after the turn is then all that tells the model to stop.
+    Only white space may follow that token. Without one the whole turn is trained on,
+    because then the line break after it is all that tells the model to stop.
     """
     for index in range(len(ids) - 1, start - 1, -1):
         if ids[index] in tokenizer.control_ids:
@@ -169,6 +155,34 @@ def _turn_end(ids: Sequence[int], start: int, tokenizer: Tokenizer) -> tuple[int
                 break
             return index + 1, True
     return len(ids), False
+
+
+def _render_answer(
+    index: int, upto: Rendered, render: Callable[..., Rendered]
+) -> Answer | None:
+    """Renders up to the start of an answer; None if the answer's text begins otherwise."""
+    try:
+        before = render(index, add_generation_prompt=True)
+        if upto.text.startswith(before.text):
+            return Answer(index, before, upto)
+    except RowError:
+        if index:
+            raise
+    if index == 0:
+        raise RowError(
+            "the conversation begins with an assistant turn, and the chat template "
+            "does not show where its content starts"
+        )
+    return None
+
+
+def _unstable_template(where: str, index: int) -> UnsupportedError:
+    return UnsupportedError(
+        f"{where}: the chat template changes earlier text when message {index} is "
+        "added, so the answer's tokens cannot be told from the others; use "
+        "data.train_on=all, a template with generation blocks "
+        "({% generation %}...{% endgeneration %}), or one record per answer"
+    )
 
 
 def _to_tokens(spans: Sequence[Span], offsets: Sequence[Span]) -> list[Span]:

@@ -1,4 +1,4 @@
-"""Text and conversations to token ids, exactly as the model's own files say."""
+"""The model's tokenizer: text and conversations to token ids, as its own files say."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,106 +12,72 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.data.chat.chat_template import ChatTemplate
 from jlora.data.chat.control_tokens import (
     Encoded,
-    GuardedTokenizer,
     Rendered,
+    add_guard,
     check_text,
     control_pattern,
     encode_data_as_text,
+    encode_guarded,
 )
-from jlora.data.tokenize import tokenizer_files as model_files
+from jlora.data.tokenize.tokenizer_settings import (
+    eos_ids,
+    find_special_tokens,
+    find_templates,
+    read_settings,
+    tokenizer_fingerprint,
+)
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
-# What `tokenizers` makes of a text takes 100 times its size: a tenth faster than all
-# rows of a chunk at once, whose memory would be the system's each time.
+# `tokenizers` needs 100 times the size of a text in memory. A whole chunk at once would
+# be a tenth slower, because so much memory goes back to the system after each call.
 _TEXTS_AT_ONCE = 128
 
 
 class Tokenizer:
-    """A fast tokenizer with its special tokens and chat template."""
+    """A fast tokenizer with its special tokens and chat templates."""
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        special_tokens: Mapping[str, str],
-        adds_bos: bool | None,
-        templates: Mapping[str, str],
-        stop_ids: frozenset[int],
-        fingerprint: str,
-    ) -> None:
-        """Use `from_files`."""
-        # Settings saved in the file would silently cut and pad every text.
-        backend.no_truncation()
-        backend.no_padding()
-        self._backend = backend
-        added = backend.get_added_tokens_decoder()
-        self._added_ids = frozenset(added)
-        self._templates = {
-            name: ChatTemplate(
-                source,
-                special_tokens=special_tokens,
-                added_tokens={token.content: token.special for token in added.values()},
-            )
-            for name, source in templates.items()
-        }
-        self.bos_id = self._special_id(special_tokens, "bos_token")
-        self.eos_id = self._special_id(special_tokens, "eos_token")
-        self.pad_id = self._special_id(special_tokens, "pad_token")
-        self.stop_ids = stop_ids | {i for i in [self.eos_id] if i is not None}
-        self.fingerprint = fingerprint
-        if adds_bos is None:
-            adds_bos = backend.encode("a").ids[:1] == [self.bos_id]
-        self.adds_bos = adds_bos and self.bos_id is not None
-        """Whether plain text begins with BOS."""
-        self._origin: tuple[Mapping[str, bytes], LlamaConfig]
-
-    @classmethod
-    def from_files(cls, files: Mapping[str, bytes], config: LlamaConfig) -> "Tokenizer":
-        """Returns the tokenizer that a model folder's files describe.
+    def __init__(self, files: Mapping[str, bytes], config: LlamaConfig) -> None:
+        """Makes the tokenizer that the files of a model folder describe.
 
         Raises:
             UnsupportedError: no tokenizer.json.
             CorruptError: a file that cannot be read.
         """
-        if "tokenizer.json" not in files:
-            raise UnsupportedError(
-                "the model has no tokenizer.json, and jlora reads no other tokenizer; "
-                "write one with transformers: AutoTokenizer.from_pretrained(MODEL)"
-                ".save_pretrained(MODEL)"
-            )
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CorruptError(f"tokenizer.json: {error}") from error
-        settings = model_files.read_json(files, "tokenizer_config.json")
-        special = model_files.special_tokens(
-            [settings, model_files.read_json(files, "special_tokens_map.json")],
-            backend,
-            config,
+        self._origin = dict(files), config
+        self._backend = backend = _load_backend(files)
+        settings = read_settings(files, "tokenizer_config.json")
+        generation = read_settings(files, "generation_config.json")
+        special_map = read_settings(files, "special_tokens_map.json")
+        special = find_special_tokens([settings, special_map], backend, config)
+        added = backend.get_added_tokens_decoder()
+        self._added_ids = frozenset(added)
+        added_tokens = {token.content: token.special for token in added.values()}
+        self._templates = {
+            name: ChatTemplate(text, special_tokens=special, added_tokens=added_tokens)
+            for name, text in find_templates(files, settings).items()
+        }
+        self.bos_id = self._special_id(special, "bos_token")
+        self.eos_id = self._special_id(special, "eos_token")
+        self.pad_id = self._special_id(special, "pad_token")
+        self.stop_ids = frozenset(config.eos_token_id).union(
+            eos_ids(generation.get("eos_token_id")), eos_ids(self.eos_id)
         )
+        """Ids that end a generated text."""
+        self.fingerprint = tokenizer_fingerprint(files)
         adds_bos = settings.get("add_bos_token")
-        generation = model_files.read_json(files, "generation_config.json")
-        tokenizer = cls(
-            backend,
-            special_tokens=special,
-            adds_bos=adds_bos if isinstance(adds_bos, bool) else None,
-            templates=model_files.templates(files, settings),
-            stop_ids=frozenset(config.eos_token_id)
-            | model_files.eos_ids(generation.get("eos_token_id")),
-            fingerprint=model_files.fingerprint(files),
-        )
-        tokenizer._origin = dict(files), config
-        return tokenizer
+        if not isinstance(adds_bos, bool):
+            adds_bos = backend.encode("a").ids[:1] == [self.bos_id]
+        self.adds_bos = adds_bos and self.bos_id is not None
+        """Whether plain text begins with BOS."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Lets other processes make the same tokenizer."""
-        return Tokenizer.from_files, self._origin
+        """Pickles the files, from which another process makes the same tokenizer."""
+        return Tokenizer, self._origin
 
-    def encode(self, text: str, *, add_bos: bool) -> list[int]:
-        """Returns the ids of plain text; control strings in it count as tokens.
+    def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
+        """Returns the ids of plain text; control strings in it become control tokens.
 
-        With `add_bos` the ids begin with BOS exactly once if the model wants one
-        (`adds_bos`).
+        With `add_bos` the ids begin with exactly one BOS, if the model wants one.
         """
         ids = self.encode_many([text])[0]
         return self.with_bos(ids) if add_bos else ids
@@ -128,9 +94,9 @@ class Tokenizer:
         return ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Returns the ids of a text that goes on after another one."""
+        """Returns the ids of a text that continues another one."""
         check_text(text)
-        return self._guarded.encode(text).ids
+        return encode_guarded(self._guarded, text).ids
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """Returns the ids with one BOS in front if the model wants one."""
@@ -138,13 +104,13 @@ class Tokenizer:
             return [self.bos_id, *ids]
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text, special tokens left out."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+    def begins_with_two_bos(self, ids: Sequence[int]) -> bool:
+        """Returns whether BOS was written twice, which no model was trained with."""
+        return self.bos_id is not None and ids[:2] == [self.bos_id] * 2
 
-    def spell(self, ids: Sequence[int]) -> str:
-        """Returns the text, special tokens as they are written."""
-        return self._backend.decode(list(ids), skip_special_tokens=False)
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Returns the text, without special tokens or with them as they are written."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def token(self, index: int) -> str:
         """Returns a token as the vocabulary spells it, for messages."""
@@ -172,29 +138,18 @@ class Tokenizer:
             )
         return self._templates["default"]
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool,
-        tools: Sequence[Any] | None = None,
-    ) -> str:
-        """Returns a conversation as text."""
-        rendered = self.template(tools).render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt
-        )
-        return rendered.text
-
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool,
         tools: Sequence[Any] | None = None,
+        *,
+        add_generation_prompt: bool = False,
     ) -> list[int]:
-        """Returns the ids of a conversation; control strings in it stay text."""
-        rendered = self.template(tools).render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt
+        """Returns the ids of a conversation; control strings in messages stay text."""
+        template = self.template(tools)
+        rendered = template.render(
+            template.prepare(messages, tools),
+            add_generation_prompt=add_generation_prompt,
         )
         return self.encode_rendered([rendered])[0].ids
 
@@ -202,15 +157,14 @@ class Tokenizer:
         self, conversations: Sequence[Rendered], *, with_offsets: bool = False
     ) -> list[Encoded]:
         """Returns the ids of rendered conversations, and offsets if asked for."""
-        backend = self._backend
         texts = [rendered.text for rendered in conversations]
-        if not with_offsets and not any(rendered.cuts for rendered in conversations):
+        if not with_offsets and not any(c.boundaries for c in conversations):
             return [Encoded(ids, []) for ids in self.encode_many(texts)]
-        batch = backend.encode_batch(texts, add_special_tokens=False)
+        batch = self._backend.encode_batch(texts, add_special_tokens=False)
         result = []
         for rendered, encoding in zip(conversations, batch, strict=True):
             encoded = Encoded(encoding.ids, encoding.offsets)
-            if rendered.cuts:
+            if rendered.boundaries:
                 encoded = encode_data_as_text(
                     rendered,
                     encoded,
@@ -230,24 +184,23 @@ class Tokenizer:
 
     @cached_property
     def is_control(self) -> np.ndarray:
-        """Whether each id up to one above the `control_ids` is one of them."""
-        table = np.zeros(max(self.control_ids, default=-1) + 2, bool)
-        table[list(self.control_ids)] = True
-        return table
+        """Bool [n]: whether each id is in `control_ids`; n is one more than the last."""
+        result = np.zeros(max(self.control_ids, default=-1) + 2, bool)
+        result[list(self.control_ids)] = True
+        return result
 
     @cached_property
     def control_pattern(self) -> re.Pattern[str]:
         """A pattern that finds the control tokens in a text."""
-        texts = {self.token(index) for index in self.control_ids}
-        return control_pattern(texts)
+        return control_pattern({self.token(index) for index in self.control_ids})
 
     @cached_property
-    def _guarded(self) -> GuardedTokenizer:
-        return GuardedTokenizer(self._backend, added_tokens=True)
+    def _guarded(self) -> tokenizers.Tokenizer:
+        return add_guard(self._backend, added_tokens=True)
 
     @cached_property
-    def _plain(self) -> GuardedTokenizer:
-        return GuardedTokenizer(self._backend, added_tokens=False)
+    def _plain(self) -> tokenizers.Tokenizer:
+        return add_guard(self._backend, added_tokens=False)
 
     def _special_id(self, special_tokens: Mapping[str, str], name: str) -> int | None:
         text = special_tokens.get(name)
@@ -260,3 +213,20 @@ class Tokenizer:
                 "does not have"
             )
         return index
+
+
+def _load_backend(files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
+    if "tokenizer.json" not in files:
+        raise UnsupportedError(
+            "the model has no tokenizer.json, and jlora reads no other tokenizer; "
+            "write one with transformers: AutoTokenizer.from_pretrained(MODEL)"
+            ".save_pretrained(MODEL)"
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CorruptError(f"tokenizer.json: {error}") from error
+    # Saved truncation and padding would silently apply to every text.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend

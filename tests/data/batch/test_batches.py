@@ -46,9 +46,13 @@ def expected_documents(data) -> list[tuple[tuple[int, ...], ...]]:
     found = []
     for index in range(data.num_records):
         tokens, mask = data.record(index)
-        learnt = tokens[mask > 0]
+        supervised = tokens[mask > 0]
         found.append(
-            (tuple(tokens.tolist()), tuple(learnt.tolist()), tuple(range(len(tokens))))
+            (
+                tuple(tokens.tolist()),
+                tuple(supervised.tolist()),
+                tuple(range(len(tokens))),
+            )
         )
     return found
 
@@ -109,7 +113,7 @@ def test_order_is_the_same_in_another_process(path):
     data = load(path, shuffle=True, batch_size=4)
     code = (
         "import sys; sys.path[:0] = ['tests', '.']\n"
-        "from pathlib import Path\nfrom data_cases import load\n"
+        "from pathlib import Path\nfrom helpers.data_cases import load\n"
         f"data = load(Path({str(path)!r}), shuffle=True, batch_size=4)\n"
         "print(data.fingerprint, data.batch(5)['tokens'].sum(axis=1).tolist())"
     )
@@ -139,7 +143,7 @@ def test_padding_is_masked_and_of_segment_zero(path, packing):
         assert set(batch["tokens"][padding].tolist()) <= {tokenizer.pad_id}
 
 
-def test_end_of_turn_is_learnt_even_if_it_is_the_pad_token(path):
+def test_end_of_turn_is_supervised_even_if_it_is_the_pad_token(path):
     tokenizer = make_tokenizer(pad_token="<|im_end|>")
     batch = load(path, tokenizer).batch(0)
     assert (batch["targets"][batch["loss_mask"] > 0] == tokenizer.eos_id).any()

@@ -3,8 +3,8 @@ import pytest
 from helpers.data_cases import load, make_tokenizer, write_rows
 
 from jlora.config.run_config import DataConfig
-from jlora.data import load_split
-from jlora.data.batch.mixing import content_ranks, hold_out, repeat
+from jlora.data.batch.load_dataset import load_split
+from jlora.data.batch.mixing import content_ranks, hold_out, repeat_records
 from jlora.errors import UsageError
 
 ROWS = [{"text": f"the sum of {i}"} for i in range(40)]
@@ -142,4 +142,4 @@ def test_held_out_share_of_large_data_is_rounded():
 
 
 def test_repeated_records_keep_their_order():
-    assert repeat(np.array([5, 1, 9], np.uint64), 1.4).tolist() == [0, 1, 1, 2]
+    assert repeat_records(np.array([5, 1, 9], np.uint64), 1.4).tolist() == [0, 1, 1, 2]

@@ -62,7 +62,7 @@ def test_no_row_overflows_or_exceeds_the_limit(limit):
     assert packing.max_documents <= limit
 
 
-def test_plan_is_the_same_twice():
+def test_packing_is_the_same_twice():
     lengths = make_lengths(2, 100)
     first, second = pack_documents(lengths, 100), pack_documents(lengths, 100)
     np.testing.assert_array_equal(first.documents, second.documents)

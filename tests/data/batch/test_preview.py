@@ -1,7 +1,7 @@
 import pytest
-from helpers.data_cases import chat, load, make_tokenizer, write_rows
+from helpers.data_cases import chat, load, make_tokenizer, render, write_rows
 
-from jlora.data import make_samples, plan_lines
+from jlora.data.batch.preview import preview_lines, preview_samples
 
 ROWS = [chat(f"What is {i}?", "five " * (1 + i)) for i in range(30)]
 
@@ -23,10 +23,10 @@ def test_table_counts_the_rows_of_each_source(tmp_path):
         ],
     )
     data = load({str(good): 2.0, str(bad): 1.0}, seq_len=60, on_bad_row="skip")
-    head, first, second = map(cells, plan_lines(data)[:3])
+    head, first, second = map(cells, preview_lines(data)[:3])
     assert head == [
         *("source", "format", "rows", "bad", "dropped", "cut", "kept", "passes"),
-        *("tokens", "learnt"),
+        *("tokens", "supervised"),
     ]
     assert first == [str(good), "text", *["3", "0", "0", "0", "3", "2"], "12", "75.0%"]
     assert second[:8] == [str(bad), "messages", *["5", "1", "2", "2", "2", "1"]]
@@ -34,32 +34,32 @@ def test_table_counts_the_rows_of_each_source(tmp_path):
 
 def test_histogram_counts_records_by_powers_of_two(tmp_path):
     rows = [{"text": "x" * n} for n in (1, 1, 2, 6, 30)]  # and EOS: 2, 2, 3, 7, 31
-    lines = plan_lines(load(write_rows(tmp_path / "data.jsonl", rows), seq_len=8))
+    lines = preview_lines(load(write_rows(tmp_path / "data.jsonl", rows), seq_len=8))
     counts = [cells(line)[:2] for line in lines[4:]]
     assert counts == [["2-3", "3"], ["4-7", "1"], ["8-15", "0"], ["16-31", "1"]]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama2", "llama3"])
-def test_samples_spell_the_whole_record_and_mark_what_is_learnt(tmp_path, name):
+def test_samples_show_the_whole_record_and_what_the_loss_counts(tmp_path, name):
     tokenizer = make_tokenizer(name)
     data = load(write_rows(tmp_path / "data.jsonl", ROWS), tokenizer)
-    samples = make_samples(data, tokenizer)
+    samples = preview_samples(data, tokenizer)
     assert [title.split(", ")[1].split(":")[0] for title, _ in samples] == [
         *("line 1", "line 15", "line 30")
     ]
     _, pieces = samples[0]
-    text = tokenizer.render(ROWS[0]["messages"], add_generation_prompt=False)
+    text = render(tokenizer, ROWS[0]["messages"])
     assert "".join(piece for piece, _ in pieces) == text
-    (learnt,) = [piece for piece, is_learnt in pieces if is_learnt]
-    assert learnt.strip().startswith("five")
-    assert text.rstrip().endswith(learnt)
+    (answer,) = [piece for piece, is_counted in pieces if is_counted]
+    assert answer.strip().startswith("five")
+    assert text.rstrip().endswith(answer)
 
 
 def test_long_sample_shows_both_ends(tmp_path):
     rows = [{"prompt": "start " + "x" * 3000, "completion": " end"}]
     tokenizer = make_tokenizer()
     data = load(write_rows(tmp_path / "data.jsonl", rows), tokenizer, seq_len=4000)
-    ((_, pieces),) = make_samples(data, tokenizer)
+    ((_, pieces),) = preview_samples(data, tokenizer)
     assert pieces[0][0].startswith("start x")
     assert "tokens more" in pieces[1][0]
     assert pieces[-1] == (" end<|im_end|>", True)
@@ -68,5 +68,5 @@ def test_long_sample_shows_both_ends(tmp_path):
 def test_sample_cannot_steer_the_terminal(tmp_path):
     tokenizer = make_tokenizer()
     path = write_rows(tmp_path / "data.jsonl", [{"text": "a\x1b[31m\nb"}])
-    ((_, pieces),) = make_samples(load(path, tokenizer), tokenizer)
+    ((_, pieces),) = preview_samples(load(path, tokenizer), tokenizer)
     assert "".join(piece for piece, _ in pieces).startswith("a\\x1b[31m\nb")

@@ -19,8 +19,9 @@ from helpers.data_cases import (
     write_rows,
 )
 
+import jlora.data
 from jlora.data.cache import build_cache as build
-from jlora.data.cache.row_counts import Account
+from jlora.data.cache.row_counts import RowCounts
 from jlora.errors import CorruptError, ResourceError, UnsupportedError
 
 ROWS = [chat(f"What is {i}?", "five " * (1 + i % 4)) for i in range(40)]
@@ -36,13 +37,13 @@ def path(tmp_path, monkeypatch):
 def tokenised(monkeypatch) -> list[int]:
     """The rows of every chunk that was tokenised."""
     counts: list[int] = []
-    make = build._make_part
+    make = build._tokenize
 
-    def counted(chunk, reading, tokenizer):
+    def counted(chunk, row_format, tokenizer):
         counts.append(len(chunk.rows))
-        return make(chunk, reading, tokenizer)
+        return make(chunk, row_format, tokenizer)
 
-    monkeypatch.setattr(build, "_make_part", counted)
+    monkeypatch.setattr(build, "_tokenize", counted)
     return counts
 
 
@@ -58,7 +59,9 @@ def test_same_data_is_tokenised_once(path, tokenised):
     [{"seq_len": 36}, {"packing": True}, {"seed": 3}, {"batch_size": 7}],
     ids=str,
 )
-def test_what_does_not_touch_the_tokens_uses_the_cache(path, tokenised, change):
+def test_a_setting_that_does_not_change_the_tokens_uses_the_cache(
+    path, tokenised, change
+):
     load(path)
     load(path, **change)
     assert tokenised == [40]
@@ -80,7 +83,9 @@ def test_a_copy_of_the_file_uses_the_cache_and_is_named(path, tmp_path, tokenise
         ("chatml", {"format": "messages"}),
     ],
 )
-def test_what_touches_the_tokens_builds_another(path, tokenised, tokenizer, config):
+def test_a_setting_that_changes_the_tokens_builds_another(
+    path, tokenised, tokenizer, config
+):
     load(path)
     load(path, make_tokenizer(tokenizer), **config)
     assert tokenised == [40, 40]
@@ -93,7 +98,20 @@ def test_changed_data_builds_another(path, tokenised):
     assert tokenised == [40, 41]
 
 
-def test_cache_dir_says_where(path, tmp_path):
+def test_changed_code_of_the_library_builds_another(
+    path, tmp_path, tokenised, monkeypatch
+):
+    assert Path(jlora.data.__file__).parent == build._CODE
+    code = tmp_path / "code"
+    (code / "read").mkdir(parents=True)
+    monkeypatch.setattr(build, "_CODE", code)
+    for text in ("a = 1", "a = 1", "a = 2"):
+        (code / "read" / "rows.py").write_text(text)
+        load(path)
+    assert tokenised == [40, 40]
+
+
+def test_cache_dir_is_where_the_store_is(path, tmp_path):
     load(path, cache_dir=str(tmp_path / "here"))
     assert (tmp_path / "here" / "tokens").is_dir()
     assert not (tmp_path / "cache").exists()
@@ -108,7 +126,7 @@ def test_a_damaged_cache_is_built_again(path, tmp_path, tokenised, capsys):
     assert "tokens.bin is damaged; building it again" in capsys.readouterr().err
 
 
-def test_what_is_told_does_not_depend_on_the_cache(path):
+def test_the_log_does_not_depend_on_the_cache(path):
     write_rows(
         path,
         [*ROWS, "{broken", {"messages": []}, {"messages": ROWS[0]["messages"][:1]}],
@@ -116,11 +134,11 @@ def test_what_is_told_does_not_depend_on_the_cache(path):
     settings = {"on_bad_row": "skip", "seq_len": 36}
     first, second = load(path, **settings), load(path, **settings)
     assert first.summary == second.summary
-    assert first.accounts == second.accounts
+    assert first.row_counts == second.row_counts
 
 
-def test_progress_is_told_in_tokens_per_second(path, monkeypatch, capsys):
-    monkeypatch.setattr(build, "_TELL_EVERY_S", -1)
+def test_progress_is_reported_in_tokens_per_second(path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "_REPORT_EVERY_S", -1)
     monkeypatch.setattr("jlora.data.read.row_files.CHUNK_ROWS", 25)
     tokens = load(path).num_tokens
     first, last = capsys.readouterr().out.splitlines()
@@ -139,14 +157,14 @@ def test_bad_rows_are_refused_from_the_cache_too(path):
     assert messages[0] == messages[1]
 
 
-def test_accounts_come_back_from_their_notes(path):
+def test_row_counts_survive_storing(path):
     write_rows(path, [*ROWS, "{broken"])
-    [account] = load(path, on_bad_row="skip").accounts
-    again = Account.from_note(account.note(), account.source, account.seq_len)
-    assert again.note() == account.note()
+    [counts] = load(path, on_bad_row="skip").row_counts
+    again = RowCounts.from_json(counts.to_json(), counts.source, counts.seq_len)
+    assert again.to_json() == counts.to_json()
 
 
-def test_a_tokenizer_survives_the_way_to_another_process():
+def test_a_pickled_tokenizer_encodes_the_same():
     tokenizer = make_tokenizer()
     other = copy.deepcopy(tokenizer)
     assert other is not tokenizer
@@ -181,13 +199,13 @@ def test_an_error_in_a_worker_is_the_users_message(path, two_workers):
 
 def test_names_and_modules_of_the_library_load_when_asked_for():
     code = (
-        "import jlora; print(jlora.merge.__name__, jlora.train.step.make_train_step"
-        ".__name__, hasattr(jlora, 'nothing'))"
+        "import jlora; print(jlora.merge.__name__, jlora.errors.UsageError.__name__,"
+        "hasattr(jlora, 'nothing'))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["merge", "make_train_step", "False"]
+    assert done.stdout.split() == ["merge", "UsageError", "False"]
 
 
 def test_what_a_worker_imports_has_no_jax():
@@ -212,15 +230,15 @@ def test_workers_do_not_run_the_script_again(path, tmp_path, monkeypatch, two_wo
 KILLED = """
 import sys, time
 from helpers.data_cases import load
-from jlora.data import build, store
+from jlora.data.cache import build_cache, token_store
 
 def pause(self, block):
     print("building", flush=True)
     time.sleep(60)
 
 if __name__ == "__main__":
-    build._BYTES_PER_WORKER = 1
-    store.StoreWriter.append = pause
+    build_cache._BYTES_PER_WORKER = 1
+    token_store.StoreWriter.append = pause
     load(sys.argv[1])
 """
 
@@ -240,12 +258,12 @@ def test_workers_of_a_killed_build_end(path):
     process.communicate(timeout=20)  # which all that have its output keep from ending
 
 
-def die(chunk, reading):
+def die(chunk, row_format):
     os._exit(9)
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_told_and_leaves_nothing(
+def test_a_worker_that_dies_is_an_error_and_leaves_nothing(
     path, tmp_path, monkeypatch, two_workers
 ):
     monkeypatch.setattr(build, "_work", die)

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from jlora.data.cache.token_store import RECORD, Block, StoreWriter, cached_store
+from jlora.data.cache.token_store import RECORD, StoreWriter, TokenBlock, open_or_build
 from jlora.errors import ResourceError, UsageError
 
 
-def block(*lengths: int, first: int = 0) -> Block:
+def block(*lengths: int, first: int = 0) -> TokenBlock:
     total = sum(lengths)
     records = np.zeros(len(lengths), RECORD)
     records["length"] = lengths
     records["start"] = np.cumsum(lengths) - lengths
-    return Block(
+    return TokenBlock(
         np.arange(first, first + total, dtype=np.int32),
         np.ones(total, np.uint8),
         records,
@@ -47,8 +47,8 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-def test_blocks_come_back_one_after_the_other(cache):
-    store = cached_store(cache, "k", build)
+def test_blocks_are_read_back_one_after_the_other(cache):
+    store = open_or_build(cache, "k", build)
     assert store.tokens.tolist() == list(range(9))
     assert store.records["start"].tolist() == [0, 2, 5]
     assert store.records["length"].tolist() == [2, 3, 4]
@@ -57,31 +57,31 @@ def test_blocks_come_back_one_after_the_other(cache):
 
 
 def test_arrays_are_mapped_not_read(cache):
-    assert isinstance(cached_store(cache, "k", build).tokens, np.memmap)
+    assert isinstance(open_or_build(cache, "k", build).tokens, np.memmap)
 
 
 def test_a_store_that_is_there_is_not_built_again(cache):
-    built, opened = cached_store(cache, "k", build), cached_store(cache, "k", never)
+    built, opened = open_or_build(cache, "k", build), open_or_build(cache, "k", never)
     np.testing.assert_array_equal(built.tokens, opened.tokens)
     assert (built.digest, built.note) == (opened.digest, opened.note)
 
 
 def test_another_key_is_another_store(cache):
-    first = cached_store(cache, "a", build)
-    second = cached_store(cache, "b", lambda writer: writer.append(block(9)) or {})
+    first = open_or_build(cache, "a", build)
+    second = open_or_build(cache, "b", lambda writer: writer.append(block(9)) or {})
     assert first.digest != second.digest
     assert names(cache) == {"a", "b"}
 
 
 def test_digest_depends_on_the_borders(cache):
-    first = cached_store(cache, "a", lambda writer: writer.append(block(4, 5)) or {})
-    second = cached_store(cache, "b", lambda writer: writer.append(block(5, 4)) or {})
+    first = open_or_build(cache, "a", lambda writer: writer.append(block(4, 5)) or {})
+    second = open_or_build(cache, "b", lambda writer: writer.append(block(5, 4)) or {})
     assert first.digest != second.digest
 
 
 def test_a_store_without_records_opens(cache):
-    cached_store(cache, "k", lambda writer: {})
-    assert len(cached_store(cache, "k", never).records) == 0
+    open_or_build(cache, "k", lambda writer: {})
+    assert len(open_or_build(cache, "k", never).records) == 0
 
 
 def flip(path: Path) -> None:
@@ -96,20 +96,20 @@ def flip(path: Path) -> None:
     [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])],
     ids=["flipped", "missing", "cut"],
 )
-def test_a_damaged_store_is_told_and_built_again(cache, capsys, name, damage):
-    good = cached_store(cache, "k", build).digest
+def test_a_damaged_store_is_reported_and_built_again(cache, capsys, name, damage):
+    good = open_or_build(cache, "k", build).digest
     damage(cache / "k" / name)
-    store = cached_store(cache, "k", build)
+    store = open_or_build(cache, "k", build)
     assert store.tokens.tolist() == list(range(9))
     assert store.digest == good
     assert "building it again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 0}'])
-def test_a_damaged_note_is_told_and_built_again(cache, text):
-    cached_store(cache, "k", build)
+def test_a_store_with_a_damaged_note_is_built_again(cache, text):
+    open_or_build(cache, "k", build)
     (cache / "k" / "note.json").write_text(text)
-    assert cached_store(cache, "k", build).note == {"rows": 3}
+    assert open_or_build(cache, "k", build).note == {"rows": 3}
 
 
 def test_a_failed_build_leaves_nothing(cache):
@@ -118,30 +118,30 @@ def test_a_failed_build_leaves_nothing(cache):
         raise ValueError("a bad row")
 
     with pytest.raises(ValueError, match="a bad row"):
-        cached_store(cache, "k", fail)
+        open_or_build(cache, "k", fail)
     assert names(cache) == set()
 
 
-def test_a_full_disk_is_told_with_its_place(cache):
+def test_a_full_disk_is_an_error_that_names_the_setting(cache):
     def fail(writer: StoreWriter):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(ResourceError, match=r"disk is full .*data.cache_dir"):
-        cached_store(cache, "k", fail)
+        open_or_build(cache, "k", fail)
     assert names(cache) == set()
 
 
 def test_a_folder_that_cannot_be_made_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot be written .*data.cache_dir"):
-        cached_store(tmp_path / "file" / "cache", "k", build)
+        open_or_build(tmp_path / "file" / "cache", "k", build)
 
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = ["tests", "tests/data/cache", "."]
-from jlora.data.cache.token_store import cached_store
+from jlora.data.cache.token_store import open_or_build
 from test_token_store import block
 def build(writer):
     print("building", flush=True)
@@ -149,7 +149,7 @@ def build(writer):
         writer.append(block(3, 4))
         time.sleep(float(sys.argv[2]))
     return {}
-store = cached_store(Path(sys.argv[1]), "k", build)
+store = open_or_build(Path(sys.argv[1]), "k", build)
 print("has", len(store.records), flush=True)
 """
 
@@ -169,7 +169,7 @@ def test_what_a_killed_build_left_is_cleared(cache):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert names(cache) == {"k.tmp"}
-    cached_store(cache, "other", build)
+    open_or_build(cache, "other", build)
     assert names(cache) == {"other"}
 
 
@@ -177,7 +177,7 @@ def test_what_a_killed_build_left_is_cleared(cache):
 def room_for_two(cache, monkeypatch):
     """Stores a, used last, and b; the disk has room for half of one more."""
     for key, used in (("a", 200), ("b", 100)):
-        cached_store(cache, key, build)
+        open_or_build(cache, key, build)
         os.utime(cache / key, (used, used))
     total = 2.5 * sum(file.stat().st_size for file in (cache / "a").iterdir())
     monkeypatch.setattr("jlora.data.cache.token_store.SHARE", 1)
@@ -188,7 +188,7 @@ def room_for_two(cache, monkeypatch):
 
 
 def test_the_store_unused_for_longest_makes_room(cache, room_for_two, capsys):
-    cached_store(cache, "c", build)
+    open_or_build(cache, "c", build)
     assert names(cache) == {"a", "c"}
     assert capsys.readouterr().out == (
         f"token cache: {cache / 'b'} was removed to make room\n"
@@ -196,26 +196,26 @@ def test_the_store_unused_for_longest_makes_room(cache, room_for_two, capsys):
 
 
 def test_opening_a_store_counts_as_use(cache, room_for_two):
-    cached_store(cache, "b", never)
-    cached_store(cache, "c", build)
+    open_or_build(cache, "b", never)
+    open_or_build(cache, "c", build)
     assert names(cache) == {"b", "c"}
 
 
 def test_a_store_in_use_is_not_removed(cache, room_for_two):
-    used = cached_store(cache, "b", never)
+    used = open_or_build(cache, "b", never)
     os.utime(cache / "b", (100, 100))
-    cached_store(cache, "c", build)
+    open_or_build(cache, "c", build)
     assert names(cache) == {"b", "c"}
     assert used.tokens.tolist() == list(range(9))
     del used
     os.utime(cache / "b", (100, 100))
-    cached_store(cache, "d", build)
+    open_or_build(cache, "d", build)
     assert names(cache) == {"c", "d"}
 
 
 def test_a_store_larger_than_the_share_stays_while_it_is_the_newest(cache, monkeypatch):
     monkeypatch.setattr("jlora.data.cache.token_store.SHARE", 0)
-    cached_store(cache, "a", build)
+    open_or_build(cache, "a", build)
     assert names(cache) == {"a"}
 
 
@@ -224,8 +224,8 @@ def test_folders_that_are_no_stores_are_left_alone(cache, monkeypatch):
     for name in ("mine", "mine.tmp"):
         (cache / name).mkdir(parents=True)
         (cache / name / "note.json").write_text('{"key": "other"}')
-    cached_store(cache, "a", build)
-    cached_store(cache, "b", build)
+    open_or_build(cache, "a", build)
+    open_or_build(cache, "b", build)
     assert names(cache) == {"b", "mine", "mine.tmp"}
 
 
@@ -241,7 +241,7 @@ def test_a_build_in_another_process_is_not_cleared_as_stale(cache):
     deadline = time.monotonic() + 30
     while not (cache / "k.tmp").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    cached_store(cache, "other", build)
+    open_or_build(cache, "other", build)
     assert "has 20" in process.communicate(timeout=60)[0]
     assert os.path.isdir(cache / "k")
 
@@ -251,17 +251,18 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from helpers.data_cases import load
-from jlora.data import build
-from jlora.data.batch.batches import make_dataset
-from jlora.data.cache.token_store import RECORD, Block, cached_store
+from jlora.data.cache import build_cache
+from jlora.data.batch.batches import Dataset
+from jlora.data.cache.token_store import RECORD, TokenBlock, open_or_build
 
 lines = Path("/proc/self/status").read_text().splitlines()
 used = next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
 resource.setrlimit(resource.RLIMIT_DATA, ((used << 10) + (64 << 20),) * 2)
-build._BYTES_PER_WORKER = 1 << 40
+build_cache._BYTES_PER_WORKER = 1 << 40
+build_cache._REPORT_EVERY_S = 600
 print(load(Path(sys.argv[1])).num_records)
 
-block = Block(np.ones(10**6, np.int32), np.ones(10**6, np.uint8), np.zeros(100, RECORD))
+block = TokenBlock(np.ones(10**6, np.int32), np.ones(10**6, np.uint8), np.zeros(100, RECORD))
 block.records["length"] = 10**4
 block.records["start"] = np.arange(100) * 10**4
 
@@ -270,8 +271,8 @@ def fill(writer):
         writer.append(block)
     return {}
 
-store = cached_store(Path(sys.argv[1]).parent, "k", fill)
-data = make_dataset(
+store = open_or_build(Path(sys.argv[1]).parent, "k", fill)
+data = Dataset(
     store, store.records["start"], store.records["length"], num_supervised=1,
     seq_len=10**4, packing=True, batch_size=8, pad_id=0, seed=0, shuffle=True,
 )

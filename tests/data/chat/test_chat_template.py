@@ -3,9 +3,17 @@ from datetime import datetime
 
 import jinja2
 import pytest
-from helpers.data_cases import CHATML, CONFIG, TEMPLATES, make_files, make_tokenizer
+from helpers.data_cases import (
+    CHATML,
+    CONFIG,
+    TEMPLATES,
+    make_files,
+    make_tokenizer,
+    render,
+)
 
-from jlora.data import RowError, Tokenizer
+from jlora.data.read.bad_rows import RowError
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 USER = [{"role": "user", "content": "hello"}]
@@ -16,23 +24,24 @@ CASES = [
 ]
 
 
-def render(template: str, messages=USER, **settings) -> str:
+def rendered(template: str, messages=USER, **settings) -> str:
     tokenizer = make_tokenizer(chat_template=template, **settings)
-    return tokenizer.render(messages, add_generation_prompt=False)
+    return render(tokenizer, messages)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_rendered_text_equals_transformers(name, case):
-    text = make_tokenizer(name).render(
-        case["messages"], tools=case["tools"], add_generation_prompt=False
-    )
+    text = render(make_tokenizer(name), case["messages"], case["tools"])
     assert text == case["text"]
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_generation_prompt_equals_transformers(name, case):
-    text = make_tokenizer(name).render(
-        case["messages"][:-1], tools=case["tools"], add_generation_prompt=True
+    text = render(
+        make_tokenizer(name),
+        case["messages"][:-1],
+        case["tools"],
+        add_generation_prompt=True,
     )
     assert text == case["prompt"]
 
@@ -46,35 +55,35 @@ def test_ids_equal_transformers(name, case):
 
 
 def test_date_is_pinned():
-    assert render("{{ strftime_now('%d %b %Y') }}") == "26 Jul 2024"
+    assert rendered("{{ strftime_now('%d %b %Y') }}") == "26 Jul 2024"
 
 
 def test_tojson_escapes_no_html_and_keeps_letters():
-    assert render("{{ '<é>' | tojson }}") == '"<é>"'
+    assert rendered("{{ '<é>' | tojson }}") == '"<é>"'
 
 
 def test_null_in_a_message_is_a_missing_key():
     messages = [{"role": "user", "content": "a", "name": None}]
-    assert render("{{ 'name' in messages[0] }}", messages) == "False"
+    assert rendered("{{ 'name' in messages[0] }}", messages) == "False"
 
 
 def test_special_tokens_may_be_objects():
     bos = {"content": "<s>", "lstrip": False}
-    assert render("{{ bos_token }}", bos_token=bos) == "<s>"
+    assert rendered("{{ bos_token }}", bos_token=bos) == "<s>"
 
 
 def test_special_token_that_is_null_renders_as_nothing():
-    assert render("[{{ pad_token }}]", pad_token=None) == "[]"
+    assert rendered("[{{ pad_token }}]", pad_token=None) == "[]"
 
 
 def test_raise_exception_refuses_the_conversation_with_its_message():
     with pytest.raises(RowError, match="roles must alternate"):
-        render("{{ raise_exception('roles must alternate') }}")
+        rendered("{{ raise_exception('roles must alternate') }}")
 
 
 def test_syntax_error_names_the_line():
     with pytest.raises(CorruptError, match=r"chat template, line 2"):
-        render("a\n{% if %}")
+        rendered("a\n{% if %}")
 
 
 @pytest.mark.parametrize(
@@ -93,9 +102,9 @@ def test_syntax_error_names_the_line():
         "{% for m in messages %}{{ loop.__init__ }}{% endfor %}",
     ],
 )
-def test_reaching_for_internals_is_a_security_error(template):
+def test_access_to_python_internals_is_a_security_error(template):
     with pytest.raises(CorruptError, match="SecurityError"):
-        render(template)
+        rendered(template)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +162,10 @@ def test_reaching_for_internals_is_a_security_error(template):
 )
 def test_greedy_template_is_stopped(template, monkeypatch):
     monkeypatch.setattr(
-        "jlora.data.chat.template_limits.MAX_WORK", 1 << 21
+        "jlora.data.chat.template_budget.MAX_WORK", 1 << 21
     )  # to be quick
     with pytest.raises(CorruptError, match="stopped by the sandbox"):
-        render(template)
+        rendered(template)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +177,14 @@ def test_greedy_template_is_stopped(template, monkeypatch):
 )
 def test_template_cannot_depend_on_chance(template, message):
     with pytest.raises(CorruptError, match=message):
-        render(template)
+        rendered(template)
 
 
-def test_what_a_template_costs_does_not_add_up_over_records(monkeypatch):
-    monkeypatch.setattr("jlora.data.chat.template_limits.MAX_WORK", 1000)
+def test_the_budget_of_a_template_is_per_rendering(monkeypatch):
+    monkeypatch.setattr("jlora.data.chat.template_budget.MAX_WORK", 1000)
     tokenizer = make_tokenizer(chat_template="{{ 'a' * 100 }}")
     for _ in range(20):
-        tokenizer.render(USER, add_generation_prompt=False)
+        render(tokenizer, USER)
 
 
 @pytest.mark.parametrize(
@@ -204,18 +213,18 @@ def test_what_a_template_costs_does_not_add_up_over_records(monkeypatch):
 def test_metered_template_renders_as_plain_jinja2_does(template):
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     plain.filters["tojson"] = lambda x, indent: json.dumps(x, indent=indent)
-    assert render(template) == plain.from_string(template).render(messages=USER)
+    assert rendered(template) == plain.from_string(template).render(messages=USER)
 
 
 @pytest.mark.parametrize("term", ["1", "none", "missing", "['c']"])
 def test_sum_of_text_and_other_things_refuses_the_conversation(term):
     with pytest.raises(RowError, match="the chat template refuses it"):
-        render("{{ 'a' + messages[0].content + TERM }}".replace("TERM", term))
+        rendered("{{ 'a' + messages[0].content + TERM }}".replace("TERM", term))
 
 
 def test_numbers_in_messages_do_not_trip_the_limits():
     messages = [{"role": "user", "content": " 12345678901234 %99999999d "}]
-    assert "12345678901234" in render("{{ messages[0].content.strip() }}", messages)
+    assert "12345678901234" in rendered("{{ messages[0].content.strip() }}", messages)
 
 
 def test_old_jinja2_is_refused(monkeypatch):
@@ -224,10 +233,10 @@ def test_old_jinja2_is_refused(monkeypatch):
         make_tokenizer()
 
 
-def test_template_file_beats_the_tokenizer_config():
+def test_template_file_overrides_the_tokenizer_config():
     files = make_files() | {"chat_template.jinja": b"from the file"}
-    tokenizer = Tokenizer.from_files(files, CONFIG)
-    assert tokenizer.render(USER, add_generation_prompt=False) == "from the file"
+    tokenizer = Tokenizer(files, CONFIG)
+    assert render(tokenizer, USER) == "from the file"
 
 
 def test_additional_templates_are_read_beside_the_file():
@@ -235,17 +244,17 @@ def test_additional_templates_are_read_beside_the_file():
         "chat_template.jinja": b"plain",
         "additional_chat_templates/tool_use.jinja": b"tools",
     }
-    tokenizer = Tokenizer.from_files(files, CONFIG)
-    assert tokenizer.render(USER, add_generation_prompt=False) == "plain"
-    assert tokenizer.render(USER, add_generation_prompt=False, tools=[]) == "tools"
+    tokenizer = Tokenizer(files, CONFIG)
+    assert render(tokenizer, USER) == "plain"
+    assert render(tokenizer, USER, []) == "tools"
     other = files | {"additional_chat_templates/tool_use.jinja": b"other"}
-    assert Tokenizer.from_files(other, CONFIG).fingerprint != tokenizer.fingerprint
+    assert Tokenizer(other, CONFIG).fingerprint != tokenizer.fingerprint
 
 
 def test_pinned_date_belongs_to_the_fingerprint(monkeypatch):
     before = make_tokenizer().fingerprint
     monkeypatch.setattr(
-        "jlora.data.tokenize.tokenizer_files.PINNED_DATE", datetime(2025, 1, 1)
+        "jlora.data.tokenize.tokenizer_settings.PINNED_DATE", datetime(2025, 1, 1)
     )
     assert make_tokenizer().fingerprint != before
 
@@ -253,8 +262,8 @@ def test_pinned_date_belongs_to_the_fingerprint(monkeypatch):
 def test_template_json_is_read_last():
     files = make_files(chat_template=None)
     files["chat_template.json"] = json.dumps({"chat_template": "json"}).encode()
-    tokenizer = Tokenizer.from_files(files, CONFIG)
-    assert tokenizer.render(USER, add_generation_prompt=False) == "json"
+    tokenizer = Tokenizer(files, CONFIG)
+    assert render(tokenizer, USER) == "json"
 
 
 @pytest.mark.parametrize(("tools", "text"), [(None, "plain"), ([], "tools")])
@@ -264,19 +273,19 @@ def test_named_templates_are_chosen_by_tools(tools, text):
         {"name": "tool_use", "template": "tools"},
     ]
     tokenizer = make_tokenizer(chat_template=named)
-    assert tokenizer.render(USER, add_generation_prompt=False, tools=tools) == text
+    assert render(tokenizer, USER, tools) == text
 
 
 def test_missing_template_says_how_to_supply_one():
     tokenizer = make_tokenizer(chat_template=None)
     assert not tokenizer.has_chat_template
     with pytest.raises(UsageError, match=r"chat_template\.jinja"):
-        tokenizer.render(USER, add_generation_prompt=False)
+        render(tokenizer, USER)
 
 
 def test_generation_block_leaves_no_marks_in_the_text():
     template = "{% generation %}a{% endgeneration %}b"
-    assert render(template) == "ab"
+    assert rendered(template) == "ab"
 
 
 def test_control_strings_in_messages_stay_text():

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from helpers.data_cases import load, make_tokenizer, write_rows
 
-from jlora.data.read.data_paths import find_sources
+from jlora.data.read.data_paths import find_data_sources
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 
 ROWS = [{"text": f"the sum {i}", "id": i, "date": None} for i in range(5)]
@@ -69,7 +69,7 @@ def test_every_kind_of_file_gives_the_same_tokens(tmp_path, rows, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kind_is_read_off_the_content_not_the_name(tmp_path, kind):
+def test_kind_of_file_is_detected_from_its_content_not_its_name(tmp_path, kind):
     path = write(tmp_path, ROWS, kind).rename(tmp_path / "data.txt")
     assert load(path).num_records == 5
 
@@ -140,7 +140,7 @@ def test_empty_file_is_a_usage_error(tmp_path, content):
 
 def test_device_is_a_usage_error():
     with pytest.raises(UsageError, match="/dev/null: no records"):
-        find_sources("/dev/null")
+        find_data_sources("/dev/null")
 
 
 def test_missing_file_names_the_nearest(tmp_path):
@@ -155,7 +155,7 @@ def test_file_in_a_missing_folder_is_a_usage_error(tmp_path):
 
 
 def names(given) -> list[list[str]]:
-    return [[file.name for file in source.files] for source in find_sources(given)]
+    return [[file.name for file in source.files] for source in find_data_sources(given)]
 
 
 @pytest.fixture
@@ -168,12 +168,12 @@ def folder(tmp_path):
 
 
 def test_folder_is_its_data_files_by_name(folder):
-    (source,) = find_sources(str(folder))
+    (source,) = find_data_sources(str(folder))
     assert [f.name for f in source.files] == ["a.jsonl.gz", "b.jsonl", "c.parquet"]
     assert source.ignored == ("README.md",)
 
 
-def test_other_files_of_a_folder_are_told(folder):
+def test_other_files_of_a_folder_are_reported(folder):
     for name in ("a.jsonl.gz", "c.parquet"):
         (folder / name).unlink()
     write_rows(folder / "b.jsonl", ROWS)
@@ -183,7 +183,7 @@ def test_other_files_of_a_folder_are_told(folder):
 def test_folder_without_data_is_a_usage_error(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(UsageError, match=r"no data files.*folders train"):
-        find_sources(str(tmp_path))
+        find_data_sources(str(tmp_path))
 
 
 def test_glob_is_its_matches_by_name(folder):
@@ -193,7 +193,7 @@ def test_glob_is_its_matches_by_name(folder):
 
 def test_glob_without_match_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no file matches"):
-        find_sources(str(tmp_path / "*.jsonl"))
+        find_data_sources(str(tmp_path / "*.jsonl"))
 
 
 def test_name_with_magic_letters_is_a_file_if_there_is_one(tmp_path):
@@ -208,13 +208,13 @@ def test_several_sources_keep_their_order(folder):
 
 def test_source_given_twice_is_a_usage_error(folder):
     with pytest.raises(UsageError, match=r"given twice.*weights"):
-        find_sources([str(folder), str(folder)])
+        find_data_sources([str(folder), str(folder)])
 
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
 def test_weight_out_of_range_is_a_usage_error(folder, weight):
     with pytest.raises(UsageError, match="weight"):
-        find_sources({str(folder): weight})
+        find_data_sources({str(folder): weight})
 
 
 def save_to_disk(path, files: dict[str, list[dict]]):
@@ -249,7 +249,7 @@ def test_split_train_of_saved_splits_is_read(tmp_path):
 def test_saved_splits_without_train_are_a_usage_error(tmp_path):
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["a", "b"]}')
     with pytest.raises(UsageError, match="none is named train"):
-        find_sources(str(tmp_path))
+        find_data_sources(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["data-00000.arrow", "../data.arrow"])
@@ -259,11 +259,11 @@ def test_saved_data_set_without_its_files_is_corrupt(tmp_path, name):
     state = {"_data_files": [{"filename": name}]}
     (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
     with pytest.raises(CorruptError, match="not in the folder"):
-        find_sources(str(tmp_path / "saved"))
+        find_data_sources(str(tmp_path / "saved"))
 
 
 def test_selection_of_an_old_version_is_unsupported(tmp_path):
     state = {"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}
     (tmp_path / "state.json").write_text(json.dumps(state))
     with pytest.raises(UnsupportedError, match="selection of rows"):
-        find_sources(str(tmp_path))
+        find_data_sources(str(tmp_path))

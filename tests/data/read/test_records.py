@@ -34,12 +34,12 @@ def refusal(path, rows, **config) -> str:
         ({"instruction": "add", "output": "five", "text": "ignored"}, "alpaca"),
     ],
 )
-def test_format_is_read_off_the_first_record(tmp_path, row, format):
+def test_format_is_detected_from_the_first_record(tmp_path, row, format):
     data = load(write_rows(tmp_path / "data.jsonl", [row]))
     assert f"format {format}," in data.summary[0]
 
 
-def test_named_format_beats_detection(tmp_path):
+def test_named_format_overrides_detection(tmp_path):
     path = write_rows(tmp_path / "data.jsonl", [chat("a", "b") | GOOD])
     assert "format text," in load(path, format="text").summary[0]
 
@@ -234,9 +234,11 @@ def test_alpaca_without_a_template_uses_the_published_form(tmp_path, input, expe
     path = write_rows(tmp_path / "data.jsonl", [row])
     data = load(path, tokenizer)
     assert tokenizer.decode(all_tokens(data)) == expected
-    learnt = [t for t, m in zip(all_tokens(data), all_masks(data), strict=True) if m]
-    assert tokenizer.decode(learnt) == "five"
-    assert learnt[-1] == tokenizer.eos_id
+    supervised = [
+        t for t, m in zip(all_tokens(data), all_masks(data), strict=True) if m
+    ]
+    assert tokenizer.decode(supervised) == "five"
+    assert supervised[-1] == tokenizer.eos_id
 
 
 @pytest.mark.parametrize(
@@ -326,7 +328,7 @@ def test_fields_of_no_format_are_a_usage_error(tmp_path, fields, words):
         load(path, fields=fields)
 
 
-def test_missing_column_goes_by_the_name_the_data_should_have(tmp_path):
+def test_missing_column_is_named_as_in_the_data(tmp_path):
     fields = {"prompt": "question", "completion": "answer"}
     rows = [{"question": "a", "answer": "b"}, {"question": "a", "anwser": "b"}]
     message = refusal(tmp_path, rows, fields=fields)
@@ -356,15 +358,15 @@ def test_refusal_names_the_way_to_skip(tmp_path):
 
 
 @pytest.mark.parametrize("rows", [["{", "["], [{"text": ""}, {"text": None}]])
-def test_only_bad_rows_are_a_usage_error_if_they_may_be_skipped(tmp_path, rows):
+def test_nothing_but_bad_rows_is_a_usage_error_if_they_may_be_skipped(tmp_path, rows):
     path = write_rows(tmp_path / "data.jsonl", rows)
-    with pytest.raises(UsageError, match=r"nothing .*to learn") as error:
+    with pytest.raises(UsageError, match=r"nothing .*to train on") as error:
         load(path, on_bad_row="skip")
     assert "line 2" in str(error.value)
     assert "on_bad_row=skip" not in str(error.value)
 
 
-def test_only_bad_rows_above_the_cap_are_corrupt(tmp_path):
+def test_nothing_but_bad_rows_above_the_cap_is_corrupt(tmp_path):
     path = write_rows(tmp_path / "data.jsonl", ["{"] * 9)
     with pytest.raises(CorruptError, match=r"more than data\.max_bad_rows=8 .*9 of 9"):
         load(path, on_bad_row="skip", max_bad_rows=8)

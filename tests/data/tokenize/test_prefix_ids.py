@@ -4,7 +4,7 @@ import pytest
 from helpers.data_cases import CONFIG, TEMPLATES, chat, make_tokenizer
 
 from jlora.data.chat.control_tokens import Rendered
-from jlora.data.tokenize.prefix_ids import encode_beginnings
+from jlora.data.tokenize.prefix_ids import encode_prefixes
 from jlora.errors import JloraError
 
 TEXTS = [
@@ -20,24 +20,29 @@ TEXTS = [
 NAMES = [name for name, case in TEMPLATES.items() if case["template"]]
 
 
+def rendered(tokenizer, messages) -> Rendered:
+    template = tokenizer.template()
+    return template.render(template.prepare(messages))
+
+
 def conversations(tokenizer):
     for texts in itertools.islice(itertools.permutations(TEXTS, 4), 0, 1600, 97):
         messages = chat(*texts)["messages"]
         try:
-            yield tokenizer.template().render(messages)
+            yield rendered(tokenizer, messages)
         except JloraError:  # the template has no system turn, say
             continue
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ids_of_every_beginning_are_those_of_encoding_it(name):
+def test_ids_of_every_prefix_equal_those_of_encoding_it(name):
     tokenizer = make_tokenizer(name)
-    uncut = [whole for whole in conversations(tokenizer) if not whole.cuts]
-    assert uncut
-    for whole in uncut:
+    unmarked = [whole for whole in conversations(tokenizer) if not whole.boundaries]
+    assert unmarked
+    for whole in unmarked:
         [encoded] = tokenizer.encode_rendered([whole])
         texts = [Rendered(whole.text[:end]) for end in range(len(whole.text))]
-        found = encode_beginnings(
+        found = encode_prefixes(
             dict.fromkeys(texts, whole), {whole: encoded}, tokenizer
         )
         wanted = tokenizer.encode_rendered(texts)
@@ -47,7 +52,7 @@ def test_ids_of_every_beginning_are_those_of_encoding_it(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_id_is_known_as_a_control_token_or_as_none(name):
+def test_is_control_agrees_with_control_ids(name):
     tokenizer = make_tokenizer(name)
     ids = range(2 * CONFIG.vocab_size)
     found = tokenizer.is_control.take(ids, mode="clip")
@@ -56,7 +61,8 @@ def test_every_id_is_known_as_a_control_token_or_as_none(name):
 
 def test_only_what_follows_the_last_control_token_is_encoded(monkeypatch):
     tokenizer = make_tokenizer()
-    whole = tokenizer.template().render(chat("a" * 50, "b" * 50, "c", "d")["messages"])
+    messages = chat("a" * 50, "b" * 50, "c", "d")["messages"]
+    whole = rendered(tokenizer, messages)
     [encoded] = tokenizer.encode_rendered([whole])
     asked: list[str] = []
     encode = tokenizer.encode_many
@@ -65,5 +71,5 @@ def test_only_what_follows_the_last_control_token_is_encoded(monkeypatch):
     )
     end = whole.text.index("c<|im_end|>")
     text = Rendered(whole.text[:end])
-    encode_beginnings({text: whole}, {whole: encoded}, tokenizer)
+    encode_prefixes({text: whole}, {whole: encoded}, tokenizer)
     assert asked == ["<|im_start|>user\n"]

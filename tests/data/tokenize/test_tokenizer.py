@@ -4,18 +4,18 @@ import json
 import pytest
 from helpers.data_cases import CONFIG, make_files, make_tokenizer
 
-from jlora.data import Tokenizer
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import CorruptError, UnsupportedError
 
 
 def test_missing_tokenizer_json_says_what_to_do():
     with pytest.raises(UnsupportedError, match="save_pretrained"):
-        Tokenizer.from_files({"tokenizer.model": b""}, CONFIG)
+        Tokenizer({"tokenizer.model": b""}, CONFIG)
 
 
 def test_broken_tokenizer_json_is_corrupt():
     with pytest.raises(CorruptError, match=r"tokenizer\.json"):
-        Tokenizer.from_files({"tokenizer.json": b"{}"}, CONFIG)
+        Tokenizer({"tokenizer.json": b"{}"}, CONFIG)
 
 
 def test_special_token_outside_the_vocabulary_is_corrupt():
@@ -71,7 +71,7 @@ def test_saved_truncation_and_padding_are_switched_off():
     }
     files["tokenizer.json"] = json.dumps(document).encode()
     text = "What is the sum of two numbers?"
-    ids = Tokenizer.from_files(files, CONFIG).encode(text, add_bos=False)
+    ids = Tokenizer(files, CONFIG).encode(text, add_bos=False)
     assert ids == make_tokenizer().encode(text, add_bos=False)
 
 
@@ -84,7 +84,7 @@ def test_decode_leaves_special_tokens_out():
 def test_stop_ids_are_the_union_of_all_files():
     files = make_files() | {"generation_config.json": b'{"eos_token_id": [7, 8]}'}
     config = dataclasses.replace(CONFIG, eos_token_id=(6,))
-    tokenizer = Tokenizer.from_files(files, config)
+    tokenizer = Tokenizer(files, config)
     assert tokenizer.stop_ids == {6, 7, 8, tokenizer.eos_id}
 
 
@@ -92,7 +92,7 @@ def test_special_tokens_fall_back_to_the_model_config():
     files = make_files()
     files.pop("tokenizer_config.json")
     config = dataclasses.replace(CONFIG, eos_token_id=(2,), pad_token_id=-1)
-    tokenizer = Tokenizer.from_files(files, config)
+    tokenizer = Tokenizer(files, config)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 2, None)
 
 

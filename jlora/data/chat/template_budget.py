@@ -1,8 +1,7 @@
-"""What a chat template may spend: steps and characters, counted and not timed.
+"""Limits the work of a chat template: steps and characters are counted, not timed.
 
-A budget is the same on every machine, so whether a record renders depends on the record
-alone. Everything that can grow goes through it: loops, calls, operators, filters, block
-assignments. What cannot be bounded beforehand is charged before it is computed.
+So whether a record renders does not depend on the machine. Loops, calls, operators,
+filters and block assignments all pay, as far as possible before they are computed.
 """
 
 import functools
@@ -17,45 +16,45 @@ from jinja2.exceptions import SecurityError
 from jinja2.nodes import Filter, List
 
 MAX_WORK = 1 << 27
-"""Characters that one rendering may handle; a step costs as much as 16 of them."""
-STEP = 16
+"""Characters that one rendering may handle."""
+_STEP = 16  # What a step of a loop or filter costs, in characters.
 _CALL = 512
-MAX_NUMBER = 1 << 20
-MAX_BITS = 4096
+_MAX_NUMBER = 1 << 20
+_MAX_BITS = 4096
 _MAX_INDENT = 64
 _SIZED = (str, list, tuple, dict)
 _STRINGS = frozenset({str})
 
 
 class Budget:
-    """What is left of one rendering's allowance."""
+    """What one rendering may still spend."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Begins a rendering."""
+        """Grants the whole budget again, for the next rendering."""
         self._left = MAX_WORK
 
     def spend(self, amount: int) -> None:
-        """Raises SecurityError when more than the whole allowance is spent."""
+        """Raises SecurityError if the whole budget is spent."""
         self._left -= amount
         if self._left < 0:
             raise SecurityError(
-                f"more than {MAX_WORK // STEP:,} steps or {MAX_WORK:,} characters"
+                f"more than {MAX_WORK // _STEP:,} steps or {MAX_WORK:,} characters"
             )
 
     def measure(self, *values: Any) -> int:
-        """Returns how many characters plain data would print as, roughly.
+        """Returns about how many characters plain data prints as.
 
-        Raises:
-            SecurityError: more than what is left; lists may hold one list many times.
+        Raises SecurityError if that is more than is left, and stops counting then: lists
+        that hold one list many times can be exponentially large.
         """
         size = 0
         stack = list(values)
         while stack:
             value = stack.pop()
-            size += STEP
+            size += _STEP
             if isinstance(value, str):
                 size += len(value)
             elif isinstance(value, dict):
@@ -68,13 +67,13 @@ class Budget:
         return size
 
     def charge_result(self, value: Any) -> Any:
-        """Returns the value, after its length is paid for."""
+        """Pays for the length of a value and returns it."""
         if isinstance(value, _SIZED):
             self.spend(len(value))
         return value
 
     def finalize(self, value: Any) -> Any:
-        """Returns a value that is about to be printed, after its size is paid for."""
+        """Pays for a value that is about to be printed and returns it."""
         if type(value) is not str and isinstance(value, list | tuple | dict):
             self.spend(self.measure(value))
         return value
@@ -82,7 +81,7 @@ class Budget:
     def binop(self, operator: str, left: Any, right: Any) -> None:
         """Pays for the result of an operator before it is computed."""
         if operator == "%" and isinstance(left, str):
-            check_numbers(*(right if isinstance(right, tuple) else (right,)))
+            _check_numbers(right if isinstance(right, tuple) else (right,))
             self.format(left, right)
         elif isinstance(left, int) and isinstance(right, int):
             _check_bits(operator, left, right)
@@ -94,7 +93,7 @@ class Budget:
                     self.spend(len(items) * max(times, 0))
 
     def format(self, template: str, *values: Any) -> None:
-        """Pays for a format string: each field may print all the values."""
+        """Pays for a format string, in which each field may print all the values."""
         if re.search(r"\d{7}", template):
             raise SecurityError("a format string with a width above 999,999")
         fields = template.count("%") + template.count("{")
@@ -111,26 +110,26 @@ class Budget:
         self.spend(self.measure(*items) + len(items) * len(separator))
 
 
-def check_numbers(*values: Any) -> None:
-    """Raises SecurityError for an argument that no template needs as large."""
+def _check_numbers(values: Iterable[Any]) -> None:
+    """Raises SecurityError for a number that is larger than any template needs."""
     for value in values:
-        if isinstance(value, int) and abs(value) > MAX_NUMBER:
-            raise SecurityError(f"a call with a number above {MAX_NUMBER:,}")
+        if isinstance(value, int) and abs(value) > _MAX_NUMBER:
+            raise SecurityError(f"a call with a number above {_MAX_NUMBER:,}")
 
 
 def _check_bits(operator: str, left: int, right: int) -> None:
     bits, more = left.bit_length(), right.bit_length()
     result = {"**": bits * right, "*": bits + more}.get(operator, max(bits, more))
-    if result > MAX_BITS:
+    if result > _MAX_BITS:
         raise SecurityError(f"the result of {operator!r} is too large")
 
 
-def metered_call(
+def charge_call(
     budget: Budget, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """Pays for a call before it is made; returns the arguments to make it with."""
+    """Pays for a call before it is made; returns the arguments to call with."""
     budget.spend(_CALL)
-    check_numbers(*args, *kwargs.values())
+    _check_numbers([*args, *kwargs.values()])
     name = getattr(function, "__name__", "")
     text = getattr(function, "__self__", None)
     # The sandbox wraps str.format and str.format_map, and nothing else.
@@ -147,7 +146,7 @@ def metered_call(
         args = (list(args[0]), *args[1:])
         budget.join(text, args[0])
     elif name == "expandtabs":
-        number = next((n for n in (*args, *kwargs.values())), 8)
+        number = next(iter((*args, *kwargs.values())), 8)
         budget.spend(text.count("\t") * number if isinstance(number, int) else 0)
     return args
 
@@ -155,15 +154,15 @@ def metered_call(
 def metered_filter(
     budget: Budget, name: str, filter: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Returns the filter, which pays for its result before and after it is made."""
+    """Returns a filter that pays for its result before and after computing it."""
     skip = 1 if hasattr(filter, "jinja_pass_arg") else 0
 
     @functools.wraps(filter)
     def metered(*args: Any, **kwargs: Any) -> Any:
-        budget.spend(STEP)
+        budget.spend(_STEP)
         head, value, rest = args[:skip], args[skip], args[skip + 1 :]
         given = [*rest, *kwargs.values()]
-        check_numbers(*given)
+        _check_numbers(given)
         if name == "join":
             value = list(value)
             budget.join(str(given[0]) if given else "", value)
@@ -176,7 +175,7 @@ def metered_filter(
         elif name == "sum":
             value = list(value)
             if not all(isinstance(item, int | float) for item in value) and not given:
-                raise SecurityError("a sum of what are no numbers")
+                raise SecurityError("a sum of values that are not numbers")
         elif not isinstance(value, Iterator):
             budget.spend(budget.measure(value))  # it may be printed or copied
         return budget.charge_result(filter(*head, value, *rest, **kwargs))
@@ -195,18 +194,18 @@ def _charge_indented(budget: Budget, name: str, value: Any, given: list[Any]) ->
 
 
 def node_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
-    """Returns the filters that `rewrite` puts into a template."""
+    """Returns the filters that `rewrite` inserts into a template."""
 
     def counted(items: Iterable[Any]) -> Iterator[Any]:
         for item in items:
-            budget.spend(STEP)
+            budget.spend(_STEP)
             yield item
 
-    # A filter that needs the context is not computed when a template is compiled.
+    # `pass_context` keeps jinja2 from computing a filter when it compiles a template.
     @jinja2.pass_context
     def each(context: Any, items: Iterable[Any]) -> Iterable[Any]:
         if type(items) is list:
-            budget.spend(STEP * len(items))
+            budget.spend(_STEP * len(items))
             return items
         return counted(items)
 
@@ -219,7 +218,7 @@ def node_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
     def charge(context: Any, text: str) -> str:
         return budget.charge_result(text)
 
-    # Of strings, nearly always: at once, as a template adds up every message.
+    # Nearly always of strings: joined at once, because templates add up every message.
     @jinja2.pass_context
     def add(context: Any, items: list[Any]) -> Any:
         if _STRINGS.issuperset(map(type, items)):
@@ -232,7 +231,7 @@ def node_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
 
 
 def rewrite(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
-    """Puts loops, concatenations, block assignments and sums on the budget, in place."""
+    """Inserts filters that charge loops, concatenations, block assignments and sums."""
     for node in tree.find_all(jinja2.nodes.For):
         node.iter = _filter(node.iter, "each")
     for node in tree.find_all(jinja2.nodes.AssignBlock):
@@ -259,7 +258,7 @@ def _metered_sum(value: Any) -> Any:
     if not isinstance(value, jinja2.nodes.Node):
         return value
     terms = _terms(value)
-    if len(terms) > 2:  # a + b is called by itself
+    if len(terms) > 2:  # a + b goes through `call_binop`
         return _filter(List([_metered_sum(term) for term in terms]), "add")
     _replace_sums(value)
     if isinstance(value, jinja2.nodes.Concat):
@@ -268,9 +267,7 @@ def _metered_sum(value: Any) -> Any:
 
 
 def _terms(node: jinja2.nodes.Node) -> list[jinja2.nodes.Node]:
-    """Returns a, b and c of a + b + c, and the node itself of any other."""
-    terms: list[jinja2.nodes.Node] = []
-    while isinstance(node, jinja2.nodes.Add):
-        terms.append(node.right)
-        node = node.left
-    return [*terms, node][::-1]
+    """Returns [a, b, c] of a + b + c, and [node] of any other node."""
+    if isinstance(node, jinja2.nodes.Add):
+        return [*_terms(node.left), node.right]
+    return [node]

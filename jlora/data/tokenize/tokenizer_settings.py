@@ -1,4 +1,4 @@
-"""What a model folder's files say about special tokens and templates."""
+"""What the files of a model folder say about special tokens and chat templates."""
 
 import hashlib
 import re
@@ -27,21 +27,21 @@ _SPECIAL_NAMES = (
 )
 
 
-def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    """Returns the object in a file, {} if there is no such file."""
-    return (
-        parse_json_object(files[name], name, _MAX_CONFIG_BYTES) if name in files else {}
-    )
+def read_settings(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Returns the JSON object in a file, {} if there is no such file."""
+    data = files.get(name, b"{}")
+    return parse_json_object(data, name, _MAX_CONFIG_BYTES)
 
 
-def special_tokens(
+def find_special_tokens(
     sources: Sequence[Mapping[str, Any]],
     backend: tokenizers.Tokenizer,
     config: LlamaConfig,
 ) -> dict[str, str]:
-    """Returns name -> text of the special tokens that the model has.
+    """Returns {name: text} of the special tokens that the model has.
 
-    The first source that names a token decides (null: none); config.json comes last.
+    The first source that has the name decides (null: no such token); config.json comes
+    last.
     """
     fallback = {
         "bos_token": config.bos_token_id,
@@ -53,7 +53,7 @@ def special_tokens(
         value = next((source[name] for source in sources if name in source), ...)
         if value is ...:
             index = fallback.get(name)
-            # Llama 1 says pad_token_id = -1 for none.
+            # Llama 1 writes pad_token_id = -1 for none.
             value = None if index is None or index < 0 else backend.id_to_token(index)
         if isinstance(value, dict):
             value = value.get("content")
@@ -64,54 +64,49 @@ def special_tokens(
     return result
 
 
-def templates(
+def find_templates(
     files: Mapping[str, bytes], settings: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Returns the templates by name; the first place that has any decides.
+    """Returns {name: chat template} of the first place that has any.
 
-    additional_chat_templates/NAME.jinja belong to chat_template.jinja.
+    These are chat_template.jinja with additional_chat_templates/NAME.jinja, then
+    tokenizer_config.json (`settings`), then chat_template.json.
     """
-    found_files = {
-        _ADDITIONAL.sub(r"\1", name): name
-        for name in sorted(files)
-        if name == "chat_template.jinja" or _ADDITIONAL.fullmatch(name)
-    }
-    if found_files:
-        default = found_files.pop("chat_template.jinja", None)
-        names = {**found_files, **({"default": default} if default else {})}
-        return {name: _text(files, file) for name, file in names.items()}
+    templates = {}
+    for file in sorted(files):
+        additional = _ADDITIONAL.fullmatch(file)
+        if additional or file == "chat_template.jinja":
+            name = additional[1] if additional else "default"
+            try:
+                templates[name] = files[file].decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise CorruptError(f"{file}: not UTF-8 ({error})") from error
+    if templates:
+        return templates
     found = settings.get("chat_template")
     if found is None:
-        found = read_json(files, "chat_template.json").get("chat_template")
+        found = read_settings(files, "chat_template.json").get("chat_template")
     if found is None:
         return {}
     if isinstance(found, str):
         return {"default": found}
     try:
-        named = {str(entry["name"]): entry["template"] for entry in found}
+        return {str(entry["name"]): entry["template"] for entry in found}
     except (TypeError, KeyError) as error:
         raise CorruptError(
             "tokenizer_config.json: chat_template is neither a string nor a list of "
             "{name, template}"
         ) from error
-    return named
-
-
-def _text(files: Mapping[str, bytes], name: str) -> str:
-    try:
-        return files[name].decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorruptError(f"{name}: not UTF-8 ({error})") from error
 
 
 def eos_ids(value: object) -> frozenset[int]:
-    """Returns the ids in an eos_token_id: null, one or a list."""
+    """Returns the ids in an eos_token_id, which is null, a number or a list."""
     items = value if isinstance(value, list) else [value]
     return frozenset(item for item in items if type(item) is int)
 
 
-def fingerprint(files: Mapping[str, bytes]) -> str:
-    """Returns a sha256 over what decides how text becomes ids, the pinned date included."""
+def tokenizer_fingerprint(files: Mapping[str, bytes]) -> str:
+    """Returns a sha256 of all that decides how text becomes ids, with the pinned date."""
     digest = hashlib.sha256(PINNED_DATE.date().isoformat().encode())
     for name in sorted(files):
         if name in _FINGERPRINTED or _ADDITIONAL.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Parquet, Arrow and zstd through pyarrow, which is imported when such a file comes."""
+"""Reads Parquet, Arrow and zstd files with pyarrow, which is imported when needed."""
 
 import importlib
 import io
@@ -12,73 +12,50 @@ from jlora.errors import CorruptError, UnsupportedError
 _BATCH_ROWS = 1024
 
 
-class Damaged(Exception):
-    """Compressed data that ends too early or contradicts itself."""
-
-
 def parquet_rows(
     path: Path, columns: Collection[str]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (row number from 1, row) of a Parquet file, one row group at a time."""
-    arrow = _pyarrow(path, "a Parquet file")
+    arrow = _import_pyarrow(path, "a Parquet file")
     parquet = importlib.import_module("pyarrow.parquet")
-    with _told(arrow, path), parquet.ParquetFile(path) as file:
+    with _errors_of(path, arrow), parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         wanted = [name for name in names if name in columns]
-        if not wanted:
+        if wanted:
+            yield from _rows(file.iter_batches(_BATCH_ROWS, columns=wanted))
+        else:
             yield from _names_only(names, file.metadata.num_rows)
-            return
-        yield from _rows(file.iter_batches(_BATCH_ROWS, columns=wanted), wanted)
 
 
 def arrow_rows(
     path: Path, columns: Collection[str], *, stream: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (row number from 1, row) of an Arrow file, or stream as datasets saves."""
-    arrow = _pyarrow(path, "an Arrow file")
+    arrow = _import_pyarrow(path, "an Arrow file")
     ipc = importlib.import_module("pyarrow.ipc")
-    with _told(arrow, path), arrow.memory_map(str(path)) as file:
+    with _errors_of(path, arrow), arrow.memory_map(str(path)) as file:
         reader = (ipc.open_stream if stream else ipc.open_file)(file)
         names = reader.schema.names
         wanted = [name for name in names if name in columns]
-        if stream:
-            batches: Iterable[Any] = reader
-        else:
+        batches: Iterable[Any] = reader
+        if not stream:
             batches = map(reader.get_batch, range(reader.num_record_batches))
-        if not wanted:
+        if wanted:
+            yield from _rows(batch.select(wanted) for batch in batches)
+        else:
             yield from _names_only(names, sum(batch.num_rows for batch in batches))
-            return
-        yield from _rows((batch.select(wanted) for batch in batches), wanted)
 
 
 def open_zstd(path: Path) -> io.BufferedReader:
-    """Returns the unpacked bytes of a zstd file; raises Damaged while it is read."""
-    arrow = _pyarrow(path, "compressed with zstd")
+    """Returns the unpacked bytes of a zstd file; reading damaged data raises OSError."""
+    arrow = _import_pyarrow(path, "compressed with zstd")
     stream = arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd")
-    return io.BufferedReader(_ZstdReader(stream), 1 << 18)
-
-
-class _ZstdReader(io.RawIOBase):
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        try:
-            return self._stream.readinto(buffer)
-        except OSError as error:
-            raise Damaged(str(error)) from error
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
+    return io.BufferedReader(stream, 1 << 18)
 
 
 @contextmanager
-def _told(arrow: Any, path: Path) -> Iterator[None]:
-    """Turns what pyarrow raises about a file into an error with the file's name."""
+def _errors_of(path: Path, arrow: Any) -> Iterator[None]:
+    """Turns what pyarrow raises about a file into an error that names the file."""
     try:
         yield
     except (arrow.ArrowException, OSError, KeyError, ValueError) as error:
@@ -86,15 +63,14 @@ def _told(arrow: Any, path: Path) -> Iterator[None]:
         raise CorruptError(f"{path}: damaged ({reason}); get the file again") from error
 
 
-def _rows(
-    batches: Iterable[Any], names: list[str]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(batches: Iterable[Any]) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     for batch in batches:
         for start in range(0, batch.num_rows, _BATCH_ROWS):
             for row in batch.slice(start, _BATCH_ROWS).to_pylist():
                 number += 1
-                yield number, {name: _without_nulls(row[name]) for name in names}
+                # A null column stays: "text is null" says more than "no text".
+                yield number, {name: _without_nulls(row[name]) for name in row}
 
 
 def _names_only(
@@ -105,7 +81,7 @@ def _names_only(
 
 
 def _without_nulls(value: Any) -> Any:
-    """In a column of objects a key that one row lacks is null: it was not there."""
+    """Drops keys without a value: Arrow gives all objects of a column the same keys."""
     if isinstance(value, dict):
         return {
             key: _without_nulls(item) for key, item in value.items() if item is not None
@@ -115,7 +91,7 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _pyarrow(path: Path, what: str) -> Any:
+def _import_pyarrow(path: Path, what: str) -> Any:
     try:
         return importlib.import_module("pyarrow")
     except ImportError as error:
