@@ -49,7 +49,7 @@ def main(args: Arguments) -> None:
     from jlora.model.llama import Llama
     from jlora.ops.compute_choices import choose_compute
     from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
-    from jlora.report.run_report import show_samples
+    from jlora.report.samples import show_samples
     from jlora.train.evaluation import evaluate, make_eval_step
 
     source = open_model(args.model)

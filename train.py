@@ -79,8 +79,9 @@ def train(args: Arguments, stop: threading.Event) -> None:
     from jlora.lora.adapter_tree import count_parameters
     from jlora.model.llama import Llama
     from jlora.parallel.sharding import check_divisible, make_mesh, parameter_sharding
+    from jlora.train.flops import flops_per_token
     from jlora.train.loop import train_runs
-    from jlora.train.memory_estimate import flops_per_token, plan_workload
+    from jlora.train.memory_estimate import plan_workload
     from jlora.train.resuming import check_run, locked
     from jlora.train.run import Run, write_settings
     from jlora.train.summary import print_plan, print_summary
@@ -185,11 +186,11 @@ def train(args: Arguments, stop: threading.Event) -> None:
 def export(model: str, run: "Run", trained: "Params") -> None:
     """Writes the adapter as a PEFT folder, and the plot of the run."""
     from jlora.formats.peft.adapter_writer import save_adapter
-    from jlora.report.run_report import plot
+    from jlora.report.plot import plot_run
 
     name, out = run.lora.base_model_name_or_path or model, run.folder / "adapter"
     save_adapter(trained, run.lora, out, name, overwrite=True)
-    plot(run.folder)
+    plot_run(run.folder)
     print(f"adapter written to {out}")
 
 

@@ -39,12 +39,8 @@ from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import batch_sharding, make_mesh
-from jlora.train.memory_estimate import (
-    flops_per_token,
-    peak_flops,
-    peak_memory_bytes,
-    plan_workload,
-)
+from jlora.train.flops import flops_per_token, peak_flops
+from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
 

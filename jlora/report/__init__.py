@@ -1,4 +1,5 @@
-"""What a run shows: its plan, samples of its data, and the report of its metrics.
+"""What people see of a run: progress on the terminal, metrics.jsonl and a plot.
 
-All of it is in `run_report`.
+Read `run_report.py` (one run's progress bar and metrics file), `metrics_file.py` (reading
+metrics.jsonl back), `plot.py` (report.png) and `samples.py` (data as the model reads it).
 """

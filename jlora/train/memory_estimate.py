@@ -1,4 +1,4 @@
-"""Will it fit, and how fast can it be: bytes and floating-point operations before step 1."""
+"""What a step needs in memory, estimated before step 1, and the remat that follows."""
 
 import math
 import os
@@ -20,19 +20,9 @@ from jlora.lora.adapter_tree import (
     trainable_mask,
 )
 from jlora.ops.compute_choices import Compute, choose_compute
-from jlora.ops.quantize import SCALES, is_quantized, kernel_shape, num_weights
+from jlora.ops.quantize import is_quantized, kernel_shape
 from jlora.train.optimizer import stack_layers
 
-# Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
 # Room left for the compiler's temporary buffers and fragmentation.
 USABLE_SHARE = 0.9
 SAVERS = (
@@ -43,7 +33,7 @@ SAVERS = (
 
 @dataclass(frozen=True)
 class Workload:
-    """What one device does at a time, with everything that `auto` stood for decided."""
+    """What one device computes at a time, with every `auto` decided."""
 
     config: LlamaConfig
     rows: int
@@ -68,10 +58,20 @@ def plan_workload(
     max_segments: int = 0,
     adapters: int = 1,
 ) -> Workload:
-    """Returns the workload of one device for a part of the batch of `rows` rows.
+    """Returns the workload of one device, and with it the choice of remat.
 
-    With several adapters these are rows of each. remat auto becomes the least
-    recomputation that is estimated to fit, and offload (on a CPU full) where none is.
+    remat auto becomes the least recomputation that is estimated to fit; if none does,
+    offload, or full on a CPU.
+
+    Args:
+        config: the architecture.
+        params: the base with an adapter; shapes are enough.
+        mesh: devices.
+        compute: what the user asked for.
+        rows: computed at a time on all devices, of each adapter.
+        length: tokens per row.
+        max_segments: most documents in a row.
+        adapters: trained at once.
 
     Raises:
         UsageError: an attention implementation or kernels that cannot run here.
@@ -154,20 +154,20 @@ def host_bytes(work: Workload) -> int:
     if work.compute.remat != "offload" or not _has_host(work):
         return 0
     per_token = work.config.hidden_size * jnp.dtype(work.compute.dtype).itemsize
-    # The last layer's input is needed again at once.
+    # The last layer's input stays on the device: the backward pass begins with it.
     return work.rows * work.length * (work.config.num_hidden_layers - 1) * per_token
 
 
 def _has_host(work: Workload) -> bool:
-    """Returns whether the host's memory is another than the device's."""
+    """Returns whether devices have memory of their own."""
     return work.compute.platform != "cpu"
 
 
 def _dequantised_bytes(params: Params, work: Workload) -> int:
-    """Returns the bytes of quantised kernels that exist in the compute dtype at a time.
+    """Returns the bytes of quantised kernels that are dequantised at the same time.
 
-    XLA on a CPU makes those of all layers before it needs them (measured: 80 to 90 % of
-    their bytes). Elsewhere this counts one layer, which no measurement confirms yet.
+    XLA on a CPU dequantises all layers before it needs them (measured: 80 to 90 % of
+    their bytes). On other devices this counts one layer.
     """
     layers: dict[str, int] = {}
     for name, leaves in modules(params).items():
@@ -227,35 +227,3 @@ def memory_table(params: Params, work: Workload) -> list[str]:
         + ("fits" if total <= USABLE_SHARE * limit else f"does not fit; {SAVERS}"),
         *[f"layer inputs, on the host: {on_host}"] * bool(kept),
     ]
-
-
-def flops_per_token(params: Params, config: LlamaConfig, length: int) -> float:
-    """Returns the model FLOPs of one trained token.
-
-    4 per frozen weight in a matmul (forward and input gradient; a frozen weight has no
-    gradient of its own), 6 per trained one, and causal attention forward and backward.
-    Recomputation does not count.
-    """
-    frozen = trained = 0
-    for name, leaves in modules(params).items():
-        sizes = {k: num_weights(leaf) for k, leaf in leaves.items() if k not in SCALES}
-        table = name.endswith("embed_tokens")
-        if "trained_kernel" in sizes:
-            sizes |= {"kernel": 0, "kernel_q": 0}
-        if table and "kernel" in params.get("lm_head", {}):
-            sizes["embedding"] = 0  # looked up, not multiplied
-        trained += sum(
-            size
-            for key, size in sizes.items()
-            if is_trainable(key) and key != "trained_embedding"
-        )
-        frozen += sum(size for key, size in sizes.items() if not is_adapter(key))
-    attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
-    return 4 * frozen + 6 * trained + 7 * attention * length
-
-
-def peak_flops() -> float | None:
-    """Returns the peak of all devices together, or None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    found = [rate for name, rate in PEAK_FLOPS.items() if name in kind]
-    return found[0] * jax.device_count() if found else None

@@ -9,7 +9,8 @@ import numpy as np
 
 from jlora.errors import DivergedError
 from jlora.report.run_report import Report
-from jlora.train.memory_estimate import peak_flops, peak_memory_bytes
+from jlora.train.flops import peak_flops
+from jlora.train.memory_estimate import peak_memory_bytes
 
 MAX_SKIPPED_IN_A_ROW = 5
 

@@ -8,7 +8,7 @@ from jlora.data.batch.batches import Dataset
 from jlora.data.batch.preview import preview_lines, preview_samples
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.lora.adapter_tree import Params, format_parameter_count
-from jlora.report.run_report import show_samples
+from jlora.report.samples import show_samples
 from jlora.train.memory_estimate import Workload, memory_table
 
 

@@ -1,0 +1,50 @@
+"""How fast a step can be: floating-point operations of a token, and peaks of devices."""
+
+import jax
+
+from jlora.config.llama_config import LlamaConfig
+from jlora.lora.adapter_tree import Params, is_adapter, is_trainable, modules
+from jlora.ops.quantize import SCALES, num_weights
+
+# Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.
+PEAK_FLOPS = {
+    "H100": 989e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def flops_per_token(params: Params, config: LlamaConfig, length: int) -> float:
+    """Returns the model FLOPs of one trained token.
+
+    4 per frozen weight in a matmul (forward and input gradient; a frozen weight has no
+    gradient of its own), 6 per trained one, and causal attention forward and backward.
+    Recomputation does not count.
+    """
+    frozen = trained = 0
+    for name, leaves in modules(params).items():
+        sizes = {k: num_weights(leaf) for k, leaf in leaves.items() if k not in SCALES}
+        table = name.endswith("embed_tokens")
+        if "trained_kernel" in sizes:
+            sizes |= {"kernel": 0, "kernel_q": 0}
+        if table and "kernel" in params.get("lm_head", {}):
+            sizes["embedding"] = 0  # looked up, not multiplied
+        trained += sum(
+            size
+            for key, size in sizes.items()
+            if is_trainable(key) and key != "trained_embedding"
+        )
+        frozen += sum(size for key, size in sizes.items() if not is_adapter(key))
+    attention = config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    return 4 * frozen + 6 * trained + 7 * attention * length
+
+
+def peak_flops() -> float | None:
+    """Returns the peak of all devices together, or None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    found = [rate for name, rate in PEAK_FLOPS.items() if name in kind]
+    return found[0] * jax.device_count() if found else None

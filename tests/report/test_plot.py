@@ -1,0 +1,18 @@
+from jlora.report.plot import plot_run
+from jlora.report.run_report import Report
+
+
+def test_the_plot_is_a_png(tmp_path):
+    with Report(tmp_path, total_steps=9) as report:
+        for step in (1, 2):
+            report.log(step=step, loss=2.0, learning_rate=1e-4)
+        report.log(step=2, eval_loss=1.5)
+    target = plot_run(tmp_path)
+    assert target == tmp_path / "report.png"
+    assert target is not None
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_logged_is_no_plot(tmp_path):
+    assert plot_run(tmp_path) is None
+    assert not (tmp_path / "report.png").exists()

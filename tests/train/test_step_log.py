@@ -1,0 +1,142 @@
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from jlora.errors import DivergedError
+from jlora.report.run_report import Report
+from jlora.train.step_log import MAX_SKIPPED_IN_A_ROW, StepLog, is_due
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "last", "expected"),
+    [
+        (4, 2, 9, True),
+        (5, 2, 9, False),
+        (9, 2, 9, True),
+        (9, 0, 9, True),
+        (4, 0, 9, False),
+    ],
+)
+def test_a_step_is_due_every_so_often_and_at_the_end(step, every, last, expected):
+    assert is_due(step, every, last) is expected
+
+
+def arrays(**changes: float) -> dict[str, Any]:
+    values = {
+        "loss": 2.0,
+        "grad_norm": 1.0,
+        "supervised_tokens": 3,
+        "tokens": 5,
+        "skipped": 0,
+        "in_a_row": 0,
+    }
+    return {name: jnp.asarray(x) for name, x in (values | changes).items()}
+
+
+class Listener(Report):
+    """Keeps what a StepLog reports."""
+
+    def __init__(self) -> None:  # no file and no progress bar
+        self.lines: list[dict[str, Any]] = []
+        self.messages: list[str] = []
+
+    def log(self, **metrics: Any) -> None:
+        self.lines.append(metrics)
+
+    def say(self, message: str) -> None:
+        self.messages.append(message)
+
+
+def make_log(
+    listener: Listener,
+    log_every: int = 1,
+    schedule: Any = lambda step: 0.1 * (step + 1),
+) -> StepLog:
+    return StepLog(
+        listener,
+        schedule,
+        flops_per_token=1.0,
+        steps_per_epoch=4,
+        log_every=log_every,
+        total_steps=100,
+    )
+
+
+def test_no_learning_rate_is_computed_while_steps_run():
+    asked = []
+
+    def schedule(steps: Any) -> Any:
+        asked.append(steps)
+        return 0.1 * (steps + 1)
+
+    listener = Listener()
+    log = make_log(listener, schedule=schedule)
+    before = len(asked)
+    log.add(2, arrays(), 0.0)
+    log.flush()
+    assert len(asked) == before
+    assert listener.lines[0]["learning_rate"] == pytest.approx(0.2)
+
+
+def test_a_line_has_every_key_of_the_design():
+    listener = Listener()
+    log = make_log(listener)
+    log.add(2, arrays(), 0.0)
+    log.flush()
+    keys = """step epoch loss learning_rate grad_norm tokens supervised_tokens
+    tokens_per_second step_time_s data_wait_s mfu peak_memory_bytes"""
+    assert set(keys.split()) <= listener.lines[0].keys()
+    assert listener.lines[0]["step"] == 2
+    assert listener.lines[0]["epoch"] == 0.5
+    assert listener.lines[0]["learning_rate"] == pytest.approx(0.2)
+
+
+def test_a_step_is_logged_when_the_next_one_is_under_way():
+    listener = Listener()
+    log = make_log(listener)
+    log.add(1, arrays(), 0.0)
+    assert listener.lines == []
+    log.add(2, arrays(), 0.0)
+    assert [line["step"] for line in listener.lines] == [1]
+
+
+def test_log_every_leaves_steps_out():
+    listener = Listener()
+    log = make_log(listener, log_every=2)
+    for step in range(1, 6):
+        log.add(step, arrays(), 0.0)
+    log.flush()
+    assert [line["step"] for line in listener.lines] == [2, 4]
+
+
+def test_waiting_for_data_is_a_mean_over_the_steps_of_a_line():
+    listener = Listener()
+    log = make_log(listener, log_every=2)
+    for step, waited in enumerate([1.0, 3.0, 3.0, 4.0], 1):
+        log.add(step, arrays(), waited)
+    log.flush()
+    assert [line["data_wait_s"] for line in listener.lines] == [1.5, 0.5]
+
+
+def test_a_skipped_step_is_reported():
+    listener = Listener()
+    log = make_log(listener)
+    log.add(3, arrays(loss=float("nan"), skipped=1, in_a_row=1), 0.0)
+    log.flush()
+    assert listener.messages == [
+        "step 3: loss or gradient is not finite; nothing was changed"
+    ]
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_step():
+    log = make_log(Listener())
+    log.add(9, arrays(skipped=7, in_a_row=MAX_SKIPPED_IN_A_ROW), 0.0)
+    with pytest.raises(DivergedError, match=r"7 in all.*step 4 was the last good"):
+        log.flush()
+
+
+def test_flush_without_a_step_does_nothing():
+    listener = Listener()
+    make_log(listener).flush()
+    assert listener.lines == []
