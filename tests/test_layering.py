@@ -185,7 +185,11 @@ def test_every_package_says_what_it_holds():
         ("jlora.model.rotary", "from jlora import train", "above it"),
         ("jlora.lora.merging", "def f():\n    import jlora.model.llama", "above it"),
         ("jlora.config.llama_config", "import jlora.cli.flags", "above it"),
-        ("jlora.ops.attention", "from jlora.ops.hopper import low_rank", "above it"),
+        (
+            "jlora.ops.attention",
+            "from jlora.ops.hopper import lora_factors",
+            "above it",
+        ),
         ("jlora.data.read.jsonl", "import jlora.data.batch.packing", "above it"),
         ("jlora.utils", "from jlora.errors import JloraError", "in no package"),
         ("jlora.lora.merging", "from jlora.utils import f", "in no package"),
@@ -222,7 +226,7 @@ def test_a_circle_is_found(second):
     [
         ("jlora.train.step", "from jlora.model.llama import Llama\nimport optax"),
         ("jlora.data.cache.corpus", "from jlora.data.read.records import read"),
-        ("jlora.ops.hopper.low_rank", "from jlora.ops.dropout import drop"),
+        ("jlora.ops.hopper.lora_factors", "from jlora.ops.dropout import drop"),
         ("convert.to_hf", "from jlora import merge"),
         ("train", "import jlora\nfrom jlora.train.step import make_train_step"),
     ],

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jlora.lora.lora_dense import Leaves, LoRADense, scale_columns
 from jlora.ops.elementwise import gated
 from jlora.ops.hopper import fused_projections as fused
-from jlora.ops.hopper.low_rank import Dropout
+from jlora.ops.hopper.lora_factors import Dropout
 from jlora.ops.quantize import is_quantized
 
 _DORA_LEAVES = ("lora_magnitude", "lora_norm_squared")
@@ -35,7 +35,7 @@ def project_all(
     call = _fused_call(x, layers)
     if call is None:
         return [layer(x) for layer in layers]
-    products = fused.project(call.x, call.leaves, dropout=call.dropout)
+    products = fused.fused_linear(call.x, call.leaves, dropout=call.dropout)
     return [
         scale_columns(y, layer.variables["params"], save_output=layer.save_output)
         for y, layer in zip(products, layers, strict=True)
@@ -49,7 +49,7 @@ def add_projection(
     call = None if _has_dora([layer]) else _fused_call(x, [layer])
     if call is None:
         return residual + project_all(x, [layer])[0]
-    return fused.project(call.x, call.leaves, residual, call.dropout)[0]
+    return fused.fused_linear(call.x, call.leaves, residual, call.dropout)[0]
 
 
 def add_swiglu(
@@ -63,7 +63,7 @@ def add_swiglu(
     layers = [gate, up, down]
     call = None if _has_dora(layers) else _fused_call(x, layers)
     if call is not None:
-        return fused.swiglu(call.x, call.leaves, residual, call.dropout)
+        return fused.fused_mlp(call.x, call.leaves, residual, call.dropout)
     wide = [
         nn.with_logical_constraint(y, ("batch", "length", "act_mlp"))
         for y in project_all(x, [gate, up])

@@ -1,10 +1,9 @@
-"""Matmuls for Hopper GPUs that finish several products in one pass over the output.
+"""Kernels for Hopper GPUs that finish several matrix products in one pass over the output.
 
-A layer's x W + s B is summed in the accumulators of the tensor cores: an adapter costs
-one more step of the inner loop, where a second matmul would read and write the whole
-output again. The same kernel, `hopper.launch`, sums the input gradients of layers that
-share their input, makes silu(gate) * up while both are at hand, and its gradients from
-the sum for it.
+The accumulators of the tensor cores sum x W + s B of a layer. An adapter then costs one
+more step of the inner loop, where a second matmul would read and write the whole output
+again. All of them are `matmul_kernel` with their own loading of weights and their own
+last step before a tile is stored.
 """
 
 import functools
@@ -17,10 +16,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
-from jlora.ops.hopper import matmul_kernel as hopper
+from jlora.ops.hopper.matmul_kernel import (
+    COLUMNS,
+    ROWS,
+    Extras,
+    copy_to_both_blocks,
+    launch_matmul,
+    store_tiles,
+)
 
 
-# Compiled functions of their own, so that a kernel is built once for all layers.
+# Each function is compiled once and shared by all layers.
 @functools.partial(jax.jit, static_argnames=("transposed", "interpret"))
 def sum_of_products(
     xs: Sequence[Float[Array, "M _"]],
@@ -34,11 +40,11 @@ def sum_of_products(
 
     Args:
         xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
-        weights: per output, a w [K, N] for each x ([N, K] if transposed); N is a
+        weights: for each output, a w [K, N] for each x ([N, K] if transposed); N is a
             multiple of 256.
-        addend: is added to the sum, where there is one output.
+        addend: is added to the sum; only with a single output.
         transposed: multiply by w^T instead.
-        interpret: simulates the GPU where there is none, for tests.
+        interpret: simulates the GPU on a CPU, for tests.
     """
     rows = xs[0].shape[0]
     sizes = [group[0].shape[0 if transposed else 1] for group in weights]
@@ -49,18 +55,18 @@ def sum_of_products(
 
             @pl.when((n >= start) & (n < start + size))
             def _(w: Any = group[term], start: int = start) -> None:
-                along = pl.ds(pl.multiple_of(n - start, hopper.COLUMNS), hopper.COLUMNS)
+                along = pl.ds(pl.multiple_of(n - start, COLUMNS), COLUMNS)
                 tile = w.at[along, k] if transposed else w.at[k, along]
-                hopper.copy_to_both(tile, buffer.at[0], done)
+                copy_to_both_blocks(tile, buffer.at[0], done)
 
     def store(
-        made: list[Array], more: hopper.Parts, outs: Any, m: Any, n: Any, buffers: Any
+        made: list[Array], extras: Extras, outs: Any, m: Any, n: Any, buffers: Any
     ) -> None:
         (sums,) = made
         if addend is not None:
             out = outs[0].at[m, n]
-            totals = ((at, sums[:, at] + own) for at, (own,) in more)
-            hopper.store_tiles(
+            totals = ((at, sums[:, at] + own) for at, (own,) in extras)
+            store_tiles(
                 ((x.astype(out.dtype), out.at[:, at]) for at, x in totals), buffers
             )
             return
@@ -69,48 +75,47 @@ def sum_of_products(
             @pl.when((n.start >= start) & (n.start < start + size))
             def _(out: Any = out, start: int = start) -> None:
                 place = out.at[m, pl.ds(n.start - start, n.size)]
-                hopper.store_tiles([(sums.astype(out.dtype), place)], buffers)
+                store_tiles([(sums.astype(out.dtype), place)], buffers)
 
-    return hopper.launch(
+    return launch_matmul(
         xs,
         weights,
         outputs=[(rows, size) for size in sizes],
-        grid=(rows // hopper.ROWS, sum(sizes) // hopper.COLUMNS),
+        grid=(rows // ROWS, sum(sizes) // COLUMNS),
         load=load,
         store=store,
-        more=[] if addend is None else [addend],
-        pieces=1,
+        extras=[] if addend is None else [addend],
         transposed=transposed,
         interpret=interpret,
     )
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
-def swiglu(
+def swiglu_forward(
     xs: Sequence[Float[Array, "M _"]],
     gate: Sequence[Float[Array, "_ F"]],
     up: Sequence[Float[Array, "_ F"]],
     *,
     interpret: Any = None,
 ) -> list[Float[Array, "M F"]]:
-    """Returns [gate, up, silu(gate) * up], gate and up as `sum_of_products` has them.
+    """Returns [gate, up, silu(gate) * up] of x, gate and up summed as `sum_of_products`.
 
     Args:
         xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
         gate: a w [K, F] for each x; F is a multiple of 128.
         up: likewise.
-        interpret: simulates the GPU where there is none, for tests.
+        interpret: simulates the GPU on a CPU, for tests.
     """
     rows, size = xs[0].shape[0], gate[0].shape[1]
-    half = hopper.COLUMNS // 2
+    half = COLUMNS // 2
 
     def load(groups: Any, term: int, n: Any, k: Any, buffer: Any, done: Any) -> None:
         for i, group in enumerate(groups):
             along = pl.ds(pl.multiple_of(lax.div(n, 2), half), half)
-            hopper.copy_to_both(group[term].at[k, along], buffer.at[i], done)
+            copy_to_both_blocks(group[term].at[k, along], buffer.at[i], done)
 
     def store(
-        sums: list[Array], _: hopper.Parts, outs: Any, m: Any, n: Any, buffers: Any
+        sums: list[Array], _: Extras, outs: Any, m: Any, n: Any, buffers: Any
     ) -> None:
         at = pl.ds(pl.multiple_of(lax.div(n.start, 2), half), half)
         g, u = (x.astype(outs[0].dtype) for x in sums)
@@ -118,18 +123,16 @@ def swiglu(
         act = wide * jax.nn.sigmoid(wide) * u.astype(jnp.float32)
         made = (g, u, act.astype(g.dtype))
         places = [out.at[m, at] for out in outs]
-        hopper.store_tiles(list(zip(made, places, strict=True)), buffers)
+        store_tiles(list(zip(made, places, strict=True)), buffers)
 
-    return hopper.launch(
+    return launch_matmul(
         xs,
         [gate, up],
         outputs=[(rows, size)] * 3,
-        grid=(rows // hopper.ROWS, size // half),
+        grid=(rows // ROWS, size // half),
         load=load,
         store=store,
-        more=[],
-        pieces=2,
-        transposed=False,
+        sums_per_tile=2,
         interpret=interpret,
     )
 
@@ -143,49 +146,50 @@ def swiglu_gradients(
     *,
     interpret: Any = None,
 ) -> list[Float[Array, "M F"]]:
-    """Returns the gradients of gate and up, where that of silu(gate) * up is x @ w^T.
+    """Returns the gradients of gate and up, given that of act = silu(gate) * up.
 
-    The latter, summed over xs in float32, is not rounded in between.
+    The gradient of act is the sum of x @ w^T over xs; it stays in float32.
 
     Args:
         xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
         weights: a w [F, K] for each x; F is a multiple of 256.
-        gate: bfloat16, as `swiglu` returned it.
+        gate: bfloat16, as `swiglu_forward` returned it.
         up: likewise.
-        interpret: simulates the GPU where there is none, for tests.
+        interpret: simulates the GPU on a CPU, for tests.
     """
     rows, size = gate.shape
 
     def load(groups: Any, term: int, n: Any, k: Any, buffer: Any, done: Any) -> None:
-        along = pl.ds(pl.multiple_of(n, hopper.COLUMNS), hopper.COLUMNS)
-        hopper.copy_to_both(groups[0][term].at[along, k], buffer.at[0], done)
+        along = pl.ds(pl.multiple_of(n, COLUMNS), COLUMNS)
+        copy_to_both_blocks(groups[0][term].at[along, k], buffer.at[0], done)
 
     def store(
-        sums: list[Array], more: hopper.Parts, outs: Any, m: Any, n: Any, buffers: Any
+        sums: list[Array], extras: Extras, outs: Any, m: Any, n: Any, buffers: Any
     ) -> None:
         def pairs() -> Iterator[tuple[Array, Any]]:
-            for at, (g, u) in more:
-                *made, _ = through_swiglu(sums[0][:, at], g, u)
+            for at, (g, u) in extras:
+                *made, _ = swiglu_gradients_of_tile(sums[0][:, at], g, u)
                 for values, out in zip(made, outs, strict=True):
                     yield values.astype(out.dtype), out.at[m, n].at[:, at]
 
-        hopper.store_tiles(pairs(), buffers)
+        store_tiles(pairs(), buffers)
 
-    return hopper.launch(
+    return launch_matmul(
         xs,
         [weights],
         outputs=[(rows, size)] * 2,
-        grid=(rows // hopper.ROWS, size // hopper.COLUMNS),
+        grid=(rows // ROWS, size // COLUMNS),
         load=load,
         store=store,
-        more=[gate, up],
-        pieces=1,
+        extras=[gate, up],
         transposed=True,
         interpret=interpret,
     )
 
 
-def through_swiglu(d_act: Array, gate: Array, up: Array) -> tuple[Array, Array, Array]:
+def swiglu_gradients_of_tile(
+    d_act: Array, gate: Array, up: Array
+) -> tuple[Array, Array, Array]:
     """Returns the gradients of gate and up, and silu(gate) * up, of float32 tiles."""
     share = 1 / (1 + jnp.exp(-gate))
     silu = gate * share
