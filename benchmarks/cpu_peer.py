@@ -1,11 +1,10 @@
-"""Workload E on a CPU beside PEFT: steps of both in turn, CPU seconds beside wall seconds.
+"""Compares training steps of jlora and PEFT on a CPU, taking turns (workload E).
 
     python benchmarks/cpu_peer.py --steps 4
 
-Needs torch, transformers and peft. Every variant runs in a process of its own, as its users
-run it, so that none changes how another's memory is managed; all but one wait meanwhile. A
-step's CPU seconds are those of its whole process, so that other work on the machine
-disturbs them less than it disturbs wall seconds.
+Needs torch, transformers and peft. Each variant has its own process, so that none changes
+how another manages memory, and only one of them runs at a time. Both the CPU and the wall
+seconds of a step are reported: other work on the machine disturbs CPU seconds less.
 """
 
 import argparse
@@ -27,16 +26,20 @@ PACKAGES = ("jax", "torch", "transformers", "peft")
 
 
 def jlora_step(name: str, layers: int) -> Callable[[], float]:
-    """Returns a function that makes one step and returns its loss."""
+    """Returns a function that runs one step and returns its loss."""
+    import jax
     import step_time
 
     from jlora.cli.process_setup import keep_freed_memory
+    from jlora.config.run_config import MeshConfig
+    from jlora.parallel.sharding import make_mesh
 
     keep_freed_memory()  # as train.py does
     work = step_time.WORKLOADS[name]
     config = replace(work.config, num_hidden_layers=layers)
-    step, state, frozen, _ = step_time.prepare(replace(work, config=config))
-    batch = step_time.random_batch(work)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    step, state, frozen, _ = step_time.prepare(replace(work, config=config), mesh)
+    batch = step_time.random_batch(work, mesh)
 
     def run() -> float:
         nonlocal state
@@ -47,7 +50,7 @@ def jlora_step(name: str, layers: int) -> Callable[[], float]:
 
 
 def peft_step(mixed: bool, layers: int) -> Callable[[], float]:
-    """Returns a function that makes one step and returns its loss."""
+    """Returns a function that runs one step and returns its loss."""
     import peers
     import torch
 
@@ -77,7 +80,7 @@ VARIANTS: dict[str, Callable[[int], Callable[[], float]]] = {
 
 
 def serve(run: Callable[[], float]) -> None:
-    """Makes a step for every line that comes, and answers [CPU s, wall s, loss]."""
+    """Runs a step for each line of the input and prints [CPU s, wall s, loss]."""
     for _ in sys.stdin:
         cpu, wall = time.process_time(), time.perf_counter()
         loss = run()
@@ -86,20 +89,20 @@ def serve(run: Callable[[], float]) -> None:
 
 
 def start(name: str, layers: int) -> Any:
-    """Returns a process that serves this variant."""
+    """Starts the process of this variant."""
     command = [sys.executable, __file__, "--serve", name, "--layers", str(layers)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
 
 def ask(process: Any) -> tuple[float, float, float]:
-    """Returns [CPU s, wall s, loss] of one step."""
+    """Runs one step in the process and returns (CPU s, wall s, loss)."""
     print(file=process.stdin, flush=True)
     return tuple(json.loads(process.stdout.readline()))
 
 
 def main() -> None:
-    """Prints one JSON line per variant: median CPU and wall seconds of a step."""
+    """Prints the median CPU and wall seconds of a step, one JSON line per variant."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--layers", type=int, default=30)

@@ -1,16 +1,16 @@
-"""What does packing gain, and does the GPU ever wait for data? One JSON line per case.
+"""Measures what packing gains, and whether the GPU waits for data.
 
 Llama-3-8B with random weights, r=16 on all seven projections, bfloat16, 8192 tokens a step,
-through the library's own data set, prefetching thread and train step:
+with the data set, prefetching thread and train step of the library. One JSON line per case:
 
-- dense: rows of 4096 tokens without documents, plain causal attention
-- packed: short documents (below), packed into the same rows, each seeing only itself
-- padded: the same documents one per row, rows as long as the longest of them
-- peer: PEFT on Transformers (packing_peer.py) on rows packed alike
+- dense: rows of 4096 tokens that are one document, plain causal attention
+- packed: short documents in the same rows; attention stays within a document
+- padded: the same documents, one per row, in rows as long as the longest of them
+- peer: PEFT on Transformers (packing_peer.py), with the same packed rows
 
 The documents are instructions (70 %, median 100 tokens) and chats (30 %, median 350), both
-log-normal, at most 2048 tokens long. tokens_per_second counts no padding. The peer runs
-first, in a process of its own; what cannot be imported is said. The last line is a summary.
+log-normal, at most 2048 tokens long. tokens_per_second does not count padding. The peer runs
+first, in its own process; a package that it lacks is reported. The last line is a summary.
 
     python benchmarks/packing_gpu.py [--tiny] [--cases peer packed]
 """
@@ -32,12 +32,12 @@ import numpy as np
 
 SEQ_LEN, ROWS, LONGEST, DOCUMENTS = 4096, 2, 2048, 20_000
 STEPS, WARM_UP = 10, 3
-SOME = 100  # tokens come from this part of the vocabulary, which a few steps can learn
+SOME = 100  # tokens come from 1/SOME of the vocabulary, so that the loss falls quickly
 RATE = 1e-3
 PEER_LIMIT_S = 100
 CASES = ["peer", "dense", "packed", "padded"]
 TINY = "--tiny" in sys.argv
-if TINY:  # to try the script itself on a CPU
+if TINY:  # to test the script on a CPU
     SEQ_LEN, ROWS, LONGEST, DOCUMENTS, STEPS = 256, 2, 128, 300, 3
 
 
@@ -50,7 +50,7 @@ def lengths() -> np.ndarray:
 
 
 def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
-    """Returns the documents with random tokens, the last two thirds of each learnt."""
+    """Returns documents of random tokens; the last two thirds of each are supervised."""
     from jlora.data.batch.batches import Dataset
     from jlora.data.cache.build_cache import make_block
     from jlora.data.cache.token_store import TokenStore
@@ -60,8 +60,8 @@ def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
     examples = []
     for number, length in enumerate(lengths().tolist()):
         tokens = rng.integers(0, vocab_size // SOME, length, np.int32)
-        learnt = (np.arange(length) >= max(1, length // 3)).astype(np.uint8)
-        examples.append(Example(Path("random"), number, tokens, learnt))
+        mask = (np.arange(length) >= max(1, length // 3)).astype(np.uint8)
+        examples.append(Example(Path("random"), number, tokens, mask))
     block = make_block(examples)
     return Dataset(
         TokenStore(block.tokens, block.loss_mask, block.records, note={}, digest=""),
@@ -78,7 +78,7 @@ def data_set(vocab_size: int, *, packing: bool, batch_size: int) -> Any:
 
 
 class Dense:
-    """Stands for a data set whose rows are one document each, without padding."""
+    """A data set whose rows are one document each, without padding."""
 
     batch_size, row_length, max_segments = ROWS, SEQ_LEN, 0
 
@@ -90,19 +90,13 @@ class Dense:
 
     def batch(self, step: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
         """Returns rows of batch `step`."""
-        tokens = self._tokens[step % 2][rows]
-        shape = (len(tokens), SEQ_LEN)
-        return {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "loss_mask": np.ones(shape, np.float32),
-            "segment_ids": np.ones(shape, np.int32),
-            "positions": np.tile(np.arange(SEQ_LEN, dtype=np.int32), (len(tokens), 1)),
-        }
+        from step_time import unpadded_batch
+
+        return unpadded_batch(self._tokens[step % 2][rows])
 
 
 def settings() -> tuple[Any, Any, Any]:
-    """Returns (model configuration, adapter, number format)."""
+    """Returns (model configuration, adapter, dtype)."""
     import jax.numpy as jnp
     from step_time import ALL, LLAMA_3_8B
 
@@ -131,7 +125,7 @@ class Trainer:
         self.params = jlora.add_lora(base, lora, jax.random.key(1))
 
     def measure(self, name: str, data: Any, *, packed: bool) -> dict[str, Any]:
-        """Returns the figures of one case."""
+        """Returns the results of one case."""
         import jax
 
         from jlora.config.run_config import ComputeConfig, OptimConfig
@@ -174,32 +168,32 @@ class Trainer:
 
 
 class Log:
-    """Reads each step's metrics one step late, as a run does."""
+    """Collects the metrics of the steps, reading them one step late as a run does."""
 
     def __init__(self) -> None:
-        """Begins empty."""
+        """Creates an empty log."""
         self.compile_s: float | None = None
         self.losses: list[float] = []
         self.tokens: list[int] = []
-        self.learnt: list[int] = []
+        self.supervised: list[int] = []
         self.ends: list[float] = []
         self.waited: list[float] = []
         self.norm = 0.0
         self._pending: tuple[Any, float] | None = None
 
     def add(self, metrics: Any, waited_s: float) -> None:
-        """Takes a step that may still run."""
+        """Adds a step, which may still be running."""
         self.flush()
         self._pending = metrics, waited_s
 
     def flush(self) -> None:
-        """Waits for the step before."""
+        """Waits for the last step that was added, and reads its metrics."""
         if self._pending is None:
             return
         (metrics, waited), self._pending = self._pending, None
         self.losses.append(float(metrics["loss"]))
         self.tokens.append(int(metrics["tokens"]))
-        self.learnt.append(int(metrics["supervised_tokens"]))
+        self.supervised.append(int(metrics["supervised_tokens"]))
         self.norm = float(metrics["grad_norm"])
         self.ends.append(time.perf_counter())
         self.waited.append(waited)
@@ -207,7 +201,7 @@ class Log:
     def figures(
         self, name: str, data: Any, how: str, peak: int, jax: Any
     ) -> dict[str, Any]:
-        """Returns what the steps after the warm-up say."""
+        """Returns the results of the steps after the warm-up."""
         seconds = self.ends[-1] - self.ends[WARM_UP - 1]
         real = sum(self.tokens[WARM_UP:])
         padded = STEPS * data.batch_size * data.row_length
@@ -218,7 +212,7 @@ class Log:
             "device": jax.devices()[0].device_kind,
             "rows": [data.batch_size, data.row_length],
             "tokens_per_second": round(real / seconds, 1),
-            "supervised_per_second": round(sum(self.learnt[WARM_UP:]) / seconds, 1),
+            "supervised_per_second": round(sum(self.supervised[WARM_UP:]) / seconds, 1),
             "padded_per_second": round(padded / seconds, 1),
             "fill": round(real / padded, 4),
             "max_segments": data.max_segments,
@@ -234,10 +228,10 @@ class Log:
 
 
 def run_peer() -> dict[str, Any]:
-    """Returns the peer's figures, or why there are none."""
+    """Returns the results of the peer, or the reason why there are none."""
     script = str(Path(__file__).with_name("packing_peer.py"))
     command = [sys.executable, script, *(["--tiny"] if TINY else [])]
-    # The data set comes from the library; the GPU's memory belongs to PyTorch.
+    # PyTorch gets the memory of the GPU; jlora only makes the data set.
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     try:
         done = subprocess.run(
@@ -258,7 +252,7 @@ def run_peer() -> dict[str, Any]:
 
 
 def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Returns the ratios that matter, of the cases that ran."""
+    """Returns the ratios between the cases that ran."""
     rate = {name: case.get("tokens_per_second") for name, case in cases.items()}
     packed = cases.get("packed", {})
     ratios = {
@@ -275,9 +269,9 @@ def summary(cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the cases that are asked for, the peer first."""
+    """Runs the cases of the command line, the peer first."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="on a CPU, to try this")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, for a CPU")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     wanted = parser.parse_args().cases
     found: dict[str, dict[str, Any]] = {}

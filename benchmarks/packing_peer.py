@@ -1,10 +1,10 @@
-"""The PyTorch peer of packing_gpu.py, which starts it in a process of its own.
+"""Measures PEFT on packed rows; packing_gpu.py runs it in a separate process.
 
-PEFT on Transformers, with Liger's kernels if they are installed. The documents of a batch
-stand in one row without padding, as the padding-free collators of the PyTorch trainers
-put them, and attention takes where each begins: flash-attn if it is installed, else the
-same kernel as PyTorch carries it. Where neither runs, rows stay rows, and attention gets
-a block mask made from the positions.
+PEFT on Transformers, with Liger's kernels if they are installed. As the padding-free
+collators of PyTorch trainers do, all documents of a batch go into one row without padding,
+and attention is told where each begins. It is flash-attn if that is installed, else
+PyTorch's own copy of the kernel. Where neither runs, the rows stay as they are and
+Transformers derives a block mask from the positions.
 """
 
 import json
@@ -33,7 +33,10 @@ def carried_flash(
     max_length_q: int,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attends within documents with PyTorch's own flash attention, as Transformers asks."""
+    """Returns attention within documents by PyTorch's own flash kernel.
+
+    It has the signature that Transformers requires of an attention function.
+    """
     # [T, heads, head_dim]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     starts, longest = cu_seq_lens_q, max_length_q
@@ -44,7 +47,7 @@ def carried_flash(
 
 
 def carried_flash_is_right() -> bool:
-    """Returns whether it runs here, and gives what plain attention gives."""
+    """Returns whether `carried_flash` runs here and equals plain attention."""
     torch.manual_seed(0)
     try:
         inputs = [
@@ -77,7 +80,7 @@ def carried_flash_is_right() -> bool:
 
 
 def choose_attention() -> str:
-    """Returns the best attention that knows documents and runs here."""
+    """Returns the fastest attention within documents that runs here."""
     from transformers import AttentionInterface
 
     try:
@@ -88,7 +91,7 @@ def choose_attention() -> str:
         pass
     if not carried_flash_is_right():
         return "sdpa"
-    # A name with "flash" in it would be looked for among the packages.
+    # Transformers would look for a package if the name had "flash" in it.
     AttentionInterface.register("torch_varlen", carried_flash)
     return "torch_varlen"
 
@@ -140,18 +143,18 @@ def adapted_model() -> tuple[Any, str, str]:
 def as_transformers_wants(
     batch: dict[str, np.ndarray], device: torch.device, *, flat: bool
 ) -> dict[str, Any]:
-    """Returns the arguments of a forward pass over packed documents.
+    """Returns the arguments of Transformers' forward pass over packed documents.
 
-    Documents show by positions that begin again. Labels are shifted inside, so that a
-    document's first token is never one. Flat: one row without padding, and where its
-    documents begin; otherwise rows stay, and their padding is a document with nothing
-    to learn.
+    A document begins where positions start again at 0. The model shifts the labels, so the
+    first token of a document is never a label. If flat, there is one row without padding,
+    and the starts of its documents; otherwise rows stay, and their padding is a document
+    without labels.
     """
     real = batch["segment_ids"] > 0
     labels = np.full(real.shape, -100)
-    learnt = np.pad(batch["loss_mask"][:, :-1], ((0, 0), (1, 0))) > 0
-    labels[learnt] = batch["tokens"][learnt]
-    # Padding counts on from 0 as well, at the end of a row.
+    supervised = np.pad(batch["loss_mask"][:, :-1], ((0, 0), (1, 0))) > 0
+    labels[supervised] = batch["tokens"][supervised]
+    # Padding at the end of a row also counts from 0.
     tail = np.cumsum(~real, axis=1) - 1
     positions = np.where(real, batch["positions"], tail)
     arrays = {"input_ids": batch["tokens"], "position_ids": positions, "labels": labels}
@@ -170,7 +173,7 @@ def as_transformers_wants(
 
 
 def main() -> None:
-    """Prints the figures of the PyTorch peer, on the same packed rows."""
+    """Prints the results of PEFT on the same packed rows."""
     model, attention, versions = adapted_model()
     device = next(model.parameters()).device
     data = data_set(settings()[0].vocab_size, packing=True, batch_size=ROWS)
@@ -179,7 +182,7 @@ def main() -> None:
         weights, lr=RATE, weight_decay=0.0, fused=device.type == "cuda"
     )
     steps = range(WARM_UP + STEPS)
-    # Placed beforehand, so that the peer never waits for data.
+    # On the device beforehand, so that the peer never waits for data.
     batches = [
         as_transformers_wants(data.batch(i), device, flat=attention != "sdpa")
         for i in steps
@@ -192,7 +195,7 @@ def main() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             loss = model(**batch).loss
         norm = update(loss, weights, optimizer)
-        if pending is not None:  # read one step late, as jlora does
+        if pending is not None:  # the loss is read one step late, as in jlora
             losses.append(float(pending))
             ends.append(time.perf_counter())
         pending = loss.detach()

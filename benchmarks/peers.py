@@ -1,8 +1,8 @@
-"""The workloads of step_time.py through the PyTorch libraries that are installed.
+"""Measures the workloads of step_time.py with the PyTorch libraries that are installed.
 
-Random weights and tokens, AdamW with clipping, bfloat16 with float32 adapters, no
-padding: the same work, counted the same way, one JSON line each. A library that is not
-installed is said to be missing, and skipped.
+The work and the way of measuring are the same: random weights and tokens without padding,
+bfloat16 with float32 adapters, AdamW with clipping, one JSON line each. Libraries that are
+not installed are named and skipped.
 
     python benchmarks/peers.py A B --frameworks peft peft-liger unsloth
 """
@@ -105,7 +105,7 @@ def peft_model(name: str, device: str, *, liger: bool) -> Any:
 
 
 def unsloth_model(name: str, device: str) -> Any:
-    """Returns Unsloth's model, by way of a folder in memory."""
+    """Returns Unsloth's model, which it loads from a folder in memory."""
     import tempfile
 
     from tokenizers import Tokenizer
@@ -116,7 +116,7 @@ def unsloth_model(name: str, device: str) -> Any:
     _, rank, modules, _, length, recompute = WORKLOADS[name]
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         base_model(name, device).save_pretrained(folder)
-        vocabulary = {f"{i}": i for i in range(1000)}  # a loader asks for a tokenizer
+        vocabulary = {f"{i}": i for i in range(1000)}  # Unsloth needs a tokenizer
         words = Tokenizer(WordLevel(vocabulary, unk_token="0"))
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=words,
@@ -141,7 +141,7 @@ def unsloth_model(name: str, device: str) -> Any:
 
 
 def update(loss: Any, trained: list[Any], optimizer: Any) -> Any:
-    """Steps on the loss, with clipping; returns the gradient's norm before it."""
+    """Runs a clipped optimizer step; returns the gradient norm before clipping."""
     import torch
 
     loss.backward()
@@ -152,7 +152,7 @@ def update(loss: Any, trained: list[Any], optimizer: Any) -> Any:
 
 
 def measure(framework: str, name: str) -> dict[str, Any]:
-    """Returns the figures of one workload, with the keys of step_time.py."""
+    """Returns the results of one workload, with the keys of step_time.py."""
     import torch
 
     rows, length = WORKLOADS[name][3:5]
@@ -178,7 +178,7 @@ def measure(framework: str, name: str) -> dict[str, Any]:
     losses, ends, norm, pending, first_step_s = [], [], None, None, 0.0
     for i in range(WARM_UP + STEPS + 1):
         loss, norm = step()
-        if pending is not None:  # read one step late
+        if pending is not None:  # the loss is read one step late, as in step_time.py
             losses.append(float(pending))
             ends.append(time.perf_counter())
         pending = loss
@@ -205,7 +205,7 @@ def measure(framework: str, name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures every framework on every workload, each in a process of its own."""
+    """Measures each framework on each workload in its own process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--frameworks", nargs="+", choices=NEEDS, default=list(NEEDS))

@@ -1,14 +1,15 @@
-"""How fast is a training step? One JSON line per named workload, through the library.
+"""Measures the time of a training step and prints one JSON line for each workload.
 
-Random weights and tokens, AdamW with clipping, no padding. The median of the timed steps
-is reported, after warm-up, with the loss and gradient norm beside it. The lines are also
+The weights and tokens are random, without padding; the optimizer is AdamW with clipping. A
+line has the median of the timed steps, the last loss and the gradient norm. Lines are also
 appended to `--out`, from which `table.py` makes the table of docs/performance.md.
 
     python benchmarks/step_time.py A B
     python benchmarks/step_time.py B --data 2
 
-On several devices, as `--data` or `--fsdp` says, each has the workload's rows; tokens/s are
-those of all, MFU is of all, and memory of the first, which also makes the weights.
+With `--data` or `--fsdp` there are several devices, and each has the rows of the workload.
+Tokens per second and MFU count all of them; memory is that of the first device, which also
+draws the weights.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def llama(
 
 LLAMA_2_7B = llama(32000, 4096, 11008, 32, 32, 32, theta=1e4)
 LLAMA_3_8B = llama(128256, 4096, 14336, 32, 32, 8, theta=5e5)
+TINY = llama(512, 128, 256, 2, 4, 2, theta=1e4)
 SMOLLM2 = llama(49152, 576, 1536, 30, 9, 3, theta=1e5, tie_word_embeddings=True)
 QV = LoraConfig(r=8)
 ALL = LoraConfig(r=16, target_modules="all-linear")
@@ -77,7 +79,7 @@ BFLOAT16 = ComputeConfig(dtype="bfloat16", remat="minimal")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained, and how much of it at a time."""
+    """A model, an adapter and the size of a step."""
 
     config: LlamaConfig
     lora: LoraConfig
@@ -86,7 +88,7 @@ class Workload:
     """Tokens per row."""
     compute: ComputeConfig = BFLOAT16
     document: int | None = None
-    """Tokens of each of the documents that fill a row; None: one per row."""
+    """Tokens of each document in a packed row; None if a row is one document."""
 
 
 A = Workload(LLAMA_2_7B, QV, 4, 2048)
@@ -105,12 +107,13 @@ WORKLOADS = {
     "B-8k": replace(B, rows=1, length=8192),
     "B-16k": replace(B, rows=1, length=16384),
     "E": E,
+    "tiny": replace(E, config=TINY, rows=2, length=32),
     "E-bfloat16": replace(E, compute=ComputeConfig(dtype="bfloat16")),
 }
 
 
 def random_base(config: LlamaConfig, dtype: Any) -> Params:
-    """Returns random frozen weights, made leaf by leaf on the device."""
+    """Returns random frozen weights, drawn leaf by leaf on the device."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
     draw = jax.jit(
@@ -128,26 +131,31 @@ def random_base(config: LlamaConfig, dtype: Any) -> Params:
 
 
 def random_batch(work: Workload, mesh: Mesh) -> dict[str, Any]:
-    """Returns rows without padding, on the devices."""
+    """Returns a batch of random tokens on the devices."""
+    shape = work.rows * mesh.size, work.length + 1
     rng = np.random.default_rng(0)
-    rows, length = work.rows * mesh.size, work.length
-    document = work.document or length
-    tokens = rng.integers(0, work.config.vocab_size, (rows, length + 1), np.int32)
-    place = np.arange(length, dtype=np.int32)
-    batch = {
+    tokens = rng.integers(0, work.config.vocab_size, shape, np.int32)
+    return jax.device_put(unpadded_batch(tokens, work.document), batch_sharding(mesh))
+
+
+def unpadded_batch(tokens: np.ndarray, document: int | None = None) -> dict[str, Any]:
+    """Returns the batch that trains on rows of T + 1 tokens, split into documents."""
+    rows, length = tokens.shape[0], tokens.shape[1] - 1
+    document = document or length
+    index = np.arange(length, dtype=np.int32)
+    return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "loss_mask": np.ones((rows, length), np.float32),
-        "segment_ids": np.tile(1 + place // document, (rows, 1)),
-        "positions": np.tile(place % document, (rows, 1)),
+        "segment_ids": np.tile(1 + index // document, (rows, 1)),
+        "positions": np.tile(index % document, (rows, 1)),
     }
-    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def prepare(
     work: Workload, mesh: Mesh
 ) -> tuple[Any, TrainState, Params, dict[str, Any]]:
-    """Returns (jitted step, its state, frozen weights, facts for the report)."""
+    """Returns (jitted step, its state, frozen weights, entries of the result line)."""
     dtype = jnp.dtype(work.compute.dtype)
     start = time.perf_counter()
     base = jax.block_until_ready(random_base(work.config, dtype))
@@ -191,7 +199,7 @@ def process_seconds() -> float:
 def measure(
     name: str, work: Workload, mesh: Mesh, *, steps: int = STEPS
 ) -> dict[str, Any]:
-    """Returns the figures of one workload."""
+    """Returns the results of one workload."""
     step, state, frozen, facts = prepare(work, mesh)
     batch = random_batch(work, mesh)
     start = time.perf_counter()
@@ -203,13 +211,13 @@ def measure(
         if pending is None:
             jax.block_until_ready(metrics)
             first_step_s = process_seconds() - facts.pop("weights_s")
-        else:  # read one step late, as a run does
+        else:  # the loss is read one step late, as in a run
             losses.append(float(pending["loss"]))
             ends.append(time.perf_counter())
         pending = metrics
     median = float(np.median(np.diff(ends)[WARM_UP - 1 :]))
     rate, peak = batch["tokens"].size / median, peak_flops()
-    # The peak is that of all devices there are.
+    # `peak_flops` counts all devices of the machine.
     flops = facts.pop("flops") * jax.device_count() / mesh.size
     device = jax.devices()[0].device_kind
     if mesh.size > 1:
@@ -233,19 +241,21 @@ def measure(
 
 
 def main() -> None:
-    """Measures the workloads named on the command line, each in a process of its own."""
+    """Measures each workload of the command line in its own process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="lines go here, too")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="append the lines to this file"
+    )
     parser.add_argument("--kernels", choices=("auto", "xla", "hopper"), default="auto")
     parser.add_argument(
-        "--cache", action="store_true", help="keep compiled programs, as commands do"
+        "--cache", action="store_true", help="keep compiled programs between runs"
     )
-    parser.add_argument("--layers", type=int, help="instead of all of them")
+    parser.add_argument("--layers", type=int, help="use this many layers")
     for axis in ("data", "fsdp"):
-        parser.add_argument(f"--{axis}", type=int, default=1, help="devices")
+        parser.add_argument(f"--{axis}", type=int, default=1, help="number of devices")
     args = parser.parse_args()
-    if len(args.workloads) > 1:  # the peak of memory is that of a process
+    if len(args.workloads) > 1:  # the peak of memory is counted for a process
         options = [a for a in sys.argv[1:] if a not in args.workloads]
         for name in args.workloads:
             subprocess.run([sys.executable, __file__, *options, name], check=True)

@@ -1,8 +1,8 @@
-"""How long does an adapter's step take beside others? One JSON line per named workload.
+"""Compares the training of several adapters together with training them one by one.
 
-k adapters of one base, each with a small batch of its own, are stepped one after another
-(the step of a single run, k times) and together (`jlora.train.sweep`, as `train.py --sweep`).
-Random weights and tokens; the median of the timed steps after warm-up.
+Every adapter has its own small batch. A line has the time of a step for all of them
+together (`jlora.train.sweep`, as in `train.py --sweep`) and that of one adapter's step,
+both the median after warm-up. The weights and tokens are random.
 
     for name in 8B-1024 8B-512 8B-256; do python benchmarks/sweep_time.py $name; done
 """
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from step_time import ALL, LLAMA_3_8B, SMOLLM2, llama, random_base
+from step_time import ALL, LLAMA_3_8B, SMOLLM2, TINY, random_base, unpadded_batch
 
 import jlora
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
@@ -35,7 +35,6 @@ from jlora.train.sweep_file import compute_of_sweep
 from jlora.train.trainer import TrainedAdapter
 
 STEPS, WARM_UP, TOTAL = 8, 3, 100
-TINY = llama(512, 128, 256, 2, 4, 2, theta=1e4)
 BFLOAT16 = ComputeConfig(dtype="bfloat16")
 # name: model, compute settings, adapters, rows per adapter, tokens per row
 WORKLOADS = {
@@ -50,11 +49,11 @@ WORKLOADS = {
 
 
 def median_ms(step: Any, state: Any, frozen: Any, batch: Any) -> dict[str, Any]:
-    """Returns the median time of a step, the time of the first and the losses."""
+    """Returns the median time of a step, the time to compile it and the last losses."""
     ends, losses, pending = [time.perf_counter()], [], None
     for _ in range(1 + WARM_UP + STEPS):
         state, metrics = step(state, frozen, batch)
-        if pending is not None:  # read one step late, as a run does
+        if pending is not None:  # the loss is read one step late, as in a run
             losses.append(np.asarray(pending["loss"]).tolist())
             ends.append(time.perf_counter())
         pending = metrics
@@ -64,23 +63,14 @@ def median_ms(step: Any, state: Any, frozen: Any, batch: Any) -> dict[str, Any]:
 
 
 def batch_of(vocabulary: int, rows: int, length: int, seed: int) -> dict[str, Any]:
-    """Returns random tokens without padding, on the device."""
-    tokens = np.random.default_rng(seed).integers(
-        0, vocabulary, (rows, length + 1), np.int32
-    )
-    return jax.device_put(
-        {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "loss_mask": np.ones((rows, length), np.float32),
-            "segment_ids": np.ones((rows, length), np.int32),
-            "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        }
-    )
+    """Returns a batch of random tokens on the device."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, vocabulary, (rows, length + 1), np.int32)
+    return jax.device_put(unpadded_batch(tokens))
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Returns the figures of one workload."""
+    """Returns the results of one workload."""
     config, compute, count, rows, length = WORKLOADS[name]
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     base = random_base(config, jnp.dtype(compute.dtype))
@@ -106,7 +96,7 @@ def measure(name: str) -> dict[str, Any]:
         )
         return Llama.with_compute(config, work.compute), work.compute.remat
 
-    # First, as the single step donates the state of the adapter that it trains.
+    # Before the step of one adapter, which donates that adapter's state.
     model, remat_together = model_for(count)
     sweep = make_sweep_trainer(
         members,

@@ -1,4 +1,4 @@
-"""Writes the table of docs/performance.md from the lines of benchmarks/results.
+"""Writes the table of docs/performance.md from benchmarks/results/step_time.jsonl.
 
 python benchmarks/table.py
 """
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def cell(key: str, value: Any) -> str:
-    """Returns one figure as the table shows it."""
+    """Returns one value as the table shows it."""
     if value is None:
         return "-"
     if key == "mfu":
@@ -40,7 +40,7 @@ def cell(key: str, value: Any) -> str:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Returns the Markdown table: the newest line of each workload, framework, device."""
+    """Returns a Markdown row for the newest line of each workload, framework and device."""
     keys = ("workload", "framework", "device")
     newest = {tuple(line[key] for key in keys): line for line in lines}
     rows = [list(COLUMNS.values()), ["---"] * len(COLUMNS)]
@@ -50,7 +50,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Replaces the table between the two marks of the page."""
+    """Replaces the table between the two comments of the page."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     before, rest = PAGE.read_text().split(START)
     after = rest.split(END)[1]

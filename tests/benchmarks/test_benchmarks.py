@@ -1,0 +1,84 @@
+"""Every benchmark runs on a toy size, in a process of its own as its users start it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+# Scripts that import torch, run by tests/parity; tests of data and conversion run these.
+ELSEWHERE = {"cpu_peer", "loss_curve", "packing_peer", "convert_speed", "data_speed"}
+HERE = {"step_time", "sweep_time", "packing_gpu", "table", "peers"}
+
+
+def run_script(name: str, *arguments: str) -> list[str]:
+    """Returns the lines that the benchmark prints."""
+    # One device, where conftest.py gives the tests eight.
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def test_every_benchmark_is_run_by_a_test() -> None:
+    assert {path.stem for path in BENCHMARKS.glob("*.py")} == HERE | ELSEWHERE
+
+
+def test_step_time_measures_a_step_and_appends_the_line(tmp_path: Path) -> None:
+    (line,) = run_script("step_time", "tiny", "--out", str(tmp_path / "lines"))
+    assert json.loads(line)["tokens_per_second"] > 0
+    assert (tmp_path / "lines").read_text() == line + "\n"
+
+
+def test_sweep_time_compares_adapters_together_with_one() -> None:
+    (line,) = run_script("sweep_time", "tiny")
+    found = json.loads(line)
+    assert found["ratio"] > 0
+    assert len(found["loss_together"]) == found["adapters"]
+
+
+def test_packing_gpu_compares_packed_rows_with_dense_and_padded_ones() -> None:
+    lines = run_script("packing_gpu", "--tiny", "--cases", "dense", "packed", "padded")
+    *cases, last = map(json.loads, lines)
+    assert [case["case"] for case in cases] == ["dense", "packed", "padded"]
+    assert last["summary"]["packed/padded"] > 0
+    assert 0.9 < cases[1]["fill"] <= 1
+
+
+def test_peers_names_the_libraries_that_are_not_installed(tmp_path: Path) -> None:
+    out = str(tmp_path / "lines")
+    (line,) = run_script(
+        "peers", "E", "E-bfloat16", "--frameworks", "unsloth", "--out", out
+    )
+    assert line.startswith("unsloth: not measured, ")
+
+
+def test_table_has_a_row_for_each_workload_and_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import table
+
+    line = {"workload": "A", "framework": "jlora", "device": "x", "step_ms": 2}
+    (tmp_path / "lines").write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{table.START}old\n{table.END}after\n")
+    monkeypatch.setattr(table, "RESULTS", tmp_path / "lines")
+    monkeypatch.setattr(table, "PAGE", page)
+    table.main()
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert text.count("| A | jlora | x |") == 1
+    assert "old" not in text
