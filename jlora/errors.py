@@ -1,4 +1,4 @@
-"""User-facing errors: one exception class per exit status; warnings; shared wording."""
+"""Failures by exit status, warnings, and phrases that messages share."""
 
 import difflib
 import sys
@@ -50,7 +50,7 @@ class StopRequested(JloraError):
 
 
 def warn(text: str) -> None:
-    """Prints one warning line to stderr, for input that still works."""
+    """Prints a warning of something that still works."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,8 @@
-"""Is this config.json a plain Llama? By its names, and by keys that change the maths.
+"""Refuse a config.json that does not describe a plain Llama.
 
-Names alone prove nothing: checkpoints of other architectures are renamed to be loadable.
-What only the tensors' names give away is refused in `jlora.formats.hf.hf_folder`.
+Names alone prove nothing, as checkpoints of other architectures are renamed to be loaded,
+so keys that change the computation are checked, too. What only the names of the tensors
+reveal is refused in `jlora.formats.hf.hf_folder`.
 """
 
 from typing import Any
@@ -11,8 +12,8 @@ from jlora.errors import UnsupportedError, listing
 
 LLAMA = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
 MISTRAL = ("MistralForCausalLM", "MistralModel")
-# Model types that look like a Llama, and what is different about them.
-LOOK_ALIKES = {
+# Model types that resemble a Llama, and how they differ.
+SIMILAR = {
     "apertus": "xIELU instead of SwiGLU",
     "arcee": "squared ReLU instead of SwiGLU",
     "baichuan": "one matrix for q, k and v, and a normalised head",
@@ -37,49 +38,38 @@ LOOK_ALIKES = {
     "qwen3": "norms on q and k",
     "smollm3": "layers without rotary embedding",
 }
-# Keys that change the computation, with the values that leave a Llama a Llama.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(
-        (
-            *("embedding_multiplier", "residual_multiplier", "attention_multiplier"),
-            *("logits_scaling", "logit_scale", "scale_emb", "partial_rotary_factor"),
-        ),
+# Keys that can change the computation, after the values with which they do not.
+_NEUTRAL_VALUES: tuple[tuple[tuple[Any, ...], str], ...] = (
+    (
         (None, 1),
+        """embedding_multiplier residual_multiplier attention_multiplier logits_scaling
+        logit_scale scale_emb partial_rotary_factor""",
     ),
-    **dict.fromkeys(
-        (
-            *("sliding_window", "use_sliding_window", "use_qk_norm", "qk_layernorm"),
-            *("qkv_bias", "use_qkv_bias", "alibi", "parallel_attn", "rope_interleave"),
-            "use_parallel_residual",
-        ),
+    (
         (None, False),
+        """sliding_window use_sliding_window use_qk_norm qk_layernorm qkv_bias alibi
+        use_qkv_bias parallel_attn rope_interleave use_parallel_residual""",
     ),
-    **dict.fromkeys(
-        (
-            *("attn_logit_softcapping", "final_logit_softcapping", "clip_qkv"),
-            *("query_pre_attn_scalar", "scale_depth", "dim_model_base"),
-            *("q_lora_rank", "kv_lora_rank", "attention_chunk_size"),
-            *("no_rope_layer_interval", "text_config", "vision_config"),
-            "quantization_config",
-        ),
+    (
         (None,),
+        """attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar clip_qkv
+        scale_depth dim_model_base q_lora_rank kv_lora_rank attention_chunk_size
+        no_rope_layer_interval text_config vision_config quantization_config""",
     ),
-    **dict.fromkeys(("no_rope_layers", "cross_attention_layers"), (None, [])),
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts"), (None, 0, 1)
-    ),
-}
+    ((None, []), "no_rope_layers cross_attention_layers"),
+    ((None, 0, 1), "num_experts num_local_experts n_routed_experts"),
+)
+NEUTRAL = {key: values for values, keys in _NEUTRAL_VALUES for key in keys.split()}
 
 
 def refuse_other_architectures(config: dict[str, Any]) -> bool:
-    """Returns whether the model is a Mistral without a sliding window, else a Llama.
+    """Returns True for a Mistral without a sliding window, and False for a Llama.
 
     Raises:
-        UnsupportedError: anything else; every key that says so is named.
+        UnsupportedError: anything else; the message names every key that shows it.
     """
     is_mistral = _refuse_names(config)
-    if "quantization_config" in config and config["quantization_config"] is not None:
-        _refuse_quantised(config["quantization_config"])
+    _refuse_quantised(config.get("quantization_config"))
     problems = [
         f"{key}={config[key]!r:.80} changes the computation"
         for key, neutral in NEUTRAL.items()
@@ -90,7 +80,7 @@ def refuse_other_architectures(config: dict[str, Any]) -> bool:
     layer_types = config.get("layer_types")
     if layer_types and not (
         isinstance(layer_types, list)
-        and all(kind == "full_attention" for kind in layer_types)
+        and all(attention == "full_attention" for attention in layer_types)
     ):
         problems.append(
             f"layer_types={layer_types!r:.120}, supported: full_attention in every layer"
@@ -109,27 +99,29 @@ def refuse_other_architectures(config: dict[str, Any]) -> bool:
 
 
 def _refuse_names(config: dict[str, Any]) -> bool:
-    """Returns whether the names say Mistral; raises unless they say Llama or Mistral."""
-    names, kind = config.get("architectures") or [], config.get("model_type")
+    """Returns whether the model is called a Mistral; raises unless that or a Llama."""
+    names, model_type = config.get("architectures") or [], config.get("model_type")
     if not isinstance(names, list):
         names = [names]
-    for known, model_type in ((LLAMA, "llama"), (MISTRAL, "mistral")):
-        if all(name in known for name in names) and kind in (None, model_type):
-            if names or kind is not None:
-                return model_type == "mistral"
+    for known, ours in ((LLAMA, "llama"), (MISTRAL, "mistral")):
+        if all(name in known for name in names) and model_type in (None, ours):
+            if names or model_type is not None:
+                return ours == "mistral"
             raise UnsupportedError(
                 "config.json: neither architectures nor model_type says what this "
                 "model is; jlora supports model_type 'llama' only"
             )
-    reason = LOOK_ALIKES.get(kind) if isinstance(kind, str) else None
+    reason = SIMILAR.get(model_type) if isinstance(model_type, str) else None
     raise UnsupportedError(
-        f"config.json: architectures={listing(names) or 'none'}, model_type={kind!r:.80} "
-        f"is not a Llama{f' ({reason})' if reason else ''}; jlora supports "
-        "LlamaForCausalLM, and MistralForCausalLM without a sliding window"
+        f"config.json: architectures={listing(names) or 'none'}, "
+        f"model_type={model_type!r:.80} is not a Llama{f' ({reason})' if reason else ''}; "
+        "jlora supports LlamaForCausalLM, and MistralForCausalLM without a sliding window"
     )
 
 
 def _refuse_quantised(settings: Any) -> None:
+    if settings is None:
+        return
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     raise UnsupportedError(
         f"config.json: the checkpoint is quantised ({method or 'unknown method'!s:.80}); "

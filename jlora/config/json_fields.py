@@ -1,13 +1,13 @@
-"""Typed values out of a JSON object: every problem is collected, one error tells all.
+"""Read typed values from a JSON object, and collect all problems for one message.
 
-A bool is not a number here and a string is never one, whatever Python would make of it.
+A bool or a string is not accepted for a number, although Python would convert it.
 """
 
 import math
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
-# Far above any real size, and far below where sums of sizes would overflow.
+# Far above any real size, and so small that sums of sizes cannot overflow.
 MAX_SIZE = 2**31 - 1
 
 
@@ -24,25 +24,25 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 class Fields:
-    """The keys of one object; a wrong value is noted and replaced by a harmless one.
+    """The keys of one object; a wrong value adds to `problems` and gives a default.
 
-    The caller raises `problems` when all is read, so that no problem hides another.
+    The caller raises `problems` after the last key, so that no problem hides another.
     """
 
     def __init__(self, values: dict[str, Any], problems: list[str]) -> None:
-        """Takes the object, and the list that problems are added to."""
+        """Takes the object, and the list to which problems are added."""
         self._values = values
         self.problems = problems
 
     def size(self, key: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-        """Returns an integer from 1 to `most`; null and absent mean the default."""
+        """Returns an integer from 1 to `most`; the default if it is null or absent."""
         value = self._values.get(key)
         if value is None and default is not None:
             return default
         if not is_int(value) or value <= 0:
-            self._note(key, value, "an integer above 0")
+            self._add(key, value, "an integer above 0")
         elif value > most:
-            self._note(key, value, f"at most {most:,}")
+            self._add(key, value, f"at most {most:,}")
         else:
             return value
         return default or 1
@@ -56,7 +56,7 @@ class Fields:
         above: float | None = None,
         most: float = math.inf,
     ) -> float:
-        """Returns a number >= `least` or > `above`; null means the default."""
+        """Returns a number in these bounds; the default if it is null or absent."""
         value = self._values.get(key)
         if value is None and default is not None:
             return default
@@ -69,7 +69,7 @@ class Fields:
             or (above is not None and value <= above)
             or value > most
         ):
-            self._note(key, value, f"a number{bound}")
+            self._add(key, value, f"a number{bound}")
             return 1.0 if default is None else default
         return float(value)
 
@@ -82,17 +82,17 @@ class Fields:
             or not all(is_number(item) and 1e-30 < item < 1e30 for item in value)
         ):
             found = f"a list of {len(value)}" if isinstance(value, list) else value
-            self._note(key, found, f"{count} numbers above 0 (head_dim / 2)")
+            self._add(key, found, f"{count} numbers above 0 (head_dim / 2)")
             return ()
         return tuple(float(item) for item in value)
 
     def boolean(self, key: str, default: bool = False) -> bool:
-        """Returns true or false; null and absent mean the default."""
+        """Returns true or false; the default if it is null or absent."""
         value = self._values.get(key)
         if value is None:
             return default
         if not isinstance(value, bool):
-            self._note(key, value, "true or false")
+            self._add(key, value, "true or false")
             return default
         return value
 
@@ -100,19 +100,19 @@ class Fields:
         """Returns a token id or None."""
         value = self._values.get(key)
         if value is not None and not is_int(value):
-            self._note(key, value, "a token id")
+            self._add(key, value, "a token id")
             return None
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """Returns one token id or a list of them as a tuple."""
+        """Returns a tuple of token ids, of which one may also be given without a list."""
         value = self._values.get(key)
         if isinstance(value, list) and all(map(is_int, value)):
             return tuple(value)
         one = self.token_id(key)
         return () if one is None else (one,)
 
-    def _note(self, key: str, value: object, expected: str) -> None:
+    def _add(self, key: str, value: object, expected: str) -> None:
         self.problems.append(f"{key}={value!r:.80}, expected {expected}")
 
 

@@ -1,8 +1,4 @@
-"""What a model and an adapter are: `LlamaConfig` and `LoraConfig`.
-
-Field names, defaults and meanings are those of Hugging Face's config.json and of PEFT's
-adapter_config.json, which are the schemas. Validation lives here and nowhere else.
-"""
+"""The architecture of a model: `LlamaConfig`, read from a config.json of Hugging Face's."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,7 +8,7 @@ from jlora.config.json_fields import Fields, joined
 from jlora.config.rope_config import RopeParameters, read_rope
 from jlora.errors import CorruptError, UsageError
 
-# A name is made for every tensor of every layer before a file is opened.
+# The names of all tensors of all layers are made before a file is opened.
 MAX_LAYERS = 10_000
 
 
@@ -39,10 +35,10 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
-        """Returns the configuration that a config.json of HF (v4 or v5 layout) describes.
+        """Returns the architecture that a config.json of HF (v4 or v5 layout) describes.
 
         Raises:
-            UnsupportedError: not a Llama, or a Llama with parts jlora does not have.
+            UnsupportedError: not a Llama, or one with parts that jlora does not have.
             CorruptError: a missing key, a wrong type, or keys that contradict each other.
 
         Source: transformers `LlamaConfig`, `modeling_rope_utils`.
@@ -54,7 +50,7 @@ class LlamaConfig:
         kv_heads = values.size("num_key_value_heads", None if is_mistral else heads)
         hidden = values.size("hidden_size")
         head_dim = values.size("head_dim", max(hidden // heads, 1))
-        # Absent, a Llama and a Mistral mean different numbers.
+        # The default of a Mistral is another number, so it has to be given.
         default = None if is_mistral else 2048
         positions = values.size("max_position_embeddings", default)
         result = cls(
@@ -96,7 +92,7 @@ class LlamaConfig:
         return result
 
     def check_length(self, length: int, name: str) -> None:
-        """Raises UsageError if rows of `length` tokens are longer than the model's."""
+        """Raises UsageError if the model has fewer than `length` positions."""
         if length > self.max_position_embeddings:
             raise UsageError(
                 f"{name}={length} exceeds the model's "
@@ -106,7 +102,7 @@ class LlamaConfig:
 
 
 def unused_keys(config: dict[str, Any]) -> list[str]:
-    """Returns the keys of a config.json that do not matter to jlora."""
+    """Returns the keys of a config.json that jlora does not read."""
     used = {field.name for field in fields(LlamaConfig)} | set(NEUTRAL)
     used |= {"architectures", "model_type", "hidden_act", "layer_types", "dtype"}
     used |= {"torch_dtype", "rope_theta", "rope_scaling"}

@@ -1,4 +1,4 @@
-"""The flag groups: one frozen dataclass each, the only source of their defaults and help."""
+"""The flags of a run in groups: a dataclass each, with defaults, checks and help texts."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -6,20 +6,14 @@ from typing import Literal, TypeVar
 
 from jlora.errors import UsageError, listing, nearest
 
-# Kinds of trainable leaves; see `optimizer.group_of`. `embedding`: both factors of an
-# adapter on the embedding; `whole`: matrices trained in full; `norm`: scales and biases.
+# Groups of trained parameters, see `optimizer.group_of`. `embedding`: the LoRA factors of
+# the embedding; `whole`: matrices that are trained in full; `norm`: scales and biases.
 DECAY_GROUPS: tuple[str, ...] = (
-    "lora_A",
-    "lora_B",
-    "embedding",
-    "magnitude",
-    "whole",
-    "norm",
+    *("lora_A", "lora_B", "embedding", "magnitude", "whole", "norm"),
 )
-
 DEFAULT_SEQ_LEN = 512
 
-# Storage of a converted base: of every tensor, and of the layers' projections.
+# How a converted base is stored: all tensors, and the projections of the layers.
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Format = Literal["none", "fp8", "int8", "nf4"]
 
@@ -33,7 +27,7 @@ class ModelConfig:
     adapter: str | None = None
     """Run folder or PEFT adapter folder."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    """Dtype of activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
 
 
 R = TypeVar("R", bound="RowConfig")
@@ -46,23 +40,23 @@ class RowConfig:
     format: Literal[
         "auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"
     ] = "auto"
-    """Record format; auto reads it off the first record's keys."""
+    """Format of the records; auto: recognised by the keys of the first one."""
     fields: dict[str, str] | None = None
-    """What the data calls the format's columns, such as {prompt: question}."""
+    """Names of the format's columns in the data, such as {prompt: question}."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """What to do with rows that cannot be used: list them and stop, or leave them out."""
+    """Rows that cannot be used: fail lists them and stops, skip leaves them out."""
     max_bad_rows: int = 100
-    """Most rows that on_bad_row=skip leaves out; more stop the run."""
+    """Stop the run if on_bad_row=skip leaves out more rows than this."""
     cache_dir: str | None = None
-    """Folder that keeps token ids between runs; default: $JLORA_CACHE, or ~/.cache/jlora."""
+    """Folder that keeps token ids between runs; null: $JLORA_CACHE, or ~/.cache/jlora."""
     seq_len: int | None = None
-    """Tokens per row; longer records are cut there. null: 512, or the model's most if less."""
+    """Tokens per row; longer records are cut. null: 512, or the model's maximum if less."""
     packing: bool = False
     """Put several records in one row; each sees only itself, and the loss is the same."""
     train_on: Literal["auto", "assistant", "last_assistant", "completion", "all"] = (
         "auto"
     )
-    """Which tokens the loss counts; auto: assistant turns, completions, or all of a text."""
+    """Tokens to train on; auto: assistant turns, completions, or all tokens of a text."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -72,11 +66,11 @@ class RowConfig:
 
     @property
     def row_length(self) -> int:
-        """Most tokens of a row."""
+        """Tokens per row."""
         return DEFAULT_SEQ_LEN if self.seq_len is None else self.seq_len
 
     def sized(self: R, longest: int) -> R:
-        """Returns it with seq_len decided for a model of `longest` positions."""
+        """Returns the same with seq_len set, for a model of `longest` positions."""
         if self.seq_len is not None:
             return self
         return replace(self, seq_len=min(DEFAULT_SEQ_LEN, longest))
@@ -89,7 +83,7 @@ class _DataFiles:
     eval: list[str] | dict[str, float] | str | None = None
     """Held-out records, in the same forms; evaluated every train.eval_every steps."""
     eval_fraction: float = 0.0
-    """Share of data.train to hold out where there is no data.eval."""
+    """Share of data.train that is held out for evaluation, instead of data.eval."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +106,22 @@ class DataConfig(RowConfig, _DataFiles):
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """How to step: AdamW on the adapter, everything inside the optax mask."""
+    """The optimizer: AdamW on the adapter."""
 
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Shape of the decay after warm-up; linear and cosine end at 0."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises evenly to its peak."""
+    """Share of the steps in which the learning rate rises linearly to its peak."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of everything trained but norms and biases."""
+    """Decoupled weight decay of all trained parameters except norms and biases."""
     group_weight_decay: dict[str, float] = field(default_factory=dict)
-    """Other decays by group: lora_A, lora_B, embedding, magnitude, whole, norm."""
+    """Weight decay by group: lora_A, lora_B, embedding, magnitude, whole, norm."""
     loraplus_lr_ratio: float | None = None
     """LoRA+: learning rate of lora_B as a multiple of lora_A's; null: the same."""
     loraplus_lr_embedding: float = 1e-6
-    """LoRA+: learning rate of adapters on the embedding."""
+    """LoRA+: learning rate of the adapter on the embedding."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     adam_b1: float = 0.9
@@ -166,16 +160,16 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, how much at a time, and what to write when."""
+    """Length of the training, batch size, and when to log, evaluate and save."""
 
     max_steps: int = 0
-    """Optimizer steps; 0 means num_epochs decides."""
+    """Optimizer steps; 0: num_epochs decides."""
     num_epochs: float = 1.0
-    """Passes over the data when max_steps is 0."""
+    """Passes over the data, if max_steps is 0."""
     batch_size: int = 8
     """Rows per optimizer step, over all devices and accumulation steps."""
     grad_accum_steps: int = 1
-    """Split each batch into this many parts to save memory; the result is the same."""
+    """Parts that each batch is computed in, to save memory; the result is the same."""
     save_every: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
     eval_every: int = 0
@@ -204,14 +198,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; one axis may be 0, which takes all that are left."""
+    """Devices along each mesh axis; one may be 0, which takes all remaining devices."""
 
     data: int = 0
-    """Devices that hold a copy of the weights and a share of the batch."""
+    """Devices that split the batch and copy the weights."""
     fsdp: int = 1
-    """Devices that share both the weights and the batch."""
+    """Devices that split the batch and the weights."""
     tensor: int = 1
-    """Devices that split heads and MLP."""
+    """Devices that split the heads and the MLP."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -221,25 +215,26 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """Number formats and implementations."""
+    """Number formats, and implementations of the layers."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    """Dtype of activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
     base_dtype: Literal["keep", "float32", "bfloat16", "fp8", "int8", "nf4"] = "keep"
-    """Storage of the frozen weights; keep: as in the checkpoint; fp8, int8, nf4: the seven
-    projections' only, quantised while they are read."""
+    """Dtype of the frozen weights; keep: as in the checkpoint; fp8, int8, nf4: quantises the
+    seven projections of each layer while they are read."""
     remat: Literal["auto", "none", "minimal", "full", "offload"] = "auto"
-    """What the backward pass recomputes to save memory; offload: as full, and the layers'
-    inputs wait in the host's memory; auto: the first that fits."""
+    """What the backward pass recomputes to save memory: none, minimal (norms, rotary
+    embedding, SwiGLU), full (whole layers), offload (the same, with their inputs in the
+    host's memory); auto: the first that fits."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention kernel; auto: cudnn on GPU where it applies, else xla; splash: on TPU."""
+    """Attention kernel; auto: cudnn on GPU where it is supported, else xla; splash: on TPU."""
     kernels: Literal["auto", "xla", "hopper"] = "auto"
-    """Matmuls of the layers; auto: hopper on H100s or H200s that each hold all weights, in
-    bfloat16; else xla."""
+    """Matmul kernels of the layers; auto: hopper on H100 and H200, in bfloat16 and if each
+    device has all weights; else xla."""
 
 
 def check_seed(seed: int) -> None:
-    """Raises UsageError for a number that is no seed of JAX and NumPy alike."""
+    """Raises UsageError unless both JAX and NumPy accept the seed."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed={seed}; expected an integer from 0 to 2^32 - 1")
 

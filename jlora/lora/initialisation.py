@@ -1,4 +1,4 @@
-"""A new adapter: which leaves a `LoraConfig` puts beside which weights, and their start.
+"""Add a new adapter to a model: the leaves that a `LoraConfig` asks for, initialised.
 
 Source: PEFT `tuners/lora/layer.py` (`reset_lora_parameters`, `orthogonal_init`,
 `pissa_init`, `olora_init`), `utils/other.py` (`modules_to_save`, token rows); "PiSSA"
@@ -6,159 +6,174 @@ Source: PEFT `tuners/lora/layer.py` (`reset_lora_parameters`, `orthogonal_init`,
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
-from jlora.lora.adapter_tree import Params, is_adapter, modules, with_adapter
-from jlora.lora.lora_dense import column_norms, norm_squared, weight_of
-from jlora.lora.target_modules import TABLES, select
+from jlora.lora.adapter_tree import (
+    EMBEDDING,
+    HEAD,
+    Params,
+    is_adapter,
+    modules,
+    weight_in,
+    with_adapter,
+)
+from jlora.lora.lora_dense import column_norms
+from jlora.lora.target_modules import select_trainable
 from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_shape
-
-EMBEDDING, HEAD = TABLES
 
 
 def add_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> Params:
-    """Returns the tree with new adapter leaves beside what `config` selects.
+    """Returns the parameters with a new adapter for the modules that `config` selects.
 
-    All new leaves are float32; the base's are shared, not copied. Each module draws from
-    its own key, so targets do not influence each other.
+    New leaves are float32; those of the base are shared, not copied. Every module draws
+    from a key of its own, so its initial values do not depend on the other targets.
 
-    The tree holds no dropout rate: where `config.lora_dropout` is to act in a training
-    loop of one's own, it is the model's, `model.clone(lora_dropout=rate)`, together with
-    `rngs={"dropout": key}`. train.py does so itself.
+    The tree holds no dropout rate. In a training loop of your own, `config.lora_dropout`
+    is an attribute of the model, `model.clone(lora_dropout=rate)`, and acts where
+    `rngs={"dropout": key}` is passed. train.py does this itself.
 
     Raises:
-        UsageError, UnsupportedError: as `select`; or adapters are there already.
+        UsageError, UnsupportedError: as `select_trainable`, or there is an adapter already.
     """
-    refuse_training(config)
-    found = modules(params)
-    if any(is_adapter(leaf) for leaves in found.values() for leaf in leaves):
-        raise UsageError("these parameters have an adapter already; merge it first")
-    tied = HEAD not in found
-    vocab = found[EMBEDDING]["embedding"].shape[0] if EMBEDDING in found else 0
-    selection = select(config, list(found), tied=tied, vocab_size=vocab, strict=True)
-    weight = partial(_weight, found)
-    order = _order(list(found))
-    leaves: dict[str, dict[str, Any]] = {name: {} for name in selection.names}
-    for name, (rank, scaling) in selection.adapted.items():
-        start = partial(
-            _lookup_start if name == EMBEDDING else _linear_start,
-            config,
-            jax.random.fold_in(key, order[name]),
-            rank=rank,
-            scaling=scaling,
-        )
-        own = found.get(name, {})
-        if is_quantized(own) and not _reads_weight(config):
-            own = jax.ShapeDtypeStruct(kernel_shape(own), jnp.float32)
-        else:
-            own = weight(name)
-        leaves[name] |= _with_magnitude(config, start(own), own)
-    for name in selection.saved:
-        for leaf, value in _saved(found, name).items():
-            leaves[name][f"trained_{leaf}"] = value.astype(jnp.float32)
-    for name, ids in selection.tokens.items():
-        rows = weight(name) if name == EMBEDDING else weight(name).T
-        index = jnp.asarray(ids, jnp.int32)
-        leaves[name] |= {
-            "token_ids": index,
-            "token_rows": rows[index].astype(jnp.float32),
-        }
-    if selection.shared:
-        leaves[HEAD] = {"lora_shared": jnp.float32(1)}
-    return with_adapter(params, leaves)
-
-
-def refuse_training(config: LoraConfig) -> None:
-    """Raises UnsupportedError for settings that an adapter may come with, not be made by."""
     if config.bias != "none":
         raise UnsupportedError(
             f"lora.bias={config.bias!r}: jlora uses trained biases but does not train "
             "them; leave it at 'none', or name modules in lora.modules_to_save"
         )
-
-
-def _order(names: list[str]) -> dict[str, int]:
-    """Returns the number that each module's key is folded with."""
-    layers = [name for name in names if name.endswith("_proj")]
-    return {name: i for i, name in enumerate([*layers, HEAD, EMBEDDING])}
-
-
-def _weight(found: dict[str, Params], name: str) -> Any:
-    """Returns a module's weight; for a tied head, the table's transpose."""
-    if name == HEAD and name not in found:
-        return found[EMBEDDING]["embedding"].T
-    return weight_of(found[name])
-
-
-def _saved(found: dict[str, Params], name: str) -> Params:
-    """Returns the leaves that a wholly trained module starts from."""
-    own = found.get(name, {})
-    if own and not is_quantized(own):
-        return own
-    rest = {leaf: value for leaf, value in own.items() if leaf not in QUANTIZED_LEAVES}
-    return rest | {"kernel": _weight(found, name)}
-
-
-def _reads_weight(config: LoraConfig) -> bool:
-    start = config.init_lora_weights
-    return config.use_dora or (
-        isinstance(start, str) and start.startswith(("pissa", "olora"))
+    found = modules(params)
+    if any(is_adapter(leaf) for leaves in found.values() for leaf in leaves):
+        raise UsageError("these parameters have an adapter already; merge it first")
+    selection = select_trainable(
+        config,
+        list(found),
+        tied=HEAD not in found,
+        vocab_size=_shape(found, EMBEDDING)[0] if EMBEDDING in found else 0,
+        strict=True,
     )
+    numbers = _key_numbers(list(found))
+    new: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, (rank, scaling) in selection.adapted.items():
+        own_key = jax.random.fold_in(key, numbers[name])
+        new[name] |= _lora_leaves(
+            config, found, name, own_key, rank=rank, scaling=scaling
+        )
+    for name in selection.saved:
+        new[name] |= _trained_copies(found, name)
+    for name, ids in selection.tokens.items():
+        new[name] |= _token_leaves(found, name, ids)
+    if selection.shared:
+        new[HEAD] = {"lora_shared": jnp.float32(1)}
+    return with_adapter(params, new)
 
 
-def _lookup_start(
-    config: LoraConfig, key: Array, table: Any, *, rank: int, scaling: float
+def _key_numbers(names: list[str]) -> dict[str, int]:
+    """Returns the number that makes the key of each module that can have LoRA."""
+    projections = [name for name in names if name.endswith("_proj")]
+    return {name: i for i, name in enumerate([*projections, HEAD, EMBEDDING])}
+
+
+def _lora_leaves(
+    config: LoraConfig,
+    found: dict[str, Params],
+    name: str,
+    key: Array,
+    *,
+    rank: int,
+    scaling: float,
 ) -> dict[str, Array]:
-    """Returns the start of an embedding's adapter: A [V, R] zero, B [R, D] normal."""
-    key_a, key_b = jax.random.split(key)
-    vocab, width = table.shape
-    a = jnp.zeros((vocab, rank), jnp.float32)
-    if config.init_lora_weights is False:
-        a = jax.random.normal(key_a, a.shape, jnp.float32)
-    b = jax.random.normal(key_b, (rank, width), jnp.float32)
-    return {"lora_A": a, "lora_B": b, "lora_scaling": jnp.float32(scaling)}
-
-
-def _linear_start(
-    config: LoraConfig, key: Array, kernel: Any, *, rank: int, scaling: float
-) -> dict[str, Array]:
-    """Returns the start of a linear layer's adapter, as `init_lora_weights` says."""
-    start, shape = config.init_lora_weights, kernel.shape
+    """Returns the leaves of LoRA, and of DoRA if it is used, beside one weight."""
+    method = config.init_lora_weights
     leaves = {"lora_scaling": jnp.float32(scaling)}
-    if isinstance(start, str) and start.startswith(("pissa", "olora")):
-        a, b = initial_pair(start, kernel, key, rank=rank, scaling=scaling)
-        return leaves | {"lora_A": a, "lora_B": b, "lora_A0": a, "lora_B0": b}
-    a, b = _random_pair(start, key, shape, rank)
-    return leaves | {"lora_A": a, "lora_B": b}
+    if name == EMBEDDING:
+        a, b = _embedding_factors(method, key, _shape(found, name), rank)
+    elif _is_from_weight(method):
+        kernel = weight_in(found, name)
+        a, b = principal_factors(method, kernel, key, rank=rank, scaling=scaling)
+        leaves |= {"lora_A0": a, "lora_B0": b}
+    elif method == "orthogonal":
+        a, b = _orthogonal_factors(key, _shape(found, name), rank)
+    else:
+        a, b = _random_factors(method, key, _shape(found, name), rank)
+    leaves |= {"lora_A": a, "lora_B": b}
+    if config.use_dora:
+        weight = weight_in(found, name)
+        leaves["lora_norm_squared"] = norm_squared(weight)
+        # The norm of what the layer computes now, so that DoRA begins as LoRA does.
+        leaves["lora_magnitude"] = column_norms({**leaves, "kernel": weight})
+    return leaves
 
 
-def _random_pair(
-    start: bool | str, key: Array, shape: tuple[int, ...], rank: int
+def _shape(found: dict[str, Params], name: str) -> tuple[int, ...]:
+    """Returns the shape of `weight_in`, without dequantising or transposing anything."""
+    if name in (EMBEDDING, HEAD) and "kernel" not in found.get(name, {}):
+        shape = found[EMBEDDING]["embedding"].shape
+        return shape if name == EMBEDDING else shape[::-1]
+    return kernel_shape(found[name])
+
+
+def norm_squared(weight: Array) -> Float[Array, " D_out"]:
+    """Returns the sum of squares of every column of a weight, in float32."""
+    return jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=0)
+
+
+def _trained_copies(found: dict[str, Params], name: str) -> dict[str, Array]:
+    """Returns float32 copies of all leaves of a module, to be trained in their place."""
+    leaves = dict(found.get(name, {}))
+    if not leaves or is_quantized(leaves):
+        leaves |= {"kernel": weight_in(found, name)}
+    return {
+        f"trained_{leaf}": value.astype(jnp.float32)
+        for leaf, value in leaves.items()
+        if leaf not in QUANTIZED_LEAVES
+    }
+
+
+def _token_leaves(
+    found: dict[str, Params], name: str, ids: list[int]
+) -> dict[str, Array]:
+    """Returns the trained rows of an embedding, or columns of a head, and their tokens."""
+    weight, tokens = weight_in(found, name), jnp.asarray(ids, jnp.int32)
+    rows = (weight if name == EMBEDDING else weight.T)[tokens]
+    return {"token_ids": tokens, "token_rows": rows.astype(jnp.float32)}
+
+
+def _embedding_factors(
+    method: bool | str, key: Array, shape: tuple[int, ...], rank: int
 ) -> tuple[Array, Array]:
+    """Returns A [V, R] and B [R, D] of an embedding: A is zero, B is normal.
+
+    With init_lora_weights=false, both are normal.
+    """
+    key_a, key_b = jax.random.split(key)
+    a = jnp.zeros((shape[0], rank), jnp.float32)
+    if method is False:
+        a = jax.random.normal(key_a, a.shape, jnp.float32)
+    return a, jax.random.normal(key_b, (rank, shape[1]), jnp.float32)
+
+
+def _random_factors(
+    method: bool | str, key: Array, shape: tuple[int, ...], rank: int
+) -> tuple[Array, Array]:
+    """Returns A [in, R] and B [R, out] of a dense layer: A is uniform, B is zero.
+
+    With init_lora_weights=false, B is uniform, too; with gaussian, A is normal.
+    """
     in_features, out_features = shape
     key_a, key_b = jax.random.split(key)
-    if start == "orthogonal":
-        # The rows of an orthogonal matrix, shared out: A and B use those of the other's
-        # complement, so that A B = 0 though neither is.
-        half = rank // 2
-        square = jax.random.normal(jax.random.fold_in(key, 2), (rank, rank))
-        rows = jnp.linalg.qr(square)[0]
-        a = jax.random.normal(key_a, (in_features, half)) @ rows[0::2] / 10
-        b = jax.random.normal(key_b, (out_features, half)) @ rows[1::2] / 10
-        return a, b.T
-    if start == "gaussian":
+    if method == "gaussian":
         a = jax.random.normal(key_a, (in_features, rank), jnp.float32) / rank
     else:
         a = _uniform(key_a, (in_features, rank), in_features)
-    if start is False:
+    if method is False:
         return a, _uniform(key_b, (rank, out_features), rank)
     return a, jnp.zeros((rank, out_features), jnp.float32)
 
@@ -168,29 +183,50 @@ def _uniform(key: Array, shape: tuple[int, int], fan_in: int) -> Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("rank",))
-def initial_pair(
-    start: str, kernel: Any, key: Array, *, rank: int, scaling: Any
+def _orthogonal_factors(
+    key: Array, shape: tuple[int, ...], rank: int
 ) -> tuple[Array, Array]:
-    """Returns (A [in, R], B [R, out]) whose update s A B is the kernel's main part.
+    """Returns A and B that are not zero, but whose product is.
+
+    Each combines one half of the rows of an orthogonal matrix [R, R]: A the even ones, B
+    the odd ones.
+    """
+    in_features, out_features = shape
+    key_a, key_b = jax.random.split(key)
+    square = jax.random.normal(jax.random.fold_in(key, 2), (rank, rank))
+    rows = jnp.linalg.qr(square)[0]
+    a = jax.random.normal(key_a, (in_features, rank // 2)) @ rows[0::2] / 10
+    b = jax.random.normal(key_b, (out_features, rank // 2)) @ rows[1::2] / 10
+    return a, b.T
+
+
+def _is_from_weight(method: bool | str) -> bool:
+    return isinstance(method, str) and method.startswith(("pissa", "olora"))
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("rank",))
+def principal_factors(
+    method: str, kernel: Any, key: Array, *, rank: int, scaling: Any
+) -> tuple[Array, Array]:
+    """Returns A [in, R] and B [R, out] so that scaling * (A B) approximates the kernel.
 
     Args:
-        start: pissa (singular vectors), pissa_niter_N (found by N power iterations from
-            random vectors) or olora (the first columns of an orthogonal basis).
-        kernel: [in, out]; the factors are those of its float32 form.
-        key: of the random vectors.
+        method: pissa (its largest singular values), pissa_niter_N (the same by N power
+            iterations from random vectors) or olora (a part of its QR decomposition).
+        kernel: [in, out]; computed with in float32.
+        key: draws the random vectors.
         rank: R.
-        scaling: s.
+        scaling: of the adapter.
     """
     w = kernel.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
-        if start == "olora":  # of PEFT's [out, in], whose columns are our rows
+        if method == "olora":  # PEFT's kernel is [out, in]: its columns are our rows
             q, r = jnp.linalg.qr(w.T)
             return r[:rank].T, q[:, :rank].T
-        if start == "pissa":
+        if method == "pissa":
             left, values, right = jnp.linalg.svd(w, full_matrices=False)
         else:
-            iterations = int(start.removeprefix("pissa_niter_"))
+            iterations = int(method.removeprefix("pissa_niter_"))
             left, values, right = _randomised_svd(w, key, rank, iterations)
     root = jnp.sqrt(values[:rank] / scaling)
     return left[:, :rank] * root, root[:, None] * right[:rank]
@@ -206,13 +242,3 @@ def _randomised_svd(
         basis = jnp.linalg.qr(w @ other)[0]
     left, values, right = jnp.linalg.svd(basis.T @ w, full_matrices=False)
     return basis @ left, values, right
-
-
-def _with_magnitude(
-    config: LoraConfig, leaves: dict[str, Array], weight: Any
-) -> dict[str, Array]:
-    """Returns the leaves and, for DoRA, its own: the magnitude starts at the norm."""
-    if not config.use_dora:
-        return leaves
-    leaves |= {"lora_norm_squared": norm_squared(weight)}
-    return leaves | {"lora_magnitude": column_norms({**leaves, "kernel": weight})}

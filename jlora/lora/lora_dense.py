@@ -18,15 +18,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt32
 
+from jlora.lora.adapter_tree import weight_of
 from jlora.ops.compute_choices import Compute
 from jlora.ops.dropout import drop_by, seeds
 from jlora.ops.hopper.fused_projections import PRODUCT_NAME
 from jlora.ops.matmul import matmul, matmul_float32
-from jlora.ops.quantize import is_quantized, kernel_of, quantized_matmul
+from jlora.ops.quantize import is_quantized, quantized_matmul
 
 Leaves = Mapping[str, Any]
-# Where a layer's weight lies; an adapter is an update of it.
-WEIGHTS = ("kernel", "embedding")
 # DoRA's column norms, which remat "minimal" saves for the backward pass.
 NORM_NAME = "dora_norm"
 
@@ -210,15 +209,3 @@ def _exact_product(a: Array, weight: Array) -> Array:
     stacked = jnp.concatenate(parts, axis=1)  # [in, 3 R]
     product = jnp.matmul(stacked.T, weight, preferred_element_type=jnp.float32)
     return product.reshape(3, a.shape[1], -1).sum(axis=0)
-
-
-def weight_of(leaves: Leaves) -> Any:
-    """Returns a module's kernel or embedding, a quantised one as float32; None of a norm."""
-    if is_quantized(leaves):
-        return kernel_of(leaves, jnp.float32)
-    return next((leaves[name] for name in WEIGHTS if name in leaves), None)
-
-
-def norm_squared(weight: Array) -> Float[Array, " D_out"]:
-    """Returns the sum of squares of every column of a weight, float32."""
-    return jnp.sum(jnp.square(weight.astype(jnp.float32)), axis=0)

@@ -1,7 +1,7 @@
-"""Adapters folded into the weights they update: PEFT's `merge_and_unload`, bit for bit.
+"""Merge adapters into the weights that they adapt, as PEFT's `merge_and_unload` does.
 
-All of it is NumPy, which rounds the product, the scale and the sum apart, where one XLA
-program would contract them to a fused multiply-add.
+The result equals PEFT's bit for bit, so all of it is NumPy: XLA would contract the scaled
+product and the sum to one fused multiply-add, which rounds once where PEFT rounds twice.
 
 Source: PEFT `tuners/lora/layer.py`, `Linear.merge`, `Embedding.merge` and
 `get_delta_weight` with safe_merge=False; `tuners/lora/variants.py` for DoRA.
@@ -14,67 +14,68 @@ import jax
 import numpy as np
 
 from jlora.errors import CorruptError
-from jlora.lora.adapter_tree import Params, is_adapter, plain_tree
-from jlora.lora.lora_dense import WEIGHTS
+from jlora.lora.adapter_tree import (
+    EMBEDDING,
+    HEAD,
+    WEIGHT_LEAVES,
+    Params,
+    is_adapter,
+    module_at,
+    modules,
+    plain_tree,
+)
 from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_of
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def merge(params: Mapping[str, Any]) -> Params:
-    """Returns the tree without adapters, each adapted weight replaced by its merged one.
+    """Returns the tree without adapters; each adapted weight is replaced by its merged one.
 
     A quantised kernel with an adapter becomes a plain one, of the embedding's dtype.
-    Where embedding and head of a tied base come apart, the head becomes a leaf of its
-    own, `lm_head/kernel`; the model reads it from there.
+    A tied head that differs from the embedding after the merge becomes a leaf of its own,
+    `lm_head/kernel`, where the model finds it.
 
     Raises:
         CorruptError: a merged weight is not finite.
     """
-    params = plain_tree(params)
-    result = _merge_tree(params, "", _table_dtype(params))
-    head = params.get("lm_head", {})
+    found, result = modules(params), plain_tree(params)
+    embedding, head = found.get(EMBEDDING, {}), found.get(HEAD, {})
+    dtype = embedding["embedding"].dtype if embedding else np.dtype(np.float32)
+    for name, leaves in found.items():
+        if any(map(is_adapter, leaves)):
+            module = module_at(result, name)
+            module.clear()
+            module.update(_merged_leaves(leaves, name, dtype))
     if "kernel" not in head:
-        result.pop("lm_head", None)
-        table = params.get("embed_tokens", {})
-        kernel = merge_tied_head(_arrays(table), _arrays(head))
+        result.pop(HEAD, None)
+        kernel = merge_tied_head(_arrays(embedding), _arrays(head))
         if kernel is not None:
-            like = table["embedding"]
-            result["lm_head"] = {"kernel": _placed_like(kernel.T, like).T}
+            # Transposed, so that the head is sharded as the embedding is.
+            tied = _placed_like(kernel.T, embedding["embedding"])
+            result[HEAD] = {"kernel": tied.T}
     return result
 
 
-def _table_dtype(params: Params) -> Any:
-    table = params.get("embed_tokens", {}).get("embedding")
-    return np.dtype(np.float32) if table is None else table.dtype
-
-
-def _merge_tree(tree: Params, path: str, dtype: Any) -> Params:
-    if not any(is_adapter(key) for key in tree):
-        return {
-            key: _merge_tree(value, f"{path}/{key}" if path else key, dtype)
-            if isinstance(value, dict)
-            else value
-            for key, value in tree.items()
-        }
-    result = {key: leaf for key, leaf in tree.items() if not is_adapter(key)}
-    if result:
-        arrays = _arrays(tree)
-        if is_quantized(tree):
-            arrays["kernel"] = kernel_of(arrays, np.float32)
-        plain = {k: v for k, v in arrays.items() if k not in QUANTIZED_LEAVES}
-        result = {}
-        for key, array in merge_module(plain).items():
-            if not np.isfinite(array.astype(np.float32)).all():
-                raise CorruptError(f"{path}: the merged weights are not finite")
-            like: Any = tree.get(key, tree.get("kernel_q"))
-            own = like.dtype if key in tree else dtype
-            result[key] = _placed_like(array.astype(own, copy=False), like)
+def _merged_leaves(leaves: Params, name: str, dtype: Any) -> Params:
+    """Returns the merged leaves of one module, on the devices of the given ones."""
+    arrays = _arrays(leaves)
+    if is_quantized(leaves):
+        arrays["kernel"] = kernel_of(arrays, np.float32)
+    plain = {k: array for k, array in arrays.items() if k not in QUANTIZED_LEAVES}
+    result = {}
+    for key, array in merge_module(plain).items():
+        if not np.isfinite(array.astype(np.float32)).all():
+            path = name.removeprefix("model.").replace(".", "/")
+            raise CorruptError(f"{path}: the merged weights are not finite")
+        like: Any = leaves.get(key, leaves.get("kernel_q"))
+        own = like.dtype if key in leaves else dtype
+        result[key] = _placed_like(array.astype(own, copy=False), like)
     return result
 
 
-def _arrays(tree: Params) -> dict[str, np.ndarray]:
-    return {key: np.asarray(leaf) for key, leaf in tree.items()}
+def _arrays(leaves: Params) -> dict[str, np.ndarray]:
+    return {key: np.asarray(leaf) for key, leaf in leaves.items()}
 
 
 def _placed_like(array: np.ndarray, like: Any) -> Any:
@@ -84,22 +85,22 @@ def _placed_like(array: np.ndarray, like: Any) -> Any:
 
 
 def merge_module(leaves: Arrays, dtype: Any = None) -> dict[str, np.ndarray]:
-    """Returns the base's leaves of one module with its adapter merged into them.
+    """Returns the base model's leaves of one module, with its adapter merged into them.
 
     Args:
-        leaves: of one module, see `jlora.lora.lora_dense`.
+        leaves: of one module, see `jlora.lora.adapter_tree`.
         dtype: of the result; None keeps each leaf's own.
     """
-    base = {key: leaf for key, leaf in leaves.items() if not is_adapter(key)}
     merged = {
         key: leaves.get(f"trained_{key}", leaf).astype(leaf.dtype, copy=False)
-        for key, leaf in base.items()
+        for key, leaf in leaves.items()
+        if not is_adapter(key)
     }
-    for key in WEIGHTS:
+    for key in WEIGHT_LEAVES:
         if key in merged and "lora_A" in leaves:
             merged[key] = _merge_weight(merged[key], leaves, key, dtype)
         if key in merged and "token_rows" in leaves:
-            merged[key] = _with_rows(merged[key], leaves, key)
+            merged[key] = _with_token_rows(merged[key], leaves, key)
     return {
         key: leaf.astype(leaf.dtype if dtype is None else dtype, copy=False)
         for key, leaf in merged.items()
@@ -107,76 +108,63 @@ def merge_module(leaves: Arrays, dtype: Any = None) -> dict[str, np.ndarray]:
 
 
 def merge_tied_head(
-    table: Arrays, head: Arrays, dtype: Any = None
+    embedding: Arrays, head: Arrays, dtype: Any = None
 ) -> np.ndarray | None:
-    """Returns the kernel [D, V] of a tied base's head; None where it stays the embedding.
+    """Returns the kernel [D, V] of a tied head, or None if it stays the embedding.
 
     Args:
-        table: leaves of `embed_tokens`.
-        head: leaves of `lm_head`, all of them an adapter's.
-        dtype: of the result; None keeps the table's.
+        embedding: leaves of `embed_tokens`.
+        head: leaves of `lm_head`, which are all an adapter's.
+        dtype: of the result; None keeps the embedding's.
     """
-    parts = {key for key in (*table, *head) if is_adapter(key)}
-    if "lora_shared" in head or not parts:
+    if "lora_shared" in head or not any(map(is_adapter, (*embedding, *head))):
         return None
-    tokens = {key: table[key] for key in ("token_ids", "token_rows") if key in table}
-    own = {"kernel": table["embedding"].T, **tokens, **head}
+    tokens = {k: leaf for k, leaf in embedding.items() if k.startswith("token_")}
+    own = {"kernel": embedding["embedding"].T, **tokens, **head}
     kernel = merge_module(own, dtype)["kernel"]
-    merged = merge_module(table, dtype)["embedding"]
+    merged = merge_module(embedding, dtype)["embedding"]
     return None if np.array_equal(kernel.T, merged) else kernel
-
-
-def merge_kernel(
-    kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: float
-) -> np.ndarray:
-    """Returns W + (A B) * scaling in the kernel's dtype.
-
-    The product, the scale and the sum are each rounded to float32, then the result once
-    to the kernel's dtype.
-    """
-    total = kernel.astype(np.float32) + _update(lora_a, lora_b, scaling)
-    return total.astype(kernel.dtype)
-
-
-def _update(lora_a: np.ndarray, lora_b: np.ndarray, scaling: Any) -> np.ndarray:
-    # PEFT computes B A in [out, in]; the same operand order gives the same sums.
-    product = lora_b.T.astype(np.float32) @ lora_a.T.astype(np.float32)
-    return (product * np.float32(scaling)).T
 
 
 def _merge_weight(
     weight: np.ndarray, leaves: Arrays, name: str, dtype: Any
 ) -> np.ndarray:
-    """Returns W + update, for DoRA each column brought to its magnitude."""
+    """Returns W + scaling * (A B), for DoRA with every column scaled to its magnitude.
+
+    The product, its scaling and the sum are each rounded to float32, then the result once
+    to its dtype.
+    """
+    a, b, scaling = (leaves[key] for key in ("lora_A", "lora_B", "lora_scaling"))
     if "lora_A0" in leaves:
-        weight = without_start(
-            weight, leaves["lora_A0"], leaves["lora_B0"], leaves["lora_scaling"]
+        weight = without_initial_update(
+            weight, leaves["lora_A0"], leaves["lora_B0"], scaling
         )
-    update = _update(leaves["lora_A"], leaves["lora_B"], leaves["lora_scaling"])
+    # PEFT computes B A in [out, in]; the same order of operands gives the same sums.
+    product = b.T.astype(np.float32) @ a.T.astype(np.float32)
+    update = (product * np.float32(scaling)).T
+    if name == "embedding" and "lora_magnitude" not in leaves:
+        # PEFT rounds the update of an embedding by itself.
+        update = update.astype(weight.dtype).astype(np.float32)
+    total = weight.astype(np.float32) + update
     if "lora_magnitude" in leaves:
-        total = weight.astype(np.float32) + update
         norms = np.linalg.norm(total, axis=0)
         total = (leaves["lora_magnitude"].astype(np.float32) / norms) * total
-    else:
-        if name == "embedding":  # PEFT rounds an embedding's update by itself
-            update = update.astype(weight.dtype).astype(np.float32)
-        total = weight.astype(np.float32) + update
     return total.astype(weight.dtype if dtype is None else dtype)
 
 
-def without_start(
-    weight: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scaling: Any
+def without_initial_update(
+    weight: np.ndarray, a: np.ndarray, b: np.ndarray, scaling: Any
 ) -> np.ndarray:
-    """Returns W - (scaling B0) A0 in W's dtype: the base that PiSSA and OLoRA leave.
+    """Returns W - (scaling * B0) A0 in W's dtype: the base weight of PiSSA and OLoRA.
 
     Source: PEFT `Linear.pissa_init`, `Linear.olora_init`.
     """
-    start = (np.float32(scaling) * lora_b.T.astype(np.float32)) @ lora_a.T
-    return (weight.astype(np.float32) - start.T).astype(weight.dtype)
+    initial = (np.float32(scaling) * b.T.astype(np.float32)) @ a.T
+    return (weight.astype(np.float32) - initial.T).astype(weight.dtype)
 
 
-def _with_rows(weight: np.ndarray, leaves: Arrays, name: str) -> np.ndarray:
-    """Returns a table with the trained rows of its tokens (columns of a head's kernel)."""
+def _with_token_rows(weight: np.ndarray, leaves: Arrays, name: str) -> np.ndarray:
+    """Returns an embedding with its trained rows (of a head's kernel: columns)."""
     result = np.array(weight)
     rows = leaves["token_rows"].astype(weight.dtype)
     if name == "embedding":

@@ -1,9 +1,8 @@
-"""Which modules get an adapter or are trained in full, and how: PEFT's rules.
+"""Select the modules that get an adapter or are trained in full, by PEFT's rules.
 
-Source: PEFT `tuners/tuners_utils.py`, `check_target_module_exists`,
-`_maybe_include_all_linear_layers` and `_check_tied_modules`; `utils/other.py`,
-`get_pattern_key`, `_set_trainable` and `set_additional_trainable_modules`. Above 300 lines,
-as these rules read one another's results.
+Source: PEFT `tuners/tuners_utils.py` (`check_target_module_exists`,
+`_maybe_include_all_linear_layers`, `_check_tied_modules`) and `utils/other.py`
+(`get_pattern_key`, `_set_trainable`, `set_additional_trainable_modules`).
 """
 
 import re
@@ -12,31 +11,28 @@ from dataclasses import dataclass
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError, listing, nearest, warn
+from jlora.lora.adapter_tree import EMBEDDING, HEAD
 
 DEFAULT_TARGETS: tuple[str, ...] = ("q_proj", "v_proj")
-TABLES = ("model.embed_tokens", "lm_head")
+# The two modules with a row, or a column, for each token.
+VOCAB_MODULES = (EMBEDDING, HEAD)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What a `LoraConfig` puts where, by HF module name."""
+    """What a `LoraConfig` trains, by HF module name."""
 
     adapted: dict[str, tuple[int, float]]
-    """Rank and scaling."""
+    """Modules with LoRA: rank and scaling."""
     saved: list[str]
-    """Trained in full."""
+    """Modules that are trained in full and saved whole."""
     tokens: dict[str, list[int]]
-    """Tables of which these rows are trained."""
+    """Embedding and head, if only some of their rows are trained: the tokens of those."""
     shared: bool
-    """Whether the head of a tied base uses what the embedding has."""
-
-    @property
-    def names(self) -> set[str]:
-        """All that is named."""
-        return {*self.adapted, *self.saved, *self.tokens}
+    """Whether a tied head uses what is trained on the embedding."""
 
 
-def select(
+def select_trainable(
     config: LoraConfig,
     names: Sequence[str],
     *,
@@ -44,69 +40,65 @@ def select(
     vocab_size: int,
     strict: bool,
 ) -> Selection:
-    """Returns what `config` selects among all modules that hold weights.
+    """Returns what `config` trains of a model.
 
     Args:
-        config: what to adapt.
-        names: HF names, such as `model.layers.0.mlp.up_proj` and `model.norm`.
-        tied: whether the head is the embedding's table.
-        vocab_size: rows of the tables.
-        strict: as `select_modules`.
+        config: the settings of the adapter.
+        names: HF names of all modules with weights, such as `model.norm`.
+        tied: whether the head uses the embedding matrix.
+        vocab_size: rows of that matrix.
+        strict: as in `select_targets`.
 
     Raises:
-        UsageError, UnsupportedError: as `select_modules`; or parts that exclude each other.
+        UsageError, UnsupportedError: as `select_targets`, or parts exclude each other.
     """
-    names = list(dict.fromkeys([*names, TABLES[1]]))
-    linears = [n for n in names if n in TABLES or n.endswith("_proj")]
-    adapted = select_modules(config, linears, strict=strict)
-    saved = _saved_modules(config, names, strict)
-    tokens = _token_rows(config, vocab_size, {*adapted, *saved})
-    embedding, head = TABLES
-    shared = tied and config.ensure_weight_tying and head not in tokens
-    if shared and embedding in saved:
-        saved = [name for name in saved if name != head]
-        adapted.pop(head, None)
-    elif shared and embedding in adapted and head not in saved:
-        adapted.pop(head, None)
+    names = list(dict.fromkeys([*names, HEAD]))
+    linears = [n for n in names if n in VOCAB_MODULES or n.endswith("_proj")]
+    adapted = select_targets(config, linears, strict=strict)
+    saved = _saved_modules(config, names, strict=strict)
+    tokens = _trained_tokens(config, vocab_size, {*adapted, *saved})
+    shared = tied and config.ensure_weight_tying and HEAD not in tokens
+    if shared and EMBEDDING in saved:
+        saved = [name for name in saved if name != HEAD]
+        adapted.pop(HEAD, None)
+    elif shared and EMBEDDING in adapted and HEAD not in saved:
+        adapted.pop(HEAD, None)
         if config.use_dora:
             raise UnsupportedError(
                 "lora.use_dora with lora.ensure_weight_tying and the embedding among the "
                 "targets: one pair cannot have two magnitudes; leave one of them out"
             )
     else:
-        if config.ensure_weight_tying and embedding not in tokens:
-            reason = "no table is adapted" if tied else "the base is not tied"
-            text = f"lora.ensure_weight_tying has no effect, as {reason}"
-            if strict:
-                raise UsageError(f"{text}; leave it out")
-            warn(text)
         shared = False
-    if tied and embedding in tokens and head in adapted:
+        if config.ensure_weight_tying and EMBEDDING not in tokens:
+            reason = "the embedding is not adapted" if tied else "the base is not tied"
+            text = f"lora.ensure_weight_tying has no effect, as {reason}"
+            _refuse_or_warn(text, strict=strict)
+    if tied and EMBEDDING in tokens and HEAD in adapted:
         raise UnsupportedError(
-            "lora.trainable_token_indices of a tied table together with an adapter on "
+            "lora.trainable_token_indices of a tied embedding together with an adapter on "
             "lm_head is not supported; leave one of them out"
         )
-    if tied and tokens.get(head) == tokens.get(embedding):
-        tokens.pop(head, None)
+    if tied and tokens.get(HEAD) == tokens.get(EMBEDDING):
+        tokens.pop(HEAD, None)
     return Selection(adapted, saved, tokens, shared)
 
 
-def select_modules(
+def select_targets(
     config: LoraConfig, names: Sequence[str], *, strict: bool
 ) -> dict[str, tuple[int, float]]:
-    """Returns {HF module name: (rank, scaling)} of the modules that get an adapter.
+    """Returns {HF module name: (rank, scaling)} of the modules that get LoRA.
 
     Args:
-        config: what to adapt.
-        names: HF names of the adaptable modules, such as `model.layers.0.mlp.up_proj`.
-        strict: refuse list entries and patterns that match nothing, targets inside
-            modules_to_save, and patterns that contradict each other (training);
-            otherwise warn (loading a saved adapter).
+        config: the settings of the adapter.
+        names: HF names of the modules that can have it, such as `model.layers.0.mlp.up_proj`.
+        strict: raise for entries and patterns that match nothing, targets inside
+            modules_to_save, and patterns that contradict each other, as before a training;
+            otherwise warn, as for a saved adapter.
 
     Raises:
         UsageError: nothing is selected, a bad regular expression or, if strict, the above.
     """
-    containers = _containers(names)
     targets = config.target_modules
     if targets is None:
         targets = list(DEFAULT_TARGETS)
@@ -116,26 +108,24 @@ def select_modules(
             "[q_proj,v_proj], or all-linear"
         )
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        targets = [name for name in names if name not in TABLES]
+        targets = [name for name in names if name not in VOCAB_MODULES]
     used: set[str] = set()
-    excluded = {n for n in containers if _matches(config.exclude_modules, n, used)}
-    targeted = [n for n in containers if _is_target(targets, n, config, used)]
-    selected = [name for name in targeted if name not in excluded]
+    selected = _matching_modules(config, targets, _with_parents(names), used)
     inside = [name for name in selected if _is_inside_saved(config, name)]
-    selected = [name for name in selected if name not in inside]
     if inside and strict:
         raise UsageError(
             f"lora.modules_to_save trains {listing(inside)} in full, and "
             "lora.target_modules selects it, too; name it in lora.exclude_modules"
         )
-    wrong = [name for name in selected if name not in names]
-    if wrong:
+    selected = [name for name in selected if name not in inside]
+    endings = {name.rsplit(".")[-1] for name in names}
+    if wrong := [name for name in selected if name not in names]:
         raise UsageError(
             f"lora.target_modules selects {listing(wrong)}, which is not a linear layer; "
-            f"linear layers end in {listing(sorted({n.rsplit('.')[-1] for n in names}))}"
+            f"linear layers end in {listing(sorted(endings))}"
         )
     if not selected:
-        _refuse_no_target(targets, {name.rsplit(".")[-1] for name in names})
+        _refuse_no_target(targets, endings)
     result = {}
     for name in selected:
         rank = _pattern_value(config.rank_pattern, name, config.r, used, strict)
@@ -147,67 +137,47 @@ def select_modules(
     return result
 
 
-def _refuse_no_target(targets: list[str] | str, known: set[str]) -> None:
-    if isinstance(targets, str):
-        first, hint = targets, "; a string is a regular expression for whole names"
-        parts = {part.strip() for part in targets.split(",")}
-        hint += f", so write [{targets}]" if parts <= known else ""
-    else:
-        first, hint = listing(targets), nearest(targets[0], known)
-    raise UsageError(f"lora.target_modules={first} selects no module{hint}")
-
-
-def _is_inside_saved(config: LoraConfig, name: str) -> bool:
-    entries = config.modules_to_save or []
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in entries)
-
-
 def is_saved(config: LoraConfig, name: str) -> bool:
     """Returns whether modules_to_save captures a module.
 
-    Its name, or that of one around it, ends in an entry, with or without a dot before.
+    It does if the module's name, or that of a parent, ends in an entry, even within a word.
     """
     entries = config.modules_to_save or []
-    return any(part.endswith(m) for part in _containers([name]) for m in entries)
+    return any(part.endswith(x) for part in _with_parents([name]) for x in entries)
 
 
-def _saved_modules(config: LoraConfig, names: Sequence[str], strict: bool) -> list[str]:
-    """Returns the modules that modules_to_save captures."""
+def _is_inside_saved(config: LoraConfig, name: str) -> bool:
+    """Returns whether PEFT skips a target as part of a module that is trained in full."""
     entries = config.modules_to_save or []
-    saved = [name for name in names if is_saved(config, name)]
-    around = {name: _containers([name]) for name in names}
-    idle = [
-        entry
-        for entry in entries
-        if not any(part.endswith(entry) for name in saved for part in around[name])
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in entries)
+
+
+def _saved_modules(
+    config: LoraConfig, names: Sequence[str], *, strict: bool
+) -> list[str]:
+    parents = _with_parents(names)
+    unused = [
+        f"lora.modules_to_save: {entry!r} matches no module{_hint(entry, names)}"
+        for entry in config.modules_to_save or []
+        if not any(parent.endswith(entry) for parent in parents)
     ]
-    known = {name.rsplit(".")[-1] for name in names} | set(names)
-    text = listing(
-        [
-            f"lora.modules_to_save: {entry!r} matches no module{nearest(entry, known)}"
-            for entry in idle
-        ]
-    )
-    if idle and strict:
-        raise UsageError(text)
-    if idle:
-        warn(text)
-    return saved
+    _refuse_or_warn(listing(unused), strict=strict)
+    return [name for name in names if is_saved(config, name)]
 
 
-def _token_rows(
+def _trained_tokens(
     config: LoraConfig, vocab_size: int, taken: set[str]
 ) -> dict[str, list[int]]:
-    """Returns the rows of each table that trainable_token_indices names, in its order."""
+    """Returns the tokens of trainable_token_indices, by the module of their rows."""
     wanted = config.trainable_token_indices or {}
     if isinstance(wanted, list):
-        wanted = {TABLES[0]: wanted}
+        wanted = {EMBEDDING: wanted}
     tokens = {}
     for entry, ids in wanted.items():
-        [*found] = [name for name in TABLES if name.endswith(entry)] if entry else []
+        found = [name for name in VOCAB_MODULES if entry and name.endswith(entry)]
         if not found:
             raise UsageError(
-                f"lora.trainable_token_indices: {entry!r} is not a table of tokens; "
+                f"lora.trainable_token_indices: {entry!r} has no rows of tokens; "
                 "expected embed_tokens or lm_head"
             )
         if found[0] in taken:
@@ -225,14 +195,39 @@ def _token_rows(
     return tokens
 
 
-def _containers(names: Sequence[str]) -> list[str]:
-    """Returns the names and every module that contains them, in order."""
-    seen: dict[str, None] = {}
+def _with_parents(names: Sequence[str]) -> list[str]:
+    """Returns the names and those of the modules around them, each once."""
+    parts = [name.split(".") for name in names]
+    return list(
+        dict.fromkeys(".".join(p[:i]) for p in parts for i in range(1, len(p) + 1))
+    )
+
+
+def _matching_modules(
+    config: LoraConfig, targets: list[str] | str, names: list[str], used: set[str]
+) -> list[str]:
+    """Returns the names that are targets and not excluded; adds what matched to `used`."""
+    layers = config.layer_indices
+    excluded = {x for x in names if _matches(config.exclude_modules, x, used)}
+    selected = []
     for name in names:
-        parts = name.split(".")
-        for i in range(1, len(parts) + 1):
-            seen[".".join(parts[:i])] = None
-    return list(seen)
+        # As in PEFT, layers_to_transform does not filter an exact name.
+        is_filtered = layers and not isinstance(targets, str) and name not in targets
+        if is_filtered and _layer_index(name, config.layers_pattern) not in layers:
+            continue
+        if _matches(targets, name, used) and name not in excluded:
+            selected.append(name)
+    return selected
+
+
+def _matches(entries: list[str] | str | None, name: str, used: set[str]) -> bool:
+    """Returns whether a regular expression, or an entry of a list, matches the name."""
+    if isinstance(entries, str):
+        hits = {entries} if entries and _fullmatch(entries, name) else set()
+    else:
+        hits = {x for x in entries or [] if f".{name}".endswith(f".{x}")}
+    used |= hits
+    return bool(hits)
 
 
 def _fullmatch(pattern: str, name: str) -> bool:
@@ -244,38 +239,8 @@ def _fullmatch(pattern: str, name: str) -> bool:
         ) from error
 
 
-def _matches(entries: list[str] | str | None, name: str, used: set[str]) -> bool:
-    if not entries:
-        return False
-    if isinstance(entries, str):
-        hit = _fullmatch(entries, name)
-        used |= {entries} if hit else set()
-        return hit
-    hits = {x for x in entries if name == x or name.endswith("." + x)}
-    used |= hits
-    return bool(hits)
-
-
-def _is_target(
-    targets: list[str] | str, name: str, config: LoraConfig, used: set[str]
-) -> bool:
-    if isinstance(targets, str):
-        return _matches(targets, name, used)
-    if name in targets:  # an exact name is not filtered by layer, as in PEFT
-        return _matches(targets, name, used)
-    wanted = _wanted_layers(config)
-    if wanted and _layer_index(name, config.layers_pattern) not in wanted:
-        return False
-    return _matches(targets, name, used)
-
-
-def _wanted_layers(config: LoraConfig) -> list[int]:
-    """Returns the indices of layers_to_transform; none means all."""
-    layers = config.layers_to_transform
-    return [layers] if isinstance(layers, int) else layers or []
-
-
 def _layer_index(name: str, patterns: list[str] | str | None) -> int | None:
+    """Returns the index of the layer that a module is in, in the list of that name."""
     if not patterns:
         match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         return int(match.group(1)) if match else None
@@ -304,6 +269,16 @@ def _pattern_value(
     return patterns[hits[0]] if hits else default
 
 
+def _refuse_no_target(targets: list[str] | str, endings: set[str]) -> None:
+    if isinstance(targets, str):
+        first, hint = targets, "; a string is a regular expression for whole names"
+        parts = {part.strip() for part in targets.split(",")}
+        hint += f", so write [{targets}]" if parts <= endings else ""
+    else:
+        first, hint = listing(targets), nearest(targets[0], endings)
+    raise UsageError(f"lora.target_modules={first} selects no module{hint}")
+
+
 def _report_unused(
     config: LoraConfig,
     targets: list[str] | str,
@@ -311,6 +286,7 @@ def _report_unused(
     names: Sequence[str],
     strict: bool,
 ) -> None:
+    """Refuses, or warns of, entries and layers that match no module."""
     excludes = config.exclude_modules or []
     entries = {
         "target_modules": targets if isinstance(targets, list) else [],
@@ -318,20 +294,27 @@ def _report_unused(
         "rank_pattern": list(config.rank_pattern),
         "alpha_pattern": list(config.alpha_pattern),
     }
-    known = {name.rsplit(".")[-1] for name in names} | set(names)
-    idle = [
-        f"lora.{group}: {entry!r} matches no module{nearest(entry, known)}"
+    unused = [
+        f"lora.{group}: {entry!r} matches no module{_hint(entry, names)}"
         for group, items in entries.items()
         for entry in items
         if entry not in used
     ]
     layers = {_layer_index(name, config.layers_pattern) for name in names}
-    idle += [
+    unused += [
         f"lora.layers_to_transform: {index} matches no layer"
-        for index in _wanted_layers(config)
+        for index in config.layer_indices
         if index not in layers
     ]
-    if idle and strict:
-        raise UsageError(listing(idle))
-    if idle:
-        warn(listing(idle))
+    _refuse_or_warn(listing(unused), strict=strict)
+
+
+def _hint(entry: str, names: Sequence[str]) -> str:
+    return nearest(entry, {*names, *(name.rsplit(".")[-1] for name in names)})
+
+
+def _refuse_or_warn(text: str, *, strict: bool) -> None:
+    if text and strict:
+        raise UsageError(text)
+    if text:
+        warn(text)

@@ -1,8 +1,8 @@
 """Several processes that train as one, on one host or many.
 
-They are joined where the environment tells of them: by a launcher that JAX knows (Slurm,
-Open MPI, TPU pods) or by three variables. All do the same on what lies on a storage that
-they share; only the first one prints and writes.
+They are started by a launcher that JAX knows (Slurm, Open MPI, TPU pods), or by hand with
+three environment variables. All of them read the same files and compute the same steps;
+only the first prints and writes.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -24,20 +24,21 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jlora.errors import ResourceError, UsageError, is_out_of_memory, listing
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# How many processes `srun` and `mpirun` started; absent in a shell inside a Slurm job.
+# The number of processes that `srun` or `mpirun` started; a shell in a Slurm job has none.
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-# What JAX raises where nothing tells of other processes.
+# In what JAX raises if there are no other processes.
 _NO_CLUSTER = "coordinator_address should be defined"
-# Words of what JAX raises when another process does not answer.
+# In what JAX raises if another process does not answer.
 _LOST = ("gloo", "nccl", "coordination", "heartbeat", "connection")
 
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Joins the processes of this run; has to come before any use of a device.
+    """Connects the processes of this run, before any of them uses a device.
 
     Raises:
-        UsageError: variables that do not fit together, or processes that do not come.
+        UsageError: the variables contradict each other, or processes do not connect.
+        ResourceError: another process ended, or cannot be reached.
     """
     given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     launched = max(map(_launched_count, _LAUNCHED)) > 1
@@ -46,10 +47,10 @@ def joined_processes() -> Iterator[None]:
     if not (given or launched or on_tpu):
         yield
         return
-    # Its handler would take SIGTERM, which `StopVote` makes known to all.
+    # Its handler of SIGTERM would replace ours, see `stop_vote`.
     config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**_explicit(given, launched=launched))
+        jax.distributed.initialize(**_addresses(given, launched=launched))
     except (RuntimeError, ValueError) as error:
         if given or launched or _NO_CLUSTER not in str(error):
             first = str(error).splitlines()[0]
@@ -63,13 +64,13 @@ def joined_processes() -> Iterator[None]:
     )
     with open(os.devnull, "w") as nowhere:
         sys.stdout.flush()
-        with redirect_stdout(sys.stdout if is_first() else nowhere), _told_of_lost():
+        with redirect_stdout(sys.stdout if is_first() else nowhere), _lost_process():
             yield
 
 
 @contextmanager
-def _told_of_lost() -> Iterator[None]:
-    """Turns what JAX says when a process has ended into a message."""
+def _lost_process() -> Iterator[None]:
+    """Raises ResourceError for what JAX raises if another process has ended."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -84,7 +85,7 @@ def _told_of_lost() -> Iterator[None]:
 
 
 def _launched_count(name: str) -> int:
-    """Returns how many processes a launcher's variable tells of."""
+    """Returns the number of processes in a launcher's variable; 1 if there is none."""
     text = os.environ.get(name) or "1"
     if not text.isdecimal():
         raise UsageError(
@@ -93,13 +94,13 @@ def _launched_count(name: str) -> int:
     return int(text)
 
 
-def _explicit(given: dict[str, str], *, launched: bool) -> dict[str, Any]:
-    """Returns what the variables say; with a launcher JAX finds the rest itself."""
+def _addresses(given: dict[str, str], *, launched: bool) -> dict[str, Any]:
+    """Returns JAX's arguments from the variables; with a launcher, JAX needs none."""
     address, *numbers = (given.get(name, "") for name in VARIABLES)
     host, _, port = address.rpartition(":")
     has_address = bool(host) and port.isdecimal()
     missing = [name for name in VARIABLES if name not in given]
-    # JAX takes an address beside a launcher, too.
+    # JAX itself reads an address that is given in addition to a launcher.
     if not given or (launched and missing and (has_address or not address)):
         return {}
     if not has_address or not all(number.isdecimal() for number in numbers):
@@ -122,7 +123,7 @@ def is_first() -> bool:
 
 
 def to_host(leaf: Any) -> np.ndarray:
-    """Returns a whole array, wherever its parts are; all processes have to ask for it."""
+    """Returns a whole array, of which processes may hold parts; all have to call it."""
     if isinstance(leaf, jax.Array) and not (
         leaf.is_fully_addressable or leaf.is_fully_replicated
     ):
@@ -131,7 +132,7 @@ def to_host(leaf: Any) -> np.ndarray:
 
 
 def check_agreement(facts: Any) -> None:
-    """Raises UsageError where the processes would not do the same."""
+    """Raises UsageError if `facts`, such as settings, differ between the processes."""
     if jax.process_count() == 1:
         return
     text = json.dumps(facts, sort_keys=True, default=str)
@@ -146,26 +147,25 @@ def check_agreement(facts: Any) -> None:
         )
 
 
-class StopVote:
-    """Whether any process has been asked to stop, which all learn at the same step."""
+def stop_vote(stop: threading.Event) -> Callable[[], bool]:
+    """Returns a function that tells, at every step, whether any process was asked to stop.
 
-    def __init__(self, stop: threading.Event) -> None:
-        """Takes the event of this process."""
-        self._stop = stop
-        self._pending: jax.Array | None = None
-        mesh = jax.make_mesh((jax.device_count(),), ("all",))
-        self._parts = NamedSharding(mesh, PartitionSpec("all"))
-        self._any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    All processes get the same answer. With several it is one step late, so that no step
+    waits for it.
 
-    def __call__(self) -> bool:
-        """Returns whether to stop; among several processes one step late.
+    Args:
+        stop: set if this process was asked.
+    """
+    if jax.process_count() == 1:
+        return stop.is_set
+    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    parts = NamedSharding(mesh, PartitionSpec("all"))
+    any_asked = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    pending: list[jax.Array] = []
 
-        So that no step waits for the answer, which is that of the call before.
-        """
-        asked = self._stop.is_set()
-        if jax.process_count() == 1:
-            return asked
-        mine = np.full(jax.local_device_count(), asked, np.int32)
-        every = jax.make_array_from_process_local_data(self._parts, mine)
-        before, self._pending = self._pending, self._any(every)
-        return before is not None and bool(before)
+    def is_asked() -> bool:
+        mine = np.full(jax.local_device_count(), stop.is_set(), np.int32)
+        pending.append(any_asked(jax.make_array_from_process_local_data(parts, mine)))
+        return len(pending) > 1 and bool(pending.pop(0))
+
+    return is_asked

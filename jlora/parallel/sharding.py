@@ -1,7 +1,8 @@
-"""Where every array lives: three mesh axes, one table of logical axes, one of rules.
+"""Where every array lives: three mesh axes, the logical axes of arrays, and one table.
 
-A parameter's logical axes follow from its module's name, and an adapter's from its
-kernel's. Change the layout by changing `RULES`.
+The table `RULES` says which mesh axis splits which logical axis: change the layout there.
+A parameter's logical axes follow from the name of its module, those of an adapter's leaf
+from its kernel's.
 """
 
 import math
@@ -28,7 +29,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("lora_rank", None),
-    # activations: other names, so that a [B, T, D] never looks like a parameter's D
+    # activations; other names, so that their D is not split as a parameter's D is
     ("batch", BATCH_AXES),
     ("length", None),
     ("act_embed", None),
@@ -47,7 +48,22 @@ KERNEL_AXES = {
     "lm_head": ("embed", "vocab"),
     "embed_tokens": ("vocab", "embed"),  # the kernel of one-hot tokens
 }
-SCALARS = ("lora_scaling", "lora_shared")
+# The leaves whose axes do not depend on their module.
+LEAF_AXES = {
+    "scale": (None,),
+    "token_ids": (None,),
+    "token_rows": (None, "embed"),
+    "lora_scaling": (),
+    "lora_shared": (),
+}
+# Sizes of a model that a mesh axis must divide, as it would cut through a head otherwise.
+_DIVIDED = {
+    "fsdp": ("hidden_size",),
+    "tensor": (
+        *("num_attention_heads", "num_key_value_heads"),
+        *("intermediate_size", "vocab_size"),
+    ),
+}
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
@@ -77,7 +93,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
 def check_divisible(
     mesh: Mesh, config: LlamaConfig, batch_size: int, grad_accum_steps: int = 1
 ) -> None:
-    """Raises UsageError, listing all of it, where the mesh cuts through something whole."""
+    """Raises UsageError, with all reasons, if the mesh does not divide batch and model."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = batch_size // grad_accum_steps
     problems = []
@@ -87,26 +103,11 @@ def check_divisible(
             f"the batch (train.batch_size={batch_size} / "
             f"train.grad_accum_steps={grad_accum_steps})"
         )
-    for axis, names in (
-        ("fsdp", ("hidden_size",)),
-        (
-            "tensor",
-            (
-                "num_attention_heads",
-                "num_key_value_heads",
-                "intermediate_size",
-                "vocab_size",
-            ),
-        ),
-    ):
-        values = [getattr(config, name) for name in names]
-        wrong = [
-            f"{n}={v}"
-            for n, v in zip(names, values, strict=True)
-            if v % mesh.shape[axis]
-        ]
+    for axis, names in _DIVIDED.items():
+        sizes = {name: getattr(config, name) for name in names}
+        wrong = [f"{n}={size}" for n, size in sizes.items() if size % mesh.shape[axis]]
         if wrong:
-            common = math.gcd(*values)
+            common = math.gcd(*sizes.values())
             legal = [n for n in range(1, common + 1) if common % n == 0]
             problems.append(
                 f"mesh.{axis}={mesh.shape[axis]} does not divide {listing(wrong)} "
@@ -119,12 +120,8 @@ def check_divisible(
 def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
     """Returns the logical axes of the parameter at `path`, one per dimension."""
     module, leaf = path[-2], path[-1].removeprefix("trained_")
-    if leaf in SCALARS:
-        return ()
-    if leaf in ("scale", "token_ids"):
-        return (None,)
-    if leaf == "token_rows":
-        return (None, "embed")
+    if leaf in LEAF_AXES:
+        return LEAF_AXES[leaf]
     rows, columns = KERNEL_AXES[module]
     return {
         "kernel": (rows, columns),
@@ -150,24 +147,24 @@ def parameter_sharding(mesh: Mesh, path: tuple[str, ...]) -> NamedSharding:
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """Returns the sharding of every leaf of parameters, or of a state that holds some.
+    """Returns the sharding of every leaf of parameters, or of a state that contains some.
 
-    A leaf belongs to the parameter that the dictionary keys of its path name, so moments
-    live beside their weights, also those of several layers along a first axis; scalars
-    are replicated.
+    A leaf has the sharding of the parameter that the dictionary keys of its path name.
+    So moments live where their weights do, also those of stacked layers, whose first axis
+    is not split. Scalars are replicated.
     """
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         if leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
         keys = [e.key for e in path if isinstance(e, jax.tree_util.DictKey)]
-        # The optimizer's state has the labels of its partition, True and False, as keys.
+        # Keys of the optimizer's state are also the labels of its partition, True and False.
         names = tuple(k for k in keys if isinstance(k, str))
         spec = parameter_sharding(mesh, names).spec
         more = leaf.ndim - len(logical_axes(names))
         return NamedSharding(mesh, PartitionSpec(*[None] * more, *spec))
 
-    return jax.tree_util.tree_map_with_path(one, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -177,38 +174,38 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 @contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Makes the model's activation constraints mean this mesh while a step is traced."""
+    """Applies the model's constraints on activations to this mesh while it is traced."""
     abstract = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     with abstract, nn.logical_axis_rules(RULES):
         yield
 
 
 def has_all_weights(mesh: Mesh) -> bool:
-    """Returns whether every device has all weights, so that only rows are split."""
+    """Returns whether every device has all weights, so that only the batch is split."""
     return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Returns among how many devices the rows are split that `over_rows` shows."""
+    """Returns the number of shards of the batch axis that a function in `over_rows` sees."""
     return 1 if has_all_weights(mesh) else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def over_rows(function: Callable[[Any, Any], Any], mesh: Mesh) -> Any:
-    """Returns (whole, batch) -> the function's sums over all rows of the batch.
+    """Returns a function of (replicated, batch): sums of `function` over all rows.
 
-    Where several devices have all weights, each runs the function on its own rows, as if
-    it were alone. So it may call kernels that the compiler cannot cut, and there is one
-    sum, in the dtype of the results: the compiler by itself would add bfloat16 gradients
-    before they become float32, and those of every part of a batch. Elsewhere the compiler
-    cuts the function, as the mesh says.
+    If every device has all weights, each runs `function` on its own rows only, so that it
+    may use kernels which the compiler cannot partition. Its results are summed once, in
+    their own dtype; the compiler would sum bfloat16 gradients before they are cast to
+    float32, and again for every part of an accumulated batch.
+    Otherwise the compiler partitions `function` as the mesh says.
     """
     if mesh.size == 1 or not has_all_weights(mesh):
 
-        def cut(whole: Any, batch: Any) -> Any:
+        def partitioned(whole: Any, batch: Any) -> Any:
             with use_mesh(mesh):
                 return function(whole, batch)
 
-        return cut
+        return partitioned
 
     def summed(whole: Any, batch: Any) -> Any:
         return jax.lax.psum(function(whole, batch), BATCH_AXES)
@@ -218,5 +215,5 @@ def over_rows(function: Callable[[Any, Any], Any], mesh: Mesh) -> Any:
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(BATCH_AXES)),
         out_specs=PartitionSpec(),
-        check_vma=False,  # the kernels do not say over which axes they vary
+        check_vma=False,  # the kernels do not declare over which axes they vary
     )

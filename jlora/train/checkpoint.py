@@ -19,7 +19,7 @@ from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.formats.digests import flatten, leaf_digest
 from jlora.parallel.processes import to_host
 
-# 2: the moments of all layers together. What lies under "trainable" is as in 1.
+# 2: moments are of stacked layers. What is under "trainable" is the same as in 1.
 SCHEMA_VERSION = 2
 Tree = dict[str, Any]
 
@@ -46,7 +46,7 @@ def restore_tree(path: Path) -> Tree:
 
 @dataclass(frozen=True)
 class Saved:
-    """One restored step: its number, its arrays by path, and what was noted beside them."""
+    """One restored step: its number, its arrays by path, and the settings beside them."""
 
     step: int
     leaves: dict[str, np.ndarray]
@@ -54,10 +54,10 @@ class Saved:
 
 
 class RunCheckpoints:
-    """The `checkpoints/` folder of a run: numbered steps of the trainable state only."""
+    """The `checkpoints/` folder of a run, which has the trainable state of some steps."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Opens the folder, creating it and clearing what a killed save left."""
+        """Creates the folder, or opens it and deletes what an interrupted save left."""
         self._folder = folder.absolute()
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -69,31 +69,31 @@ class RunCheckpoints:
         )
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Writes the state as step `step`.
+        """Writes the state as step `step`, and `meta` beside it.
 
-        Steps from there on are deleted first: a run comes back to a step that is there
-        only if that one was damaged, and Orbax would refuse a step before its newest.
+        Later steps are deleted first: they exist only if the run resumed from an earlier
+        one because they were damaged, and Orbax refuses a step before its newest.
         """
-        # By Orbax's own list: that on disk changes while several processes get here, and
-        # all of them have to take part in a deletion.
+        # Orbax's own list, as all processes must take part in a deletion, and the list on
+        # disk changes while they get here.
         for damaged in self._manager.all_steps():
             if damaged >= step:
                 self._manager.delete(damaged)
         leaves = {path: to_host(leaf) for path, leaf in flatten(state).items()}
         digests = {path: leaf_digest(leaf) for path, leaf in leaves.items()}
-        note = {"schema": SCHEMA_VERSION, "sha256": digests, **meta}
+        meta = {"schema": SCHEMA_VERSION, "sha256": digests, **meta}
         arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(leaves), meta=ocp.args.JsonSave(note)
+            state=ocp.args.PyTreeSave(leaves), meta=ocp.args.JsonSave(meta)
         )
         self._manager.save(step, args=arguments)
 
     def close(self) -> None:
-        """Releases the manager."""
+        """Closes Orbax's manager."""
         self._manager.close()
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Returns the numbers of the step folders, newest first, whole or not."""
+    """Returns the steps that have a folder, valid or not, newest first."""
     if not folder.is_dir():
         return []
     return sorted(
@@ -104,11 +104,11 @@ def saved_steps(folder: Path) -> list[int]:
 def load_newest(
     folder: Path, schemas: Sequence[int] = (SCHEMA_VERSION,)
 ) -> tuple[Saved | None, list[str]]:
-    """Returns the newest step that restores and verifies, and why newer ones did not.
+    """Returns the newest valid step, and why newer ones are not valid.
 
     Raises:
         CorruptError: there are steps, and none is valid; nothing is deleted.
-        UnsupportedError: a step was written by another schema of jlora.
+        UnsupportedError: a step was written with another schema of jlora.
     """
     saved, problems = load_newest_common([folder], schemas)
     return (saved[0] if saved else None), problems
@@ -117,7 +117,7 @@ def load_newest(
 def load_newest_common(
     folders: Sequence[Path], schemas: Sequence[int] = (SCHEMA_VERSION,)
 ) -> tuple[list[Saved], list[str]]:
-    """Returns the newest step that is valid in every folder, else nothing; as above."""
+    """Returns the newest step that is valid in all folders, if any; as `load_newest`."""
     problems = []
     shared = set.intersection(*(set(saved_steps(folder)) for folder in folders))
     for step in sorted(shared, reverse=True):
@@ -155,7 +155,7 @@ def _load(path: Path, step: int, schemas: Sequence[int]) -> Saved:
 
 
 def restore_into(state: Any, saved: Saved) -> Any:
-    """Returns `state` with every leaf replaced by the saved one, placed as it was.
+    """Returns the saved arrays with the structure and placement of `state`.
 
     Raises:
         CorruptError: paths, shapes or dtypes differ.
@@ -187,8 +187,7 @@ def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
 
     Raises:
         UsageError: the run has no checkpoint.
-        CorruptError: it has some, and none is valid.
-        UnsupportedError: it is of a schema that is not known here.
+        CorruptError, UnsupportedError: as `load_newest`.
     """
     saved, _ = load_newest(run / "checkpoints", (1, SCHEMA_VERSION))
     if saved is None:

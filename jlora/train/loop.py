@@ -15,7 +15,7 @@ from jlora.config.run_config import TrainConfig
 from jlora.errors import DivergedError, StopRequested, UsageError, listing
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
-from jlora.parallel.processes import StopVote, check_agreement, is_first
+from jlora.parallel.processes import check_agreement, is_first, stop_vote
 from jlora.train.evaluation import make_eval_step
 from jlora.train.prefetch import Prefetch
 from jlora.train.resuming import locked, resume_all
@@ -67,7 +67,7 @@ def train_runs(
         )
         for run in runs:
             stack.enter_context(run.open(config, first, total_steps, runs))
-        is_asked = StopVote(stop)
+        is_asked = stop_vote(stop)
         stream = _batches(runs, mesh, first, total_steps)
         for step, batches, waited_s in stack.enter_context(closing(stream)):
             state, metrics = trainer.step(state, trainer.frozen, batches)

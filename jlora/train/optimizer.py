@@ -1,12 +1,12 @@
 """The optimizer of the adapter: schedule, clipping and AdamW, all inside the optax mask.
 
-`optax.masked` alone would hand raw gradients to the frozen leaves as their updates;
-`optax.partition` with `set_to_zero` does not. Clipping inside the mask sees the adapter's
-gradients only, and the state holds moments of the adapter's leaves only.
+`optax.masked` alone would return raw gradients as the updates of frozen leaves;
+`optax.partition` with `set_to_zero` does not. Inside the mask, clipping sees the adapter's
+gradients only, and the state has moments of the adapter's leaves only.
 
-Inside the mask every trainable leaf belongs to one of `settings.DECAY_GROUPS`, which has
-its learning rate (LoRA+) and its weight decay. The layers are stacked there: updates of
-some hundred small leaves took a quarter of the time that XLA compiles a step.
+Every trainable leaf belongs to one of `run_config.DECAY_GROUPS`, with a learning rate
+(LoRA+) and a weight decay. The layers are stacked first: to compile updates of some hundred
+small leaves took a quarter of the compile time of a step.
 """
 
 import math
@@ -26,10 +26,10 @@ from jlora.lora.adapter_tree import Params, map_leaves, trainable_mask
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Returns the learning rate of step 0, 1, ... total_steps - 1.
 
-    It rises linearly over ceil(warmup_ratio * total_steps) steps, starting above 0 so
-    that the first step learns, then stays, or falls to 0 after the last step.
+    It rises linearly over ceil(warmup_ratio * total_steps) steps, then stays constant or
+    decays to 0 after the last step. Step 0 has a rate above 0, so that it trains.
     """
-    warmup = -int(-config.warmup_ratio * total_steps // 1)
+    warmup = math.ceil(config.warmup_ratio * total_steps)
     rest = max(total_steps - warmup, 1)
 
     def schedule(count: ArrayLike) -> jax.Array:
@@ -58,13 +58,13 @@ def group_of(path: tuple[str, ...]) -> str:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Numbers:
-    """What a step multiplies with, besides the schedule: floats, or arrays under vmap.
+class Hyperparameters:
+    """The numbers of an optimizer that may differ in a sweep: floats, or arrays under vmap.
 
     Attributes:
-        rates: group -> learning rate over the schedule's.
+        rates: group -> learning rate, as a multiple of the schedule's.
         decays: group -> weight decay.
-        max_norm: of the whole gradient; infinity does not clip.
+        max_norm: global norm to which gradients are clipped; infinity: never.
     """
 
     rates: dict[str, Any]
@@ -72,11 +72,11 @@ class Numbers:
     max_norm: Any
 
     @classmethod
-    def of(cls, config: OptimConfig) -> "Numbers":
-        """Returns the numbers that the settings stand for.
+    def of(cls, config: OptimConfig) -> "Hyperparameters":
+        """Returns those of a run's settings.
 
         Source: PEFT `optimizers/loraplus.py` for the rates; Transformers'
-        `Trainer.get_decay_parameter_names` for norms and biases, which never decay.
+        `Trainer.get_decay_parameter_names` for norms and biases, which do not decay.
         """
         rates = dict.fromkeys(DECAY_GROUPS, 1.0)
         if config.loraplus_lr_ratio is not None:
@@ -90,25 +90,27 @@ class Numbers:
 
 
 def make_optimizer(
-    config: OptimConfig, schedule: optax.Schedule, numbers: Numbers | None = None
+    config: OptimConfig,
+    schedule: optax.Schedule,
+    hyperparameters: Hyperparameters | None = None,
 ) -> optax.GradientTransformation:
-    """Returns the transformation of a whole parameter tree that moves adapters only.
+    """Returns the optimizer of a whole parameter tree, which updates the adapter only.
 
     Args:
-        config: of the optimizer.
+        config: its settings.
         schedule: learning rate of each step.
-        numbers: instead of those that `config` stands for.
+        hyperparameters: used instead of those in `config`, as arrays may be.
 
     Source: AdamW, "Decoupled Weight Decay Regularization" (Loshchilov & Hutter, 2019);
     "LoRA+: Efficient Low Rank Adaptation of Large Models" (Hayou et al., 2024).
     """
-    given = Numbers.of(config) if numbers is None else numbers
+    given = Hyperparameters.of(config) if hyperparameters is None else hyperparameters
 
-    def move(group: str) -> optax.GradientTransformation:
+    def scaled(group: str) -> optax.GradientTransformation:
         rate, decay = given.rates[group], given.decays[group]
-        stays = isinstance(decay, float) and decay == 0
+        has_decay = not (isinstance(decay, float) and decay == 0)
         return optax.chain(
-            optax.identity() if stays else optax.add_decayed_weights(decay),
+            optax.add_decayed_weights(decay) if has_decay else optax.identity(),
             optax.scale_by_learning_rate(lambda count: rate * schedule(count)),
         )
 
@@ -119,19 +121,19 @@ def make_optimizer(
     adapter = optax.chain(
         optax.clip_by_global_norm(given.max_norm) if clips else optax.identity(),
         optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
-        optax.partition({group: move(group) for group in DECAY_GROUPS}, groups),
+        optax.partition({group: scaled(group) for group in DECAY_GROUPS}, groups),
     )
     return optax.partition(
-        {True: _across_layers(adapter), False: optax.set_to_zero()}, trainable_mask
+        {True: _on_stacked_layers(adapter), False: optax.set_to_zero()}, trainable_mask
     )
 
 
-def _across_layers(
+def _on_stacked_layers(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-    """Returns `inner` for layers that are stacked, so that each leaf is one of them all.
+    """Returns an optimizer that stacks the layers, applies `inner` and unstacks them.
 
-    What it computes element by element, or from all elements, stays the same.
+    The updates are the same, as those of AdamW are elementwise but for the global norm.
     """
 
     def init(params: Params) -> optax.OptState:
@@ -145,7 +147,7 @@ def _across_layers(
             state,
             None if params is None else stack_layers(params),
         )
-        # Or XLA would weigh whether to make all of an update again in each of its parts.
+        # Without it, XLA considers computing the whole update again for every layer.
         moved = jax.lax.optimization_barrier(moved)
         return _unstacked(moved, updates), state
 
@@ -153,24 +155,24 @@ def _across_layers(
 
 
 def stack_layers(tree: Params) -> Params:
-    """Returns the tree with one layer of each kind, whose leaves are [layers, ...].
+    """Returns the tree with layers of the same structure as one, of leaves [layers, ...].
 
-    It has the name of its first. Where ranks differ, zeros fill up the smaller ones, so
-    that the state has one form in all members of a sweep; one much higher rank makes the
-    moments of all its kind as large.
+    It has the name of the first. Smaller ranks are padded with zeros, so that the state has
+    the same structure in all members of a sweep; one layer of a much higher rank makes the
+    moments of the others as large.
     """
     if "layers" not in tree:
         return tree
     layers = tree["layers"]
-    kinds = {
-        names[0]: jax.tree.map(_stack, *[layers[name] for name in names])
-        for names in _kinds(layers)
+    stacked = {
+        names[0]: jax.tree.map(stack_padded, *[layers[name] for name in names])
+        for names in _same_structure(layers)
     }
-    return tree | {"layers": kinds}
+    return tree | {"layers": stacked}
 
 
 def _unstacked(tree: Params, like: Params) -> Params:
-    """Returns the layers of `like` from the tree that `stack_layers` made of them."""
+    """Returns the tree before `stack_layers`, with the layers and shapes of `like`."""
     if "layers" not in like:
         return tree
     layers = {
@@ -179,24 +181,28 @@ def _unstacked(tree: Params, like: Params) -> Params:
             tree["layers"][names[0]],
             like["layers"][name],
         )
-        for names in _kinds(like["layers"])
+        for names in _same_structure(like["layers"])
         for i, name in enumerate(names)
     }
     return tree | {"layers": layers}
 
 
-def _kinds(layers: Params) -> list[list[str]]:
-    """Returns the names of the layers, those with the same leaves together."""
-    kinds: dict[Any, list[str]] = {}
+def _same_structure(layers: Params) -> list[list[str]]:
+    """Returns lists of names: each of the layers that have the same leaves."""
+    names: dict[Any, list[str]] = {}
     for name, layer in layers.items():
-        kinds.setdefault(jax.tree.structure(layer), []).append(name)
-    return list(kinds.values())
+        names.setdefault(jax.tree.structure(layer), []).append(name)
+    return list(names.values())
 
 
-def _stack(*leaves: Array) -> Array:
-    shape = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
-
-    def grown(x: Array) -> Array:
-        return jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
-
-    return jnp.stack([grown(x) if list(x.shape) != shape else x for x in leaves])
+def stack_padded(*arrays: Array) -> Array:
+    """Returns the arrays along a new first axis, padded with zeros to the largest."""
+    shape = tuple(max(sizes) for sizes in zip(*(x.shape for x in arrays), strict=True))
+    return jnp.stack(
+        [
+            jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)])
+            if x.shape != shape
+            else x
+            for x in arrays
+        ]
+    )

@@ -1,10 +1,9 @@
-"""Batches placed on the devices by a thread, while earlier steps still compute."""
+"""Place batches on the devices in a thread, while they still compute earlier steps."""
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -14,23 +13,25 @@ from jax.sharding import Mesh
 from jlora.data.batch.batches import Dataset
 from jlora.parallel.sharding import batch_sharding
 
-_DEPTH = 2
+# Batches that are made or being made while one is in use.
+_AHEAD = 3
 
 
 def place_batch(dataset: Dataset, step: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """Returns batch `step` as global arrays; this process makes the rows it holds.
+    """Returns batch `step` as global arrays; this process makes only the rows it holds.
 
-    Which rows these are, the mesh says, so any number of processes has the same batch.
+    The mesh decides which rows these are, so the batch is the same for any number of
+    processes.
     """
     sharding = batch_sharding(mesh)
     shape = (dataset.batch_size, dataset.row_length)
     made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
     def rows(index: Any) -> dict[str, np.ndarray]:
-        start, stop, _ = index[0].indices(dataset.batch_size)
-        if (start, stop) not in made:
-            made[start, stop] = dataset.batch(step, slice(start, stop))
-        return made[start, stop]
+        first, end, _ = index[0].indices(dataset.batch_size)
+        if (first, end) not in made:
+            made[first, end] = dataset.batch(step, slice(first, end))
+        return made[first, end]
 
     names = rows((slice(0, 0),))
     return {
@@ -42,68 +43,47 @@ def place_batch(dataset: Dataset, step: int, mesh: Mesh) -> dict[str, jax.Array]
 
 
 class Prefetch:
-    """Batches start, start + 1, ... before `stop`, two of them made ahead.
+    """Iterates over the batches of steps start, ..., stop - 1, and makes some in advance.
 
-    A context manager and an iterator. An error in the thread is raised where the batch
-    would have come.
+    A context manager: leaving it ends the thread. An error in the thread is raised where
+    its batch is due.
 
     Attributes:
-        waited_s: seconds that the caller has waited for batches. The devices may still be
-            busy with earlier steps then, so that they idled for at most this long.
+        waited_s: seconds spent waiting for batches. The devices may still have been busy
+            with earlier steps, so they idled for at most this long.
     """
 
     def __init__(self, dataset: Dataset, mesh: Mesh, *, start: int, stop: int) -> None:
-        """Begins at once."""
+        """Begins to make batches at once."""
         self.waited_s = 0.0
-        self._ready: queue.Queue[dict[str, jax.Array] | Exception] = queue.Queue(_DEPTH)
-        self._closed = threading.Event()
-        self._left = stop - start
-        self._thread = threading.Thread(
-            target=self._run,
-            args=(dataset, mesh, range(start, stop)),
-            name="prefetch",
-            daemon=True,
-        )
-        self._thread.start()
+        self._dataset, self._mesh = dataset, mesh
+        self._steps = iter(range(start, stop))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._pending: deque[Future[dict[str, jax.Array]]] = deque()
+        for _ in range(_AHEAD):
+            self._make_next()
 
-    def _run(self, dataset: Dataset, mesh: Mesh, steps: range) -> None:
-        for step in steps:
-            try:
-                item: dict[str, jax.Array] | Exception = place_batch(
-                    dataset, step, mesh
-                )
-            except Exception as error:
-                item = error
-            while not self._closed.is_set():
-                try:
-                    self._ready.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self._closed.is_set() or isinstance(item, Exception):
-                return
+    def _make_next(self) -> None:
+        for step in self._steps:
+            self._pending.append(
+                self._thread.submit(place_batch, self._dataset, step, self._mesh)
+            )
+            return
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         """Yields the batches in order."""
-        while self._left > 0:
+        while self._pending:
+            pending = self._pending.popleft()
+            self._make_next()
             begin = time.perf_counter()
-            item = self._ready.get()
+            batch = pending.result()
             self.waited_s += time.perf_counter() - begin
-            if isinstance(item, Exception):
-                raise item
-            self._left -= 1
-            yield item
+            yield batch
 
     def __enter__(self) -> "Prefetch":
         """Returns itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stops the thread, which finishes the batch it is at."""
-        self._closed.set()
-        self._thread.join()
+    def __exit__(self, *error: object) -> None:
+        """Ends the thread, which finishes the batch that it is making."""
+        self._thread.shutdown(cancel_futures=True)

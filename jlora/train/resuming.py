@@ -1,4 +1,4 @@
-"""The rules of resuming: which folder may be continued, with what, and from which step."""
+"""Whether a run may continue in its folder, with which settings, and from which step."""
 
 import fcntl
 import json
@@ -20,20 +20,20 @@ from jlora.train.checkpoint import (
     saved_steps,
 )
 
-# Parts of a run's identity whose values say nothing to a reader.
+# Parts of a run's identity that are digests: messages leave out their values.
 DIGESTS = ("base", "tokenizer", "data")
-# What an adapter says of where its base is found; training does not depend on it.
+# Where an adapter says that its base is found; training does not depend on it.
 LABELS = ("lora.base_model_name_or_path", "lora.revision")
-# Settings that say where a run lies and how it was called, not what it computes.
+# Settings that decide where a run is and what it does first, not what it computes.
 PLACES = ("model", "output_dir", "resume", "plan", "sweep")
 
 
 def check_run(run: Path, mode: str) -> None:
-    """Refuses, before anything is read, a folder that the run could not be in.
+    """Checks, before anything is read, that the run can be in this folder.
 
     Raises:
-        UsageError: it is no folder, holds a model, cannot be made, or holds a run (or
-            none) against the mode of resuming; see `resume`.
+        UsageError: it is no folder, holds a model, cannot be created, or holds a run (or
+            none) although `mode` forbids it; see `resume_all`.
     """
     if run.exists() and not run.is_dir():
         raise UsageError(
@@ -48,10 +48,10 @@ def check_run(run: Path, mode: str) -> None:
 
 
 def _check_mode(runs: Sequence[Path], mode: str) -> list[Path]:
-    """Returns the checkpoint folders of the runs that have begun.
+    """Returns the checkpoint folders of the runs that have a checkpoint.
 
     Raises:
-        UsageError: some have begun, or none, against the mode.
+        UsageError: there are some with mode=never, or none with mode=must.
     """
     folders = [run / "checkpoints" for run in runs]
     begun = [folder for folder in folders if saved_steps(folder)]
@@ -67,10 +67,12 @@ def _check_mode(runs: Sequence[Path], mode: str) -> list[Path]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Holds the run folder for this process, or for the first of several, creating it.
+    """Creates the run folder and locks it, so that no other run uses it.
+
+    Of several processes of one run, the first holds the lock.
 
     Raises:
-        UsageError: another process holds it, or it cannot be made.
+        UsageError: another run holds the lock, or the folder cannot be created.
     """
     if not is_first():
         yield
@@ -90,35 +92,30 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def resume(run: Path, state: Any, meta: dict[str, Any], *, mode: str) -> Any:
-    """Returns the state to start from: the newest valid checkpoint's, or as given.
-
-    Args:
-        run: the run folder.
-        state: a fresh state, placed on its devices.
-        meta: of this run; its "identity" has to be as it was when the run began, and
-            changes of its "settings" and "versions" are printed.
-        mode: auto continues a run if there is one, must demands one, never refuses one.
-
-    Raises:
-        UsageError: the mode does not fit, or the identity differs.
-        CorruptError: there are checkpoints, and none is valid.
-    """
-    return resume_all([run], [state], [meta], mode=mode)[0]
-
-
 def resume_all(
     runs: Sequence[Path], states: Sequence[Any], metas: Sequence[Any], *, mode: str
 ) -> list[Any]:
-    """Returns `resume` of runs that are trained together, all at the same step.
+    """Returns the states to continue from: those of the newest checkpoint, or as given.
 
-    The "sweep" of a meta names them all: that is how runs that were saved together are
-    told from runs that were not, where some of them have no checkpoint.
+    Args:
+        runs: the folders of one run, or of several that are trained together; all of them
+            continue at the same step.
+        states: initial states, placed on their devices.
+        metas: what checkpoints store beside each state. "identity" must be as it was when
+            the run began; changes of "settings" and "versions" are printed. "sweep" names
+            all runs that are saved together, so that those which were trained apart are
+            recognised if some have no checkpoint.
+        mode: auto: resume if there is a checkpoint; never: refuse if there is one; must:
+            refuse if there is none.
+
+    Raises:
+        UsageError: `mode` forbids it, or the identity differs.
+        CorruptError: there are checkpoints, and none is valid.
     """
     begun = _check_mode(runs, mode)
     folders = [run / "checkpoints" for run in runs]
     saved, problems = load_newest_common(folders)
-    for problem in problems:
+    for problem in problems if is_first() else ():
         warn(f"skipped a damaged checkpoint: {problem}")
     if not saved:
         _check_first_save(begun, folders, metas[0])
@@ -136,7 +133,7 @@ def resume_all(
 def _check_first_save(
     begun: Sequence[Path], folders: Sequence[Path], meta: dict[str, Any]
 ) -> None:
-    """Refuses runs without a common step, unless a kill came amid their first save."""
+    """Refuses runs without a common step, unless their first save was interrupted."""
     for folder in begun:
         saved, _ = load_newest(folder)
         if saved is None or saved.meta.get("sweep") != meta.get("sweep"):
@@ -148,15 +145,14 @@ def _check_first_save(
 
 
 def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
-    """Refuses to continue a run with other data, weights or settings than it began with.
+    """Raises UsageError if a run continues with other data, weights or settings.
 
-    Raises:
-        UsageError: naming every key that differs.
+    The message names every key that differs.
     """
-    # A field that did not exist yet when the run began had its default.
-    unsaid = _by_name({"lora": asdict(LoraConfig())})
+    # A field that did not exist when the run began had its default.
+    defaults = _by_name({"lora": asdict(LoraConfig())})
     before, now = (
-        unsaid | _by_name(x) for x in (saved.meta.get("identity", {}), identity)
+        defaults | _by_name(x) for x in (saved.meta.get("identity", {}), identity)
     )
     differing = [
         f"the {name} differs"
@@ -173,7 +169,7 @@ def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
 
 
 def changed_settings(saved: Saved, meta: dict[str, Any]) -> list[str]:
-    """Returns a line per setting and library version that may change and has changed."""
+    """Returns a line for every setting and library version that differs from the saved one."""
     lines = []
     for group in ("settings", "versions"):
         before, now = (_by_name(x.get(group, {})) for x in (saved.meta, meta))
@@ -186,7 +182,7 @@ def changed_settings(saved: Saved, meta: dict[str, Any]) -> list[str]:
 
 
 def _by_name(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings of each group by their dotted names."""
+    """Returns {"group.name": value} of nested settings."""
     result = {}
     for key, value in settings.items():
         group = value if isinstance(value, dict) else {"": value}

@@ -23,7 +23,7 @@ from jlora.errors import UsageError
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import batch_sharding, tree_shardings
-from jlora.train.optimizer import Numbers, make_optimizer, make_schedule
+from jlora.train.optimizer import Hyperparameters, make_optimizer, make_schedule
 from jlora.train.step import (
     Batch,
     TrainState,
@@ -40,7 +40,7 @@ class _Varied:
     """What a step of one adapter takes besides its state; stacked, a leading axis k."""
 
     rates: Float[Array, "... steps"]
-    numbers: Numbers
+    numbers: Hyperparameters
     key: Any
     dropout: Any
 
@@ -164,7 +164,7 @@ def _varied(adapters: Sequence[TrainedAdapter], total_steps: int) -> _Varied:
     each = [
         _Varied(
             rates=jnp.asarray(jax.vmap(make_schedule(m.optim, total_steps))(steps)),
-            numbers=Numbers.of(m.optim),
+            numbers=Hyperparameters.of(m.optim),
             key=jax.random.key(m.seed),
             dropout=np.float32(m.lora_dropout),
         )

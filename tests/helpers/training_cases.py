@@ -39,6 +39,13 @@ ADAM = OptimConfig(
     learning_rate=1e-2, lr_schedule="constant", warmup_ratio=0.0, weight_decay=0.1
 )
 ONE_DEVICE = MeshConfig(data=1)
+# Every (data, fsdp, tensor) whose product is 8.
+MESHES = [
+    (data, fsdp, 8 // (data * fsdp))
+    for data in (1, 2, 4, 8)
+    for fsdp in (1, 2, 4, 8)
+    if data * fsdp <= 8
+]
 
 
 def llama_config(**changes: Any) -> LlamaConfig:

@@ -2,7 +2,7 @@ import pytest
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UsageError
-from jlora.lora.target_modules import select_modules
+from jlora.lora.target_modules import select_targets
 
 LINEARS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -26,7 +26,7 @@ def v(*layers):
 
 
 def select(*, strict=True, **fields):
-    return select_modules(LoraConfig(**fields), NAMES, strict=strict)
+    return select_targets(LoraConfig(**fields), NAMES, strict=strict)
 
 
 def refused(**fields):

@@ -1,4 +1,4 @@
-"""Two processes of `train.py`, of two devices each, do what one process of four does."""
+"""Two processes of `train.py`, with two devices each, train as one with four devices does."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from jlora.parallel import processes
 STEPS = 60
 FLAGS = [
     *("--train.max_steps", STEPS, "--train.save_every", STEPS),
-    # Low, so that what differs in rounding does not grow.
+    # Low, so that differences in rounding do not grow.
     *("--optim.learning_rate", 1e-3),
 ]
 
@@ -64,7 +64,7 @@ def start(
 def start_all(
     folder: Path, run: str, *, count: int, own: Any = None
 ) -> list[subprocess.Popen[str]]:
-    """Starts all processes, with the words that `own` gives each of them."""
+    """Starts all processes, each with the arguments that `own` returns for its index."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -90,11 +90,11 @@ def log(folder: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     "axis",
     [
-        "fsdp",  # weights and adapters in parts over all devices, and so both processes
-        "data",  # all of them on every device, each with rows and dropout of its own
+        "fsdp",  # weights and adapters are split over all devices, so over both processes
+        "data",  # every device has all of them, and rows and dropout of its own
     ],
 )
-def test_two_processes_stop_together_go_on_and_end_as_one_does(workdir, axis):
+def test_two_processes_stop_together_resume_and_train_as_one_does(workdir, axis):
     two, one = f"two-{axis}", f"one-{axis}"
 
     def own(_):
@@ -107,16 +107,16 @@ def test_two_processes_stop_together_go_on_and_end_as_one_does(workdir, axis):
     running[1].send_signal(signal.SIGTERM)  # which process 0 does not get
     (first, _), (second, quiet) = finish(running)
     assert (first, second) == (75, 75)
-    # JAX itself says whom it met; jlora one line, of how many there are.
-    told = [line for line in quiet.splitlines() if "peer ranks" not in line]
-    assert told == ["process 1 of 2: 2 of 4 devices"]
+    # The second process prints one line; JAX may print one about its peers.
+    printed = [line for line in quiet.splitlines() if "peer ranks" not in line]
+    assert printed == ["process 1 of 2: 2 of 4 devices"]
     assert [code for code, _ in finish(start_all(workdir, two, count=2, own=own))] == [
         0,
         0,
     ]
     [(code, _)] = finish(start_all(workdir, one, count=1, own=own))
     assert code == 0
-    # Float32 sums in another order.
+    # Float32 sums are in another order.
     np.testing.assert_allclose(log(workdir / two), log(workdir / one), rtol=1e-4)
     alone, together = (
         json.loads((workdir / run / "adapter" / "adapter_config.json").read_text())
@@ -126,7 +126,7 @@ def test_two_processes_stop_together_go_on_and_end_as_one_does(workdir, axis):
 
 
 @pytest.mark.slow
-def test_processes_with_other_settings_end_before_they_compute(workdir):
+def test_processes_with_different_settings_end_before_they_compute(workdir):
     running = start_all(workdir, "other", count=2, own=lambda i: ("--seed", i))
     errors = [process.communicate(timeout=240)[1] for process in running]
     assert [process.returncode for process in running] == [2, 2]
@@ -146,8 +146,8 @@ class Nothing:
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[dict[str, Any]]:
-    """What JAX was asked to join."""
+def initialized(monkeypatch) -> list[dict[str, Any]]:
+    """The arguments of every call of `jax.distributed.initialize`."""
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **to: found.append(to))
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
@@ -169,14 +169,14 @@ def asked(monkeypatch) -> list[dict[str, Any]]:
         ),
     ],
 )
-def test_processes_are_joined_where_the_environment_tells_of_several(
-    asked, monkeypatch, environment, expected
+def test_processes_are_joined_if_the_environment_names_several(
+    initialized, monkeypatch, environment, expected
 ):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with processes.joined_processes():
         pass
-    assert asked == expected
+    assert initialized == expected
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_processes_are_joined_where_the_environment_tells_of_several(
         (":1", "2", "0"),
     ],
 )
-def test_variables_that_are_half_set_are_refused(asked, monkeypatch, values):
+def test_incomplete_variables_are_refused(initialized, monkeypatch, values):
     for name, value in zip(processes.VARIABLES, values, strict=True):
         monkeypatch.setenv(name, value)
     with (
@@ -198,7 +198,7 @@ def test_variables_that_are_half_set_are_refused(asked, monkeypatch, values):
         processes.joined_processes(),
     ):
         pass
-    assert asked == []
+    assert initialized == []
 
 
 @pytest.mark.parametrize(
@@ -209,18 +209,18 @@ def test_variables_that_are_half_set_are_refused(asked, monkeypatch, values):
         ("JAX_COORDINATOR_ADDRESS", "a", "JAX_COORDINATOR_ADDRESS=a: set all of"),
     ],
 )
-def test_what_a_launcher_tells_is_checked(asked, monkeypatch, name, value, message):
+def test_variables_of_a_launcher_are_checked(
+    initialized, monkeypatch, name, value, message
+):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message), processes.joined_processes():
         pass
-    assert asked == []
+    assert initialized == []
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, ValueError])
-def test_a_tpu_without_other_processes_is_no_failure_and_all_else_is(
-    asked, monkeypatch, kind
-):
+def test_only_a_tpu_without_other_processes_is_accepted(initialized, monkeypatch, kind):
     message = "coordinator_address should be defined."
 
     def fail(**_: Any) -> None:
@@ -239,7 +239,7 @@ def test_a_tpu_without_other_processes_is_no_failure_and_all_else_is(
         pass
 
 
-def test_processes_that_would_not_do_the_same_are_refused(monkeypatch):
+def test_different_facts_of_processes_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     parts = np.zeros((3, 32), np.uint8)
     gather = lambda digest: parts + digest  # noqa: E731
@@ -250,7 +250,7 @@ def test_processes_that_would_not_do_the_same_are_refused(monkeypatch):
         processes.check_agreement({"seed": 0})
 
 
-def test_a_process_that_is_lost_is_told(asked, monkeypatch):
+def test_a_lost_process_is_reported(initialized, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with (
         pytest.raises(ResourceError, match="another process of this run has ended"),
@@ -266,8 +266,8 @@ def test_a_process_that_is_lost_is_told(asked, monkeypatch):
         "INTERNAL: NCCL operation failed: Cuda failure 2 'out of memory'",
     ],
 )
-def test_a_lack_of_memory_is_not_taken_for_a_lost_process(
-    asked, monkeypatch, capsys, message
+def test_out_of_memory_is_not_reported_as_a_lost_process(
+    initialized, monkeypatch, capsys, message
 ):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
 

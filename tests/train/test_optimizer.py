@@ -10,7 +10,12 @@ from jlora.errors import UsageError
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.parallel.sharding import make_mesh
 from jlora.train.memory_estimate import memory_bytes, plan_workload
-from jlora.train.optimizer import Numbers, group_of, make_optimizer, make_schedule
+from jlora.train.optimizer import (
+    Hyperparameters,
+    group_of,
+    make_optimizer,
+    make_schedule,
+)
 
 STEPS, RATE = 5, 1e-2
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -164,7 +169,7 @@ def test_the_plan_counts_the_gradient_and_the_moments_of_every_adapter():
 
 def test_lora_plus_gives_pefts_rates_to_the_groups():
     config = OptimConfig(learning_rate=1e-4, loraplus_lr_ratio=16.0)
-    assert Numbers.of(config).rates == {
+    assert Hyperparameters.of(config).rates == {
         "lora_A": 1,
         "whole": 1,
         "embedding": pytest.approx(1e-2),
@@ -175,9 +180,9 @@ def test_lora_plus_gives_pefts_rates_to_the_groups():
 
 
 def test_norms_and_biases_decay_only_when_asked_to():
-    assert Numbers.of(OptimConfig(weight_decay=0.1)).decays["norm"] == 0
+    assert Hyperparameters.of(OptimConfig(weight_decay=0.1)).decays["norm"] == 0
     asked = OptimConfig(weight_decay=0.1, group_weight_decay={"norm": 0.2})
-    assert Numbers.of(asked).decays["norm"] == 0.2
+    assert Hyperparameters.of(asked).decays["norm"] == 0.2
 
 
 def test_groups_lie_inside_the_mask():

@@ -38,7 +38,7 @@ def data() -> Dataset:
 
 
 def threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name == "prefetch"]
+    return [t.name for t in threading.enumerate() if t.name.startswith("prefetch")]
 
 
 @pytest.fixture

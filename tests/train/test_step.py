@@ -35,7 +35,7 @@ from jlora.train.checkpoint import (
 )
 from jlora.train.evaluation import make_eval_step
 from jlora.train.optimizer import make_schedule
-from jlora.train.resuming import resume
+from jlora.train.resuming import resume_all
 from jlora.train.step import summed_loss
 
 
@@ -259,7 +259,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     checkpoints.save(3, first.state, META)
     checkpoints.close()
     second = Run(lora_dropout=0.2)
-    second.state = resume(tmp_path, second.state, META, mode="must")
+    [second.state] = resume_all([tmp_path], [second.state], [META], mode="must")
     second.train(3)
     assert_same_bits(whole.state, second.state)
 
@@ -272,7 +272,7 @@ def test_a_run_goes_on_from_one_device_to_eight(tmp_path):
     checkpoints.save(2, first.state, META)
     checkpoints.close()
     second = Run(MeshConfig(data=2, fsdp=2, tensor=2))
-    second.state = resume(tmp_path, second.state, META, mode="auto")
+    [second.state] = resume_all([tmp_path], [second.state], [META], mode="auto")
     assert second.train(2)[-1]["loss"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -308,7 +308,7 @@ def test_a_run_that_fell_back_saves_over_the_damaged_steps(saved_run, step):
     for damaged in ("2", "3"):
         replace_arrays(folder, damaged, "1")
     run = Run()
-    run.state = resume(saved_run, run.state, META, mode="must")
+    [run.state] = resume_all([saved_run], [run.state], [META], mode="must")
     run.train(step - 1)
     checkpoints = RunCheckpoints(folder, keep=2)
     checkpoints.save(step, run.state, META)
@@ -348,19 +348,19 @@ def test_the_adapter_of_a_run_of_the_schema_before_can_be_read(saved_run):
 def test_resuming_with_other_settings_names_what_differs(saved_run):
     other = {"data": "y", "lora": {"r": 4}}
     with pytest.raises(UsageError, match=r"the data differs, lora\.r is 4, was 2"):
-        resume(saved_run, Run().state, {"identity": other}, mode="auto")
+        resume_all([saved_run], [Run().state], [{"identity": other}], mode="auto")
 
 
 def test_where_the_base_is_found_may_change_in_a_resumed_run(saved_run):
     lora = LoraConfig(r=2, base_model_name_or_path="owner/name", revision="abc")
     other = {"data": "x", "lora": asdict(lora)}
-    resume(saved_run, Run().state, {"identity": other}, mode="must")
+    resume_all([saved_run], [Run().state], [{"identity": other}], mode="must")
 
 
 def test_a_setting_that_is_newer_than_the_run_had_its_default(saved_run):
     other = {"data": "x", "lora": asdict(LoraConfig(r=2, use_dora=True))}
     with pytest.raises(UsageError, match=r"step 2: lora\.use_dora is true, was false;"):
-        resume(saved_run, Run().state, {"identity": other}, mode="must")
+        resume_all([saved_run], [Run().state], [{"identity": other}], mode="must")
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])

@@ -8,7 +8,7 @@ import numpy as np
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UsageError, listing
 from jlora.formats.tensor_names import module_name, module_path
-from jlora.lora.target_modules import select_modules
+from jlora.lora.target_modules import select_targets
 
 Tensors = dict[str, dict[str, np.ndarray]]
 
@@ -19,7 +19,7 @@ class Adapter:
 
     config: LoraConfig
     tensors: Tensors
-    """Params path of a module -> its leaves, named and laid out as in `jlora.lora.lora_dense`.
+    """Params path of a module -> its leaves, named and laid out as in `jlora.lora.adapter_tree`.
 
     All are float32, except an `embedding` or `kernel` that replaces the base's: that has
     the dtype of the file.
@@ -61,7 +61,7 @@ class Adapter:
             modules_to_save=None,
         )
         try:
-            selected = select_modules(every_module, list(ranks), strict=False)
+            selected = select_targets(every_module, list(ranks), strict=False)
         except UsageError as error:
             raise CorruptError(f"{location}: {error}") from error
         wrong = [

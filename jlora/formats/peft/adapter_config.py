@@ -7,14 +7,12 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from jlora.config.lora_config import LoraConfig
-from jlora.config.peft_fields import (
-    INERT,
-    LOST_STARTS,
-    PLAIN_STARTS,
-    REFUSED,
-    RESIDUAL_STARTS,
-    unsupported,
+from jlora.config.lora_config import (
+    PLAIN_METHODS,
+    RESIDUAL_METHODS,
+    UNRECORDED_METHODS,
+    LoraConfig,
+    unsupported_fields,
 )
 from jlora.errors import (
     CorruptError,
@@ -26,7 +24,8 @@ from jlora.errors import (
 )
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.tensor_names import module_name
-from jlora.lora.target_modules import TABLES, is_saved
+from jlora.lora.adapter_tree import EMBEDDING, HEAD
+from jlora.lora.target_modules import VOCAB_MODULES, is_saved
 
 MERGE_FIRST = (
     "merge it with PEFT (merge_and_unload) where it was trained, save the model and use "
@@ -38,13 +37,13 @@ def read_config(document: dict[str, Any], where: str) -> LoraConfig:
     """Returns the settings of an adapter_config.json; absent keys take PEFT's defaults."""
     if document.get("peft_type") is None:
         raise CorruptError(f"{where}: no peft_type, so not a PEFT adapter's settings")
-    refused = unsupported(document)
+    refused = unsupported_fields(document)
     if refused:
         raise UnsupportedError(
             f"{where}: jlora does not support {listing(refused)}; {MERGE_FIRST}"
         )
     kept = {item.name for item in fields(LoraConfig)}
-    known = {*kept, *REFUSED, *INERT}
+    known = LoraConfig.__dataclass_fields__
     unknown = [
         f"{key}{nearest(key, known)}" for key in sorted(document) if key not in known
     ]
@@ -66,15 +65,15 @@ def _initialisation(method: Any, where: str) -> bool | str:
         CorruptError: not a method of PEFT's.
     """
     method = method.lower() if isinstance(method, str) else method
-    if method is None or method in PLAIN_STARTS:
+    if method is None or method in PLAIN_METHODS:
         return True
-    if method in LOST_STARTS or str(method).startswith("pissa_niter"):
+    if method in UNRECORDED_METHODS or str(method).startswith("pissa_niter"):
         raise UnsupportedError(
             f"{where}: init_lora_weights={method!r} is not supported, as the adapter "
             "does not say how it changed its base; save it as plain LoRA with PEFT: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL)"
         )
-    if method not in RESIDUAL_STARTS:
+    if method not in RESIDUAL_METHODS:
         raise CorruptError(
             f"{where}: init_lora_weights={method!r} is not known to PEFT"
         )
@@ -135,13 +134,13 @@ def _targets(
     config: LoraConfig, names: list[str], linears: list[str] | None
 ) -> list[str]:
     """Returns sorted suffixes if they select the same modules, else sorted full names."""
-    if config.ensure_weight_tying and TABLES[0] in names:  # PEFT then adds the head
-        names = [name for name in names if name != TABLES[1]]
+    if config.ensure_weight_tying and EMBEDDING in names:  # PEFT then adds the head
+        names = [name for name in names if name != HEAD]
     suffixes = sorted({name.rsplit(".")[-1] for name in names})
     if linears:
         selected = [
             name
-            for name in {*linears, *TABLES}
+            for name in {*linears, *VOCAB_MODULES}
             if name.rsplit(".")[-1] in suffixes and not is_saved(config, name)
         ]
         return suffixes if sorted(selected) == names else names

@@ -1,7 +1,7 @@
 """The names of an adapter's tensors: PEFT key <-> (module, leaf).
 
 A key is `base_model.model.`, the module's HF name and an ending. Leaves are named as in
-`jlora.lora.lora_dense`, except a whole `weight` or `bias`: only the settings tell what that
+`jlora.lora.adapter_tree`, except a whole `weight` or `bias`: only the settings tell what that
 is for.
 
 Source: PEFT `utils/save_and_load.py`, `get_peft_model_state_dict`.

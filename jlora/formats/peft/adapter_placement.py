@@ -11,8 +11,8 @@ from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import whole_embeddings
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key, is_transposed
 from jlora.formats.tensor_names import all_names, module_name, module_path
-from jlora.lora.lora_dense import WEIGHTS
-from jlora.lora.target_modules import Selection, select
+from jlora.lora.adapter_tree import WEIGHT_LEAVES
+from jlora.lora.target_modules import Selection, select_trainable
 
 # Params path of a module -> leaf -> shape; -1 stands for the rank.
 _Shapes = dict[str, dict[str, tuple[int, ...]]]
@@ -52,7 +52,7 @@ def place_adapter(adapter: Adapter, config: LlamaConfig) -> Placement:
     names = [module_name(path) for path in shapes]
     tied = config.tie_word_embeddings
     try:
-        selection = select(
+        selection = select_trainable(
             settings, names, tied=tied, vocab_size=config.vocab_size, strict=False
         )
     except UsageError as error:
@@ -87,7 +87,7 @@ def _expected(adapter: Adapter, selection: Selection, shapes: _Shapes) -> _Shape
     for name in selection.adapted:
         path = module_path(name)
         own = shapes.get(path, head)
-        fan_in, fan_out = next(own[leaf] for leaf in WEIGHTS if leaf in own)
+        fan_in, fan_out = next(own[leaf] for leaf in WEIGHT_LEAVES if leaf in own)
         leaves = expected.setdefault(path, {})
         leaves |= {"lora_A": (fan_in, -1), "lora_B": (-1, fan_out)}
         if adapter.config.use_dora:
@@ -179,7 +179,7 @@ def _leaves(adapter: Adapter, selection: Selection) -> dict[str, dict[str, Any]]
     added: dict[str, dict[str, Any]] = {}
     for path, arrays in adapter.tensors.items():
         leaves: dict[str, Any] = {
-            leaf: array for leaf, array in arrays.items() if leaf not in WEIGHTS
+            leaf: array for leaf, array in arrays.items() if leaf not in WEIGHT_LEAVES
         }
         name = module_name(path)
         if "lora_A" in leaves:

@@ -27,8 +27,7 @@ from jlora.formats.peft.adapter_reader import CONFIG, WEIGHTS
 from jlora.formats.peft.plain_lora import needs_residual_base, with_initial_factors
 from jlora.formats.safetensors_file import Spec, write_safetensors
 from jlora.formats.tensor_names import Params, module_path
-from jlora.lora.adapter_tree import is_trainable, linear_modules, modules
-from jlora.lora.lora_dense import WEIGHTS as WEIGHT_LEAVES
+from jlora.lora.adapter_tree import WEIGHT_LEAVES, is_trainable, linear_modules, modules
 
 
 def save_adapter(

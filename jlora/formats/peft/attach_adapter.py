@@ -17,16 +17,13 @@ from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import changed_embeddings
-from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
 from jlora.formats.peft.adapter_placement import adapted_config, place_adapter
 from jlora.formats.peft.plain_lora import initial_factors, needs_residual_base
 from jlora.formats.tensor_names import Params, module_name, module_path
-from jlora.lora.adapter_tree import modules, with_adapter
-from jlora.lora.initialisation import add_lora
-from jlora.lora.lora_dense import norm_squared, weight_of
-from jlora.lora.merging import without_start
+from jlora.lora.adapter_tree import EMBEDDING, modules, weight_in, with_adapter
+from jlora.lora.initialisation import add_lora, norm_squared
+from jlora.lora.merging import without_initial_update
 
-_EMBEDDING_NAME = module_name(EMBEDDING)
 # HF module name -> leaf -> array.
 _Modules = dict[str, dict[str, Any]]
 
@@ -95,8 +92,8 @@ def attach_adapter(
         base[name] |= leaves
     for name, arrays in placement.leaves.items():
         leaves = {leaf: jnp.asarray(array) for leaf, array in arrays.items()}
-        weight: Any = _weight(base, name)
-        is_residual = needs_residual_base(adapter.config) and name != _EMBEDDING_NAME
+        weight: Any = weight_in(base, name)
+        is_residual = needs_residual_base(adapter.config) and name != EMBEDDING
         if "lora_A" in leaves and is_residual:
             factors = initial_factors(adapter, name, weight)
             if train or "kernel" not in base.get(name, {}):
@@ -144,18 +141,12 @@ def _replaced_embeddings(
     return replaced
 
 
-def _weight(base: _Modules, name: str) -> Any:
-    """Returns a module's kernel or embedding; for a tied head, the embedding's transpose."""
-    leaves = base.get(name, {})
-    if name == HEAD and "kernel" not in leaves:
-        return base[_EMBEDDING_NAME]["embedding"].T
-    return weight_of(leaves)
-
-
 def _residual(kernel: Any, factors: dict[str, Any], scaling: float) -> Any:
     """Returns the kernel that PiSSA or OLoRA leave: without the initial update."""
     a, b = (np.asarray(factors[leaf]) for leaf in ("lora_A0", "lora_B0"))
-    return _on_devices_of(kernel, without_start(np.asarray(kernel), a, b, scaling))
+    return _on_devices_of(
+        kernel, without_initial_update(np.asarray(kernel), a, b, scaling)
+    )
 
 
 def _on_devices_of(like: Any, array: np.ndarray) -> Any:

@@ -17,7 +17,7 @@ from jlora.formats.peft.adapter import Adapter, Tensors
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
 from jlora.formats.peft.named_base import open_named_base
 from jlora.formats.tensor_names import module_name, module_path
-from jlora.lora.initialisation import initial_pair
+from jlora.lora.initialisation import principal_factors
 
 
 def needs_residual_base(config: LoraConfig) -> bool:
@@ -28,7 +28,7 @@ def needs_residual_base(config: LoraConfig) -> bool:
 def initial_factors(adapter: Adapter, name: str, weight: Any) -> dict[str, Any]:
     """Returns lora_A0 and lora_B0 of a module, computed from its weight as PEFT does."""
     path = module_path(name)
-    a, b = initial_pair(
+    a, b = principal_factors(
         str(adapter.config.init_lora_weights),
         weight,
         jax.random.key(0),  # not used by the methods that `read_adapter` accepts
