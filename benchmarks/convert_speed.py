@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path, layers: int) -> int:
 def data_files(folder: Path) -> list[Path]:
     """Returns the files that hold weights."""
     found = [path for path in folder.rglob("*") if path.is_file()]
-    return [path for path in found if path.name[0].isdigit() or "model" in path.name]
+    return [path for path in found if path.suffix == ".safetensors"]
 
 
 def read_plainly(folder: Path) -> None:

@@ -26,7 +26,7 @@ def main(arguments: Arguments) -> None:
     """Prints one line per fact."""
     # What needs JAX is imported here: --help and a wrong flag are answered without it.
     from jlora.formats.describe import describe_adapter, describe_model
-    from jlora.formats.model_source import hashing
+    from jlora.formats.model_source import hash_weights
     from jlora.formats.open_model import open_model
     from jlora.formats.peft.adapter_reader import find_adapter
     from jlora.loading import open_adapter
@@ -41,7 +41,7 @@ def main(arguments: Arguments) -> None:
     source = open_model(arguments.path)
     lines = describe_model(source)
     if arguments.digest:
-        with hashing(source) as digests:
+        with hash_weights(source) as digests:
             lines += [f"sha256 of {name}: {text}" for name, text in digests().items()]
     print("\n".join(lines))
 

@@ -1,9 +1,9 @@
-"""Arrays from files, block by block: read, checked and laid out while in the cache.
+"""Reads arrays from files in blocks: each is read, checked and copied while it is cached.
 
-A tensor is never held twice: a block is read into a small buffer that each thread keeps,
-checked there, and copied to where it stays. Blocks are shared among a few threads, as
-NumPy, zlib and the system let go of the interpreter meanwhile. Files are read, not
-mapped: a mapped file that becomes shorter kills the process (SIGBUS).
+A few threads share the blocks of a tensor, as NumPy, zlib and system calls release the
+interpreter's lock. Each thread keeps one small buffer, so that a tensor is never in
+memory twice. Files are read, not mapped: a mapped file that gets shorter kills the
+process (SIGBUS).
 """
 
 import functools
@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 BLOCK_BYTES = 8 << 20
-# Of a matrix that is transposed: as much of a row of the result is written at a time.
-# A cache line of each, 40 KiB, stays in the processor while columns are gathered.
+# Rows of a block that is transposed. One cache line of each row, 40 KiB together, stays in
+# the processor's cache while columns are gathered.
 BLOCK_ROWS = 640
-MAX_BUFFER_BYTES = 16 << 20  # a chunk of a converted base
+MAX_BUFFER_BYTES = 16 << 20  # a block of a converted base
 THREADS = min(8, os.cpu_count() or 1)
 Index = tuple[slice, ...]
 """A box of an array: one slice with start and stop, and no step, per axis."""
-# Rows that are a power of two apart would share a few places of the processor's cache.
+# Rows that start a power of two apart would compete for a few lines of the cache.
 _PADDING = 64
 _PAGE_BYTES = 4096  # at least one byte of each is written, where pages are larger too
 _HUGE_PAGE_BYTES = 2 << 20
@@ -34,12 +34,12 @@ _buffers = threading.local()
 
 
 def whole(shape: tuple[int, ...]) -> Index:
-    """Returns the box that is all of an array."""
+    """Returns the box that covers an array of this shape."""
     return tuple(slice(0, size) for size in shape)
 
 
 def as_box(index: tuple[Any, ...] | None, shape: tuple[int, ...]) -> Index:
-    """Returns a device's index with every start and stop written out; None is all."""
+    """Returns the index of a device's shard as a box; None is the whole array."""
     if index is None:
         return whole(shape)
     return tuple(
@@ -48,15 +48,12 @@ def as_box(index: tuple[Any, ...] | None, shape: tuple[int, ...]) -> Index:
 
 
 def box_shape(box: Index) -> tuple[int, ...]:
-    """Returns the shape of what a box holds."""
+    """Returns the shape of a box."""
     return tuple(part.stop - part.start for part in box)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Returns an array whose memory JAX on a CPU takes over without a copy.
-
-    That needs an address that is a multiple of 64.
-    """
+    """Returns a new array that JAX on a CPU uses without a copy: aligned to 64 bytes."""
     dtype = np.dtype(dtype)
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = np.empty(size + 64, np.uint8)
@@ -65,10 +62,10 @@ def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 
 
 def touch(array: np.ndarray) -> None:
-    """Has the system provide the memory of a new contiguous array, from a few threads.
+    """Makes the system allocate the pages of a new contiguous array, from a few threads.
 
-    Threads that write the columns of an array all come to the same huge page at once;
-    each would clear one, and all but one would be thrown away.
+    Otherwise threads that write the columns of an array reach the same huge page at
+    once. Each would clear one, and all but one of those would be thrown away.
     """
     memory = array.reshape(-1).view(np.uint8)
     before = memory.ctypes.data % _HUGE_PAGE_BYTES
@@ -84,7 +81,7 @@ def touch(array: np.ndarray) -> None:
 def for_each(function: Callable[[Any], None], items: Iterable[Any]) -> None:
     """Calls the function with each item, from a few threads.
 
-    Of several errors, that of the earliest item is raised, once no thread works any more.
+    If some calls fail, the error of the earliest item is raised when all have ended.
     """
     futures = [_pool().submit(function, item) for item in items]
     wait(futures, return_when=FIRST_EXCEPTION)
@@ -98,13 +95,13 @@ def for_each(function: Callable[[Any], None], items: Iterable[Any]) -> None:
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    # Kept, with the buffers of its threads: new ones for every tensor would leave holes
-    # all over the allocator's memory, a layer's size of them (measured).
+    # One pool for all tensors: the buffers of new threads for each would fragment the
+    # heap, by the size of a layer (measured).
     return ThreadPoolExecutor(THREADS)
 
 
 def buffer(size: int) -> np.ndarray:
-    """Returns `size` bytes that this thread keeps, unless they are many, and reuses."""
+    """Returns `size` bytes, from a buffer that this thread reuses unless it is too large."""
     if size > MAX_BUFFER_BYTES:
         return np.empty(size, np.uint8)
     memory = getattr(_buffers, "memory", None)
@@ -114,7 +111,7 @@ def buffer(size: int) -> np.ndarray:
 
 
 def read_into(memory: np.ndarray, descriptor: int, offset: int) -> bool:
-    """Fills contiguous memory from a file; False if the file ends before."""
+    """Fills contiguous memory from a file; returns False if the file is too short."""
     view = memory.reshape(-1).view(np.uint8).data
     while view:
         count = os.preadv(descriptor, [view], offset)
@@ -125,11 +122,11 @@ def read_into(memory: np.ndarray, descriptor: int, offset: int) -> bool:
 
 
 def read_rows(rows: np.ndarray, descriptor: int, offset: int) -> bool:
-    """Fills the rows of a matrix, which may lie apart; False if the file ends before."""
+    """Fills the rows of a matrix, which may have gaps between; False if the file is short."""
     items = rows.view(np.uint8)
     count = os.preadv(descriptor, _views(items), offset)
     row_bytes = items.shape[1]
-    # A read may end early, as at a signal; what is left is read row by row.
+    # A read may end early, for example at a signal; the rest is read row by row.
     return all(
         read_into(items[i], descriptor, offset + i * row_bytes)
         for i in range(count // row_bytes, len(items))
@@ -137,7 +134,7 @@ def read_rows(rows: np.ndarray, descriptor: int, offset: int) -> bool:
 
 
 def _views(rows: np.ndarray) -> list[memoryview]:
-    """Returns the memory of every row; made once for the blocks that a thread reuses."""
+    """Returns the memory of every row, cached for the buffer that a thread reuses."""
     place = (rows.ctypes.data, rows.shape[1:], rows.strides)
     if getattr(_buffers, "place", None) != place or len(_buffers.views) < len(rows):
         _buffers.place, _buffers.views = place, [row.data for row in rows]
@@ -145,16 +142,18 @@ def _views(rows: np.ndarray) -> list[memoryview]:
 
 
 def row_blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yields (first, end) of rows that make a block together, by 64."""
+    """Yields (first, end) of the rows of each block, a multiple of 64 rows."""
     rows = max(1, BLOCK_BYTES // max(1, row_bytes) // 64) * 64
     for first in range(start, stop, rows):
         yield first, min(first + rows, stop)
 
 
-def turned_blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yields (first, end) of rows that are transposed together, as many per thread.
+def transposed_blocks(
+    start: int, stop: int, row_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """Yields (first, end) of the rows of each block to transpose, as many for each thread.
 
-    By 32: of items of two bytes, those begin with a cache line if rows of the result do.
+    A multiple of 32 rows: 32 items of two bytes fill a cache line of the result.
     """
     most = min(BLOCK_ROWS, MAX_BUFFER_BYTES // (row_bytes + _PADDING))
     lines = math.ceil((stop - start) / 32)
@@ -167,17 +166,17 @@ def turned_blocks(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, 
 
 
 def _row_buffer(rows: int, columns: int, dtype: np.dtype[Any]) -> np.ndarray:
-    """Returns a matrix in this thread's buffer, with some bytes between its rows."""
+    """Returns a matrix in this thread's buffer, with padding between its rows."""
     stride = columns * dtype.itemsize + _PADDING
     memory = buffer(rows * stride).reshape(rows, stride)
     return memory[:, :-_PADDING].view(dtype)
 
 
 def copy_transposed(target: np.ndarray, block: np.ndarray) -> None:
-    """Sets target [C, R] to the transpose of block [R, C].
+    """Sets target [C, R] to the transpose of block [R, C], row by row of the target.
 
-    Row by row of the target: of `block`, the cache lines of one column hold the next few,
-    if the padding between its rows spreads them over the cache.
+    The cache lines that one column of `block` needs also hold the next few columns. They
+    stay cached because of the padding between the rows.
     """
     bits = np.dtype(f"u{block.itemsize}")  # NumPy copies other libraries' items slowly
     target.view(bits)[...] = block.view(bits).T
@@ -203,7 +202,7 @@ def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
 
     touch(target)
     row_bytes = array.shape[1] * array.itemsize
-    for_each(copy, turned_blocks(0, array.shape[0], row_bytes))
+    for_each(copy, transposed_blocks(0, array.shape[0], row_bytes))
 
 
 def read_box(
@@ -216,9 +215,7 @@ def read_box(
     transposed: bool,
     check: Callable[[np.ndarray, int], None],
 ) -> np.ndarray | None:
-    """Returns a box of a row-major array in a file, or its transpose.
-
-    Only the rows of the box are read, each once.
+    """Returns a box of a row-major array in a file, or its transpose; reads its rows once.
 
     Args:
         file: the file.
@@ -263,7 +260,7 @@ def read_box(
         elif not full_rows:
             result[columns] = block[:, *box[1:]]
 
-    split = turned_blocks if transposed else row_blocks
+    split = transposed_blocks if transposed else row_blocks
     try:
         if transposed:
             touch(result)

@@ -1,4 +1,4 @@
-"""Folders that are written: they appear whole or not at all, and replace nothing unasked."""
+"""Writes folders that appear whole or not at all, and replaces one only if asked to."""
 
 import contextlib
 import ctypes
@@ -19,12 +19,12 @@ _DISK_FULL = ("No space left on device", "Disk quota exceeded")
 def atomic_folder(
     out: Path, overwrite: bool, source: Path | None = None
 ) -> Iterator[Path]:
-    """Yields a temporary folder beside `out` that becomes `out` if the body succeeds.
+    """Yields a temporary folder that becomes `out` when the body has succeeded.
 
     Args:
         out: the folder to make.
-        overwrite: replace `out` if it is a model or adapter folder.
-        source: what the folder is made from; must not lie inside `out`.
+        overwrite: whether to replace `out` if it is a model or adapter folder.
+        source: what the folder is made from, which must not be inside `out`.
 
     Raises:
         UsageError: `out` is not empty, not a folder, the source, or not writable.
@@ -61,9 +61,9 @@ def atomic_folder(
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two folders in one step if the system can; returns whether it did.
+    """Exchanges two folders in one step if the system can; returns whether it did.
 
-    Two renames would leave an instant, and a killed process, without any folder.
+    A process that is killed between two renames would leave neither folder in place.
     """
     current_folder, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux
     try:
@@ -85,7 +85,7 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
-    """Raises UsageError if `out` must not be written; arguments as `atomic_folder`."""
+    """Raises UsageError if `out` must not be written; arguments as of `atomic_folder`."""
     target = out.resolve()
     if not target.name:
         raise UsageError(f"{out}: not a folder that can be made; choose another OUT")
@@ -108,7 +108,7 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
 
 @contextlib.contextmanager
 def _locked(folder: Path, out: Path) -> Iterator[None]:
-    """Holds a lock on the folder, which a killed process leaves without effect."""
+    """Locks the folder against other processes; the lock of a killed process is void."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -135,7 +135,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Orbax reports a full disk as a ValueError that quotes the system's words.
+        # Some libraries wrap the system's error in a class of their own.
         if any(words in str(error) for words in _DISK_FULL):
             free = shutil.disk_usage(_existing(out)).free
             raise ResourceError(

@@ -1,4 +1,4 @@
-"""A tree's leaves by path, and digests of them: in memory, and where they lie."""
+"""Digests of arrays, on the host and on the devices."""
 
 import hashlib
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns {dotted path: leaf}; empty nodes vanish."""
+    """Returns {dotted path: leaf} of a tree."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -29,12 +29,13 @@ def _checksum(leaf: jax.Array) -> jax.Array:
     """Returns a position-dependent sum of the leaf's bits, modulo 2^32."""
     unsigned = {2: jnp.uint16, 4: jnp.uint32, 1: jnp.uint8}[leaf.dtype.itemsize]
     bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
-    # Mixed, as an odd weight leaves a sign bit where it is: x and -x could trade places.
+    # Mix the bits first: multiplied by an odd weight, a sign bit stays where it is, so
+    # that x and -x could be exchanged unnoticed.
     bits ^= bits >> 16
     bits *= jnp.uint32(0x85EBCA6B)
     bits ^= bits >> 13
     for axis, size in enumerate(leaf.shape):
-        # Odd weights are invertible modulo 2^32, so no single change can cancel out.
+        # Odd weights are invertible modulo 2^32, so a single change always shows.
         weight = jnp.arange(size, dtype=jnp.uint32) * jnp.uint32(2654435761 + 2 * axis)
         shape = [size if i == axis else 1 for i in range(leaf.ndim)]
         bits = bits * (weight.reshape(shape) | jnp.uint32(1))
@@ -44,8 +45,8 @@ def _checksum(leaf: jax.Array) -> jax.Array:
 def fingerprint(tree: Any) -> str:
     """Returns a digest of every leaf's path, shape, dtype and a checksum of its bits.
 
-    The checksum is integer arithmetic on the device: the same on any backend, mesh and
-    order of summation, at the cost of one read of the weights.
+    The checksum is computed on the devices in integers, so that it does not depend on
+    backend, mesh or order of summation. It costs one read of the weights.
     """
     lines = [
         f"{path} {leaf.shape} {leaf.dtype.name} {int(_checksum(leaf))}"

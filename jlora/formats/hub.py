@@ -1,4 +1,4 @@
-"""Model hub ids: owner/name or owner/name@revision, fetched into the hub's own cache."""
+"""Downloads models and adapters of the Hugging Face hub into its own cache."""
 
 import re
 from pathlib import Path
@@ -9,17 +9,17 @@ _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def is_hub_id(path: str) -> bool:
-    """Returns whether a path that is not there may be owner/name or owner/name@revision."""
+    """Returns whether a string has the form owner/name or owner/name@revision."""
     return _HUB_ID.fullmatch(path) is not None and not path.startswith((".", "~"))
 
 
 def hub_folder(
     name: str, patterns: list[str], ignored: list[str] | None = None
 ) -> Path:
-    """Returns the local copy of the files of a hub id that match the patterns.
+    """Downloads the files of a hub id that match the patterns; returns their folder.
 
     Raises:
-        UsageError: it cannot be fetched.
+        UsageError: it cannot be downloaded.
     """
     try:
         import huggingface_hub
@@ -36,7 +36,7 @@ def hub_folder(
             allow_patterns=patterns,
             ignore_patterns=ignored,
         )
-    except Exception as error:  # many classes, of several HTTP libraries
+    except Exception as error:  # of many classes, from several HTTP libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(
             f"{name}: no such local folder, and it cannot be fetched from the hub: "

@@ -1,4 +1,4 @@
-"""Params from a source: each tensor read once, straight to the devices that hold it."""
+"""Loads the params of an opened model onto the devices, one tensor at a time."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
@@ -24,18 +24,18 @@ def load_params(
     dtype: BaseDtype = "keep",
     sharding: ShardingOf | None = None,
 ) -> Params:
-    """Returns the params as jax arrays, read one tensor at a time.
+    """Returns the params as JAX arrays; host memory holds two tensors at most.
 
     Args:
         source: the model.
-        dtype: of every leaf; "keep" leaves them bit for bit; fp8, int8 and nf4 quantise
-            the projections and keep the others. Another one dequantises.
-        sharding: (path, shape) -> sharding; each process reads and makes its own
-            slices only.
+        dtype: of every leaf. "keep" loads what is stored, bit for bit; fp8, int8 and nf4
+            quantise the projections and keep the other leaves. Any other dtype
+            dequantises a quantised model.
+        sharding: (path, shape) -> sharding. Each process reads its own slices only.
 
     Raises:
-        UsageError: the model is quantised in another format, or a device's share of a
-            tensor would not be whole.
+        UsageError: the model is quantised in another format, or the mesh does not divide
+            a tensor evenly.
     """
     params: Params = {}
     plain, quantize = _split_dtype(source, dtype)
@@ -50,7 +50,7 @@ def load_params(
         }
         boxes = {leaf: _own_box(places[leaf], specs[leaf].shape) for leaf in specs}
         arrays = read_leaves(source, path, plain, quantize, boxes)
-        # One tensor is on its way while the next is read; more would be held twice.
+        # One tensor is transferred while the next is read; more would take more memory.
         jax.block_until_ready(sent)
         sent = [
             _place(arrays.pop(leaf), boxes[leaf], spec.shape, places[leaf])
@@ -80,7 +80,7 @@ def _check_shards(
 
 
 def abstract_params(source: ModelSource, *, dtype: BaseDtype = "keep") -> Params:
-    """Returns shapes and dtypes as `load_params` would give, without a byte read."""
+    """Returns the shapes and dtypes of what `load_params` returns; reads nothing."""
     params: Params = {}
     plain, quantize = _split_dtype(source, dtype)
     for path in source.tensors:
@@ -90,7 +90,7 @@ def abstract_params(source: ModelSource, *, dtype: BaseDtype = "keep") -> Params
 
 
 def _split_dtype(source: ModelSource, dtype: BaseDtype) -> tuple[Dtype, Format]:
-    """Returns (dtype of plain leaves, format of the projections)."""
+    """Returns (dtype of the leaves, format of the kernels of the projections)."""
     if dtype in ("fp8", "int8", "nf4"):
         return "keep", resulting_format(source, "keep", dtype)
     return dtype, resulting_format(source, dtype, "none")
@@ -116,9 +116,9 @@ def _place(
     shape: tuple[int, ...],
     sharding: jax.sharding.Sharding | None,
 ) -> jax.Array:
-    """Returns the whole array on its devices; `array` holds what lies in `box`."""
+    """Puts a tensor on its devices; `array` holds the part of it that is in `box`."""
     if not array.flags.c_contiguous or array.ctypes.data % 64:
-        # JAX on a CPU takes over what is aligned, and copies anything else slowly.
+        # On a CPU, JAX uses aligned memory as it is, and copies any other slowly.
         array = _aligned_copy(array)
     if sharding is None:
         return jax.device_put(array)

@@ -1,6 +1,6 @@
-"""The small files of a model folder: read whole, within limits, and as what they are.
+"""Reads the small files of a model folder, such as config.json and tokenizer.json.
 
-No link is followed out of the folder, and a failure to read is one message.
+Their size is limited, and no link is followed out of the folder.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ SIDE_FILES = (
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns failures to open or read `path` into one message.
+    """Turns an OSError of the body, which opens or reads `path`, into a JloraError.
 
     Raises:
-        CorruptError: the file does not exist, or the device failed.
+        CorruptError: the file does not exist, or cannot be read.
         UsageError: no permission, or a folder.
     """
     try:
@@ -52,7 +52,7 @@ def reading(path: Path) -> Iterator[None]:
 def read_json(
     folder: Path, name: str, max_bytes: int = MAX_JSON_BYTES
 ) -> dict[str, Any]:
-    """Returns a JSON object stored in a model folder.
+    """Returns the JSON object in a file of a model folder.
 
     Raises:
         CorruptError: missing, too large, or not a JSON object.
@@ -62,7 +62,7 @@ def read_json(
 
 
 def read_side_files(folder: Path) -> dict[str, bytes]:
-    """Returns the tokenizer, template and generation files of a folder by name."""
+    """Returns {name: bytes} of the tokenizer, template and generation files of a folder."""
     found = (path for pattern in SIDE_FILES for path in sorted(folder.glob(pattern)))
     names = [path.relative_to(folder).as_posix() for path in found]
     return {name: read_file(folder, name) for name in names}
@@ -76,7 +76,7 @@ def read_file(folder: Path, name: str, max_bytes: int = MAX_SIDE_FILE_BYTES) -> 
     """
     path = inside_folder(folder, name)
     with reading(path), path.open("rb") as file:
-        # Python takes memory for as much as it is asked to read.
+        # Python allocates as much as it is asked to read.
         data = file.read(min(max_bytes, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > max_bytes:
         raise CorruptError(f"{path}: more than {max_bytes:,} bytes")
@@ -86,9 +86,12 @@ def read_file(folder: Path, name: str, max_bytes: int = MAX_SIDE_FILE_BYTES) -> 
 
 
 def inside_folder(folder: Path, name: str) -> Path:
-    """Returns the path of a file in `folder`, which no link may lead out of.
+    """Returns the path of a file in `folder`, unless it is a link out of the folder.
 
-    The hub cache is the exception: it links snapshot files to its own blobs.
+    The hub cache is an exception, as its snapshots are links to blobs beside them.
+
+    Raises:
+        CorruptError: such a link, or not a file.
     """
     path, home = folder / name, folder.resolve()
     if path.exists() and not path.is_file():  # a pipe would be waited for

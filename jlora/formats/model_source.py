@@ -21,48 +21,51 @@ from jlora.config.run_config import Dtype, Format
 from jlora.errors import CorruptError, JloraError, UsageError
 from jlora.formats.array_blocks import Index
 from jlora.formats.model_files import reading
-from jlora.formats.safetensors_file import Spec
-from jlora.formats.stored_leaves import (
+from jlora.formats.quantized_kernels import (
     is_quantizable,
     quantize_tensor,
     quantized_specs,
 )
+from jlora.formats.safetensors_file import Spec
 from jlora.formats.tensor_checks import first_non_finite
 
 
 @runtime_checkable
 class Read(Protocol):
-    """Reads one tensor, or a box of it that one process needs."""
+    """A function that reads a tensor, or the box of it that one process needs."""
 
     def __call__(self, path: str, box: Index | None = None) -> np.ndarray:
-        """Returns the tensor at a params path, checked, in jlora's layout."""
+        """Returns the checked tensor at a params path, in jlora's layout."""
         ...
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checked model that can be read tensor by tensor, in jlora's layout."""
+    """A model whose configuration and tensor names were checked; weights are not read yet."""
 
     kind: Literal["hf", "gguf", "base"]
     location: Path
     config: LlamaConfig
     hf_config: dict[str, Any]
-    """config.json as found."""
+    """config.json, unchanged."""
     tensors: dict[str, Spec]
     """Params path -> shape and stored dtype, in HF's order."""
     read: Read
     """(params path, box or None) -> array; a kernel may be a transposed view."""
     files: dict[str, bytes]
-    """Tokenizer, template and generation files, verbatim."""
+    """Tokenizer, template and generation files, byte for byte."""
     provenance: dict[str, Any]
-    """Where it came from, for jlora.json; free of times."""
+    """Where the model came from, for jlora.json. It has no dates, which would differ."""
     weights: tuple[Path, ...] = ()
-    """The files that hold the tensors; none of a base, whose record has their digests."""
+    """The files that hold the tensors. Empty for a base, whose record has their digests."""
     quantize: Format = "none"
-    """How the projections' kernels are stored; `read` gives them in float32."""
+    """How the kernels of the projections are stored; `read` dequantises them to float32."""
 
     def specs(self, path: str, dtype: Dtype, quantize: Format) -> dict[str, Spec]:
-        """Returns {params path: spec} of what a tensor becomes in this dtype and format."""
+        """Returns {params path: spec} of the leaves that a tensor becomes.
+
+        One leaf of this dtype; for a kernel that is quantised, its codes and scales.
+        """
         spec = self.tensors[path]
         if quantize != "none" and is_quantizable(path):
             return quantized_specs(path, spec.shape, quantize)
@@ -70,7 +73,12 @@ class ModelSource:
 
 
 def parse_config(hf_config: dict[str, Any], where: str) -> LlamaConfig:
-    """Returns the architecture; errors start with `where`, then name the key."""
+    """Returns the architecture that a config.json describes.
+
+    Args:
+        hf_config: the contents of config.json.
+        where: how error messages begin.
+    """
     try:
         return LlamaConfig.from_hf(hf_config)
     except JloraError as error:
@@ -78,16 +86,21 @@ def parse_config(hf_config: dict[str, Any], where: str) -> LlamaConfig:
 
 
 def stored_dtype(spec: Spec, dtype: Dtype) -> np.dtype[Any]:
-    """Returns the dtype a tensor gets; "keep" narrows float64, which JAX has not."""
+    """Returns the dtype that a tensor is loaded or stored in.
+
+    "keep" means the dtype of the file, except that float64 becomes float32, as JAX has
+    no float64.
+    """
     if dtype != "keep":
         return np.dtype(jnp.dtype(dtype))
     return np.dtype(np.float32) if spec.dtype == np.float64 else spec.dtype
 
 
 def resulting_format(source: ModelSource, dtype: str, quantize: Format) -> Format:
-    """Returns the format that the projections get.
+    """Returns the format that the kernels of the projections are loaded or stored in.
 
-    A quantised model stays as it is, and another dtype than keep dequantises it.
+    With quantize "none", dtype "keep" leaves a quantised model as it is, and any other
+    dtype dequantises it.
 
     Raises:
         UsageError: the model is quantised in another format.
@@ -103,7 +116,7 @@ def resulting_format(source: ModelSource, dtype: str, quantize: Format) -> Forma
 
 
 def size_as(source: ModelSource, dtype: Dtype, quantize: Format = "none") -> int:
-    """Returns the bytes that all tensors take in the dtype and format asked for."""
+    """Returns the size of all tensors in bytes, in this dtype and format."""
     quantize = resulting_format(source, dtype, quantize)
     return sum(
         spec.nbytes
@@ -115,9 +128,7 @@ def size_as(source: ModelSource, dtype: Dtype, quantize: Format = "none") -> int
 def read_as(
     source: ModelSource, path: str, dtype: Dtype, box: Index | None = None
 ) -> np.ndarray:
-    """Returns a tensor, or a box of it, in the dtype asked for.
-
-    A kernel may be a transposed view.
+    """Returns a tensor, or a box of it, in this dtype. It may be a transposed view.
 
     Raises:
         CorruptError: a value does not fit the dtype.
@@ -143,9 +154,9 @@ def read_leaves(
     quantize: Format,
     boxes: Mapping[str, Index],
 ) -> dict[str, np.ndarray]:
-    """Returns {params path: array} of what `ModelSource.specs` promises, or boxes of it.
+    """Returns {params path: array} of the leaves that a tensor becomes, or boxes of them.
 
-    Only to quantise, a kernel is read as a whole.
+    A box needs only its own part of the file, unless the kernel is quantised here.
     """
     if quantize == "none" or not is_quantizable(path):
         return {path: read_as(source, path, dtype, boxes[path])}
@@ -156,11 +167,11 @@ def read_leaves(
 
 
 @contextlib.contextmanager
-def hashing(source: ModelSource) -> Iterator[Callable[[], dict[str, str]]]:
-    """Yields a function that returns {file name: sha256} of the files with weights.
+def hash_weights(source: ModelSource) -> Iterator[Callable[[], dict[str, str]]]:
+    """Hashes the files with weights in a thread; yields a function that waits for it.
 
-    They are hashed by a thread meanwhile: whoever reads them too finds them in the page
-    cache. Model hubs show the same digests.
+    The function returns {file name: sha256}, the digests that model hubs show. Reading
+    the weights at the same time costs little, as the files are then in the page cache.
     """
 
     def digest(path: Path) -> str:

@@ -1,6 +1,6 @@
-"""What is refused by the name or first bytes of a file, or the names of its tensors.
+"""Recognises what jlora does not read, by file name, first bytes or tensor names.
 
-That suffices: nothing of what is refused here is opened further.
+Each function raises an error that says what was found and what to do instead.
 """
 
 import fnmatch
@@ -39,7 +39,7 @@ _QUANTISED = re.compile(
     r".*\.(qweight|qzeros|scales|g_idx|(weight|input)_scale(_inv)?|weight_packed|absmax"
     r"|quant_map|quant_state\..*|SCB|weight_(shape|zero_point)|nested_\w+)"
 )
-# Tensors that no Llama has, by what they mean.
+# What a tensor name that no Llama has means -> pattern of such names.
 _OTHER_MODELS = {
     "an adapter that was not merged; merge it with PEFT, or give base and adapter apart": (
         r".*\.(lora_[AB]|lora_embedding_[AB]|base_layer|lora_magnitude_vector)\b.*"
@@ -65,7 +65,7 @@ _OTHER_MODELS = {
 
 
 def refuse_other_weights(folder: Path, files: list[str]) -> None:
-    """Raises UnsupportedError for the first known format among the file names."""
+    """Raises UnsupportedError if a file of another known format is among the names."""
     for pattern, what in _FILES.items():
         found = fnmatch.filter(files, pattern)
         if found:
@@ -73,14 +73,14 @@ def refuse_other_weights(folder: Path, files: list[str]) -> None:
 
 
 def refuse_other_file(path: Path) -> None:
-    """Raises UnsupportedError if a single file's name is that of another format."""
+    """Raises UnsupportedError if the name of a file is that of another known format."""
     for pattern, what in _FILES.items():
         if fnmatch.fnmatch(path.name, pattern):
             raise UnsupportedError(f"{path}: {what}")
 
 
 def refuse_quantised(where: str, names: Iterable[str]) -> None:
-    """Raises UnsupportedError if tensor names belong to a quantised checkpoint."""
+    """Raises UnsupportedError if the tensor names are of a quantised checkpoint."""
     found = sorted(name for name in names if _QUANTISED.fullmatch(name))
     if found:
         raise UnsupportedError(
@@ -90,9 +90,9 @@ def refuse_quantised(where: str, names: Iterable[str]) -> None:
 
 
 def refuse_other_models(where: str, names: Iterable[str]) -> None:
-    """Raises UnsupportedError if tensor names belong to an architecture beside Llama.
+    """Raises UnsupportedError if the tensor names are of another architecture.
 
-    Whatever config.json claims: checkpoints are renamed to be loadable.
+    config.json is not enough: checkpoints of others are renamed to make them loadable.
     """
     names = set(names)
     reasons = []
@@ -118,10 +118,15 @@ def refuse_other_models(where: str, names: Iterable[str]) -> None:
 
 
 def refuse_other_format(path: Path, first: bytes, wanted: str) -> None:
-    """Names what the first bytes are, if they belong to another known format.
+    """Refuses a file whose first bytes are of another known format.
+
+    Args:
+        path: the file.
+        first: at least its first nine bytes.
+        wanted: "safetensors", "GGUF" or "text".
 
     Raises:
-        CorruptError: not the file itself.
+        CorruptError: a pointer or a web page instead of the file.
         UnsupportedError: another format of weights under this name.
     """
     start = first.lstrip().lower()

@@ -1,7 +1,7 @@
-"""Safetensors files: nothing is believed before it is checked.
+"""Reads and writes safetensors files; a header is checked before any of it is used.
 
-Tensors are read with plain file reads, one at a time: mapped pages would count as our
-memory.
+Tensors are read with plain file reads, one at a time, as mapped pages would count as
+memory of the process.
 """
 
 import json
@@ -20,7 +20,7 @@ from jlora.errors import CorruptError, UnsupportedError, listing
 from jlora.formats.model_files import reading
 from jlora.formats.refusals import refuse_other_format
 
-# A Llama of a thousand layers takes 1.5 MB; parsing takes thirty times the memory.
+# A Llama of a thousand layers needs 1.5 MB. Parsing takes thirty times the memory.
 MAX_HEADER_BYTES = 4 << 20
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -48,13 +48,13 @@ class Spec:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes."""
+        """Returns the size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Entry(Spec):
-    """A tensor of a file: its spec and where its bytes start."""
+    """A tensor in a file: its shape and dtype, and where its bytes start."""
 
     file: Path
     offset: int
@@ -116,7 +116,7 @@ def read_header(path: Path, *, quantised: bool = False) -> dict[str, Entry]:
 
 
 def _problem(fields: Any) -> str | None:
-    """Returns what is wrong with one tensor's line of the header."""
+    """Returns what is wrong with the header's entry of one tensor, or None."""
     if not isinstance(fields, dict) or set(fields) != {
         "dtype",
         "shape",
@@ -142,14 +142,14 @@ def _problem(fields: Any) -> str | None:
 
 
 def _entry(path: Path, fields: dict[str, Any], start: int) -> Entry:
-    """Returns a checked line of the header."""
+    """Returns a tensor from its checked entry in the header."""
     begin = fields["data_offsets"][0]
     dtype = _ALL_DTYPES[fields["dtype"]]
     return Entry(tuple(fields["shape"]), dtype, path, start + begin)
 
 
 def are_sizes(values: Any) -> bool:
-    """Whether a value of a JSON document is a list of integers from 0."""
+    """Whether a value from a JSON document is a list of integers that are not negative."""
     return isinstance(values, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
     )
@@ -176,10 +176,10 @@ def _check_layout(path: Path, entries: dict[str, Entry], start: int, end: int) -
 
 
 def read_tensor(entry: Entry) -> np.ndarray:
-    """Returns one tensor as stored, read from its bytes alone.
+    """Returns one tensor as stored.
 
     Raises:
-        CorruptError: the file became shorter since its header was read.
+        CorruptError: the file got shorter since its header was read.
     """
     return (
         read_bytes(entry.file, entry.offset, entry.nbytes)
@@ -189,7 +189,7 @@ def read_tensor(entry: Entry) -> np.ndarray:
 
 
 def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
-    """Returns `count` bytes from `offset` as uint8.
+    """Returns `count` bytes that start at `offset`, as uint8.
 
     Raises:
         CorruptError: the file is shorter.
@@ -204,10 +204,10 @@ def read_bytes(path: Path, offset: int, count: int) -> np.ndarray:
 def write_safetensors(
     path: Path, specs: Mapping[str, Spec], read: Callable[[str], np.ndarray]
 ) -> None:
-    """Writes one file, asking `read` for one tensor at a time.
+    """Writes one file; `read` returns the tensor of a name, and is called once for each.
 
-    The bytes depend on names and values only. Larger items come first, as in the
-    safetensors library, so that every tensor is aligned to its item size.
+    The same names and values give the same bytes. As in the safetensors library, dtypes
+    with larger items come first, so that every tensor is aligned to its item size.
     """
     names = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -230,5 +230,5 @@ def write_safetensors(
                 raise ValueError(
                     f"{name}: promised {specs[name]}, got {array.dtype}{array.shape}"
                 )
-            # tofile would not say that the disk is full
+            # Not array.tofile, whose errors do not say that the disk is full.
             file.write(array.reshape(-1).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""Does what a file holds fit the model: names, shapes, and no NaN or infinity."""
+"""Checks the tensors of a file: names and shapes fit the model, no NaN or infinity."""
 
 import numpy as np
 
@@ -10,10 +10,10 @@ def check_names(
     found: dict[str, tuple[int, ...]],
     expected: dict[str, tuple[int, ...]],
 ) -> None:
-    """Compares stored names and shapes with the model's.
+    """Checks that a file has the tensors of the model, in the same shapes.
 
     Raises:
-        CorruptError: lists all that is missing, unexpected or of another shape.
+        CorruptError: names what is missing, unexpected or of another shape.
     """
     missing = [key for key in expected if key not in found]
     unexpected = sorted(key for key in found if key not in expected)
@@ -42,7 +42,7 @@ def check_names(
 
 
 def check_values(array: np.ndarray, where: str) -> None:
-    """Raises CorruptError at the first NaN or infinity; warns of an all-zero matrix."""
+    """Raises CorruptError if there is a NaN or an infinity; warns if a matrix is all zero."""
     index = first_non_finite(array)
     if index is not None:
         raise CorruptError(
@@ -64,11 +64,11 @@ def first_non_finite(array: np.ndarray) -> tuple[int, ...] | None:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite; passes over the bits, no temporaries.
+    """Whether no value is NaN or infinite; makes no temporary arrays.
 
-    One pass is enough if no value is 2 or more, as weights are: then none has the
-    exponent's highest bit. Otherwise, the bits of all finite values are below those of
-    infinity: read as signed numbers if positive, as unsigned ones if negative.
+    Weights are below 2, so none has the highest bit of the exponent, and one pass over
+    the bits is enough. Otherwise the bits are compared with those of infinity: as signed
+    integers for positive values, as unsigned ones for negative values.
     """
     if not array.size:
         return True

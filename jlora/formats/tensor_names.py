@@ -1,6 +1,6 @@
-"""The one table of names: HF key <-> params path <-> transpose. Every direction derives from it.
+"""The table of tensor names, from which every conversion derives its own.
 
-A params path is the HF key without `model.` and `.weight`, its last part naming the leaf:
+A params path is the HF key without `model.` and `.weight`. Its last part names the leaf:
 `kernel` ([in, out], the transpose of HF's [out, in]), `embedding` ([V, D]), `scale` ([D])
 or `bias` ([out]). Paths are written with slashes, as in `layers/0/self_attn/q_proj/kernel`.
 """
@@ -30,11 +30,11 @@ class Name:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape in jlora's layout."""
+        """Returns the shape in jlora's layout."""
         return self.hf_shape[::-1] if self.transposed else self.hf_shape
 
     def to_params(self, array: np.ndarray) -> np.ndarray:
-        """Returns the tensor in jlora's layout; also the inverse, as it is a transpose."""
+        """Converts a tensor from HF's layout to jlora's, or back."""
         return array.T if self.transposed else array
 
 
@@ -85,7 +85,7 @@ def module_name(path: str) -> str:
 
 
 def set_leaf(tree: Params, path: str, leaf: Any) -> None:
-    """Puts a leaf at a slash-separated path of a nested dict."""
+    """Sets the leaf at a slash-separated path of a nested dict."""
     *parents, last = path.split("/")
     for parent in parents:
         tree = tree.setdefault(parent, {})

@@ -7,7 +7,7 @@ from helpers.tiny import CONFIG, tensors, write_hf
 
 from jlora.errors import CorruptError
 from jlora.formats import array_blocks as blocks
-from jlora.formats.array_blocks import read_box, turned_blocks, whole
+from jlora.formats.array_blocks import read_box, transposed_blocks, whole
 from jlora.formats.load_params import load_params
 from jlora.formats.open_model import open_model
 from jlora.formats.tensor_checks import first_non_finite, is_finite
@@ -94,7 +94,7 @@ def test_threads_get_as_many_blocks_of_whole_cache_lines(
     monkeypatch, rows, row_bytes, threads
 ):
     monkeypatch.setattr(blocks, "THREADS", threads)
-    found = list(turned_blocks(5, 5 + rows, row_bytes))
+    found = list(transposed_blocks(5, 5 + rows, row_bytes))
     assert [i for first, end in found for i in range(first, end)] == list(
         range(5, 5 + rows)
     )

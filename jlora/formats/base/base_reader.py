@@ -29,12 +29,12 @@ from jlora.formats.base.base_record import (
 )
 from jlora.formats.model_files import inside_folder, read_file, read_side_files, reading
 from jlora.formats.model_source import ModelSource, parse_config
-from jlora.formats.safetensors_file import Entry, Spec, read_header
-from jlora.formats.stored_leaves import (
+from jlora.formats.quantized_kernels import (
     dequantize_tensor,
     is_quantizable,
     quantized_specs,
 )
+from jlora.formats.safetensors_file import Entry, Spec, read_header
 from jlora.formats.tensor_checks import check_names
 from jlora.formats.tensor_names import all_names
 

@@ -21,13 +21,13 @@ from jlora.formats.base.base_record import (
 from jlora.formats.model_source import (
     Dtype,
     ModelSource,
-    hashing,
+    hash_weights,
     read_leaves,
     resulting_format,
     stored_dtype,
 )
+from jlora.formats.quantized_kernels import is_quantizable
 from jlora.formats.safetensors_file import Spec, write_safetensors
-from jlora.formats.stored_leaves import is_quantizable
 from jlora.ops.quantize import Format
 
 
@@ -56,7 +56,7 @@ def write_base(
     files = {"config.json": _json_bytes(source.hf_config), **source.files}
     with (
         atomic_folder(out, overwrite, source.location) as folder,
-        hashing(source) as weight_digests,
+        hash_weights(source) as weight_digests,
     ):
         (folder / "params").mkdir()
         for part, paths in parts.items():

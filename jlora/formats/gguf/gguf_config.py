@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file as a config.json of Hugging Face.
+"""Converts the metadata of a GGUF file to a config.json of Hugging Face.
 
 Source: llama.cpp, convert_hf_to_gguf.py and src/llama-model.cpp.
 """
@@ -15,8 +15,13 @@ from jlora.formats.safetensors_file import read_bytes
 ROPE_FREQS = "rope_freqs.weight"
 
 
-def config_of(file: GGUFFile, kinds: dict[str, str]) -> dict[str, Any]:
-    """Returns the metadata as a config.json of HF."""
+def to_hf_config(file: GGUFFile, type_names: dict[str, str]) -> dict[str, Any]:
+    """Returns the contents of config.json.
+
+    Args:
+        file: the header.
+        type_names: {tensor: name of its ggml type}.
+    """
     get = file.metadata.get
     heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
@@ -42,7 +47,9 @@ def config_of(file: GGUFFile, kinds: dict[str, str]) -> dict[str, Any]:
             )
     embedding = file.tensors.get("token_embd.weight")
     rows = embedding.shape[0] if embedding else None
-    dtypes = Counter(kinds[k] for k, t in file.tensors.items() if len(t.shape) == 2)
+    dtypes = Counter(
+        type_names[k] for k, t in file.tensors.items() if len(t.shape) == 2
+    )
     common = PLAIN.get(max(dtypes, key=lambda k: dtypes[k], default=""), np.float32)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -70,12 +77,12 @@ def config_of(file: GGUFFile, kinds: dict[str, str]) -> dict[str, Any]:
 
 
 def _decimal(value: Any) -> Any:
-    """Returns the shortest decimal that rounds to the same float32: 1e-05, as meant."""
+    """Returns the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
-    """Returns the file's rotary scaling as HF's `rope_scaling`."""
+    """Returns HF's `rope_scaling`, or None."""
     get = file.metadata.get
     # llama.cpp's default type is linear, and its older key means the same.
     kind = get("llama.rope.scaling.type") or "linear"
@@ -106,7 +113,7 @@ def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
 
 
 def _rope_divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
-    """Returns what each pair's frequency is divided by, or None if by nothing."""
+    """Returns the divisor of each rotary frequency, or None if all are 1."""
     tensor = file.tensors.get(ROPE_FREQS)
     if tensor is None:
         return None
@@ -127,7 +134,7 @@ def _rope_divisors(file: GGUFFile, head_dim: int) -> np.ndarray | None:
 def _divided(
     file: GGUFFile, head_dim: int, divisors: np.ndarray | None
 ) -> dict[str, Any] | None:
-    """Returns the divisors as llama3, if its numbers reproduce them, else as longrope."""
+    """Returns a rope scaling with these divisors: llama3 if it gives them, else longrope."""
     if divisors is None:
         return None
     llama3 = {
@@ -155,7 +162,7 @@ def _divided(
 def _llama3_divisors(
     theta: float, head_dim: int, scaling: dict[str, Any]
 ) -> np.ndarray:
-    """Returns what llama.cpp's converter stores for rope type llama3."""
+    """Returns the divisors that llama.cpp's converter stores for rope type llama3."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     with np.errstate(over="ignore"):  # a theta that the config's own check refuses
         frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)

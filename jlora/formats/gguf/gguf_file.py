@@ -1,7 +1,6 @@
-"""The GGUF container: metadata and where each tensor's bytes are.
+"""Parses a GGUF file: its metadata, and where the bytes of each tensor are.
 
-Every length is compared with the file's size before it is believed, and strings are
-decoded in one pass: a vocabulary of 128,000 tokens takes a tenth of a second.
+Every length is compared with the size of the file before it is used.
 
 Source: ggml's docs/gguf.md, versions 2 and 3.
 """
@@ -20,20 +19,20 @@ from jlora.formats.model_files import reading
 from jlora.formats.refusals import refuse_other_format
 
 PLAIN = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-"""Types of tensors that are no blocks, as NumPy has them."""
-# Value types of the format: struct codes of the scalars, then string and array.
+"""Tensor types that are not quantised -> NumPy's dtype."""
+# Numbers of the value types: struct codes of the scalars; string and array.
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
-# Llama 3's header takes 8 MB, its longest array 280,000 items. A file may be sparse, so
-# its size alone bounds nothing.
+# Llama 3's header takes 8 MB, its longest array has 280,000 items. Comparing with the
+# size of the file is not enough, as a file may be sparse.
 MAX_HEADER_BYTES = 100 << 20
 MAX_ITEMS = 1_000_000
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor: its shape in row-major order, ggml type number and first byte."""
+    """One tensor: its row-major shape, the number of its ggml type, its first byte."""
 
     shape: tuple[int, ...]
     type: int
@@ -42,7 +41,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a GGUF file says before its tensor data."""
+    """The header of a GGUF file."""
 
     path: Path
     size: int
@@ -51,18 +50,18 @@ class GGUFFile:
 
 
 def read_gguf(path: Path) -> GGUFFile:
-    """Returns metadata and tensor places; tensor data is not read.
+    """Returns the header of a GGUF file; tensors are not read.
 
     Raises:
-        CorruptError: not GGUF, cut, or it contradicts itself.
-        UnsupportedError: a version or byte order that is not read.
+        CorruptError: not a GGUF file, cut, or it contradicts itself.
+        UnsupportedError: a version or byte order that jlora does not read.
     """
     with reading(path), path.open("rb") as file:
         return _Reader(path, file).read()
 
 
 class _Reader:
-    """A cursor over the file that refuses to run past its end."""
+    """Reads values one after the other, never past the end of the file."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file

@@ -1,7 +1,7 @@
-"""GGUF files as a `ModelSource`: names, rotary layout and block formats.
+"""Opens GGUF files: their tensor names, rotary layout and quantised blocks.
 
-llama.cpp's converter interleaves the rotary pairs of q and k; here the rows are put back
-in HF's order. Quantised blocks become float32, one tensor at a time.
+The rows of q and k are put back in HF's order, as llama.cpp's converter interleaves
+rotary pairs. Quantised blocks become float32, one tensor at a time.
 
 Source: llama.cpp, convert_hf_to_gguf.py and src/llama-model.cpp; gguf.constants.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.formats.array_blocks import Index
-from jlora.formats.gguf.gguf_config import ROPE_FREQS, config_of
+from jlora.formats.gguf.gguf_config import ROPE_FREQS, to_hf_config
 from jlora.formats.gguf.gguf_file import PLAIN, GGUFFile, Tensor, read_gguf
 from jlora.formats.gguf.gguf_tokenizer import tokenizer_files
 from jlora.formats.model_source import ModelSource, parse_config
@@ -47,7 +47,7 @@ _MODULES = {
     "lm_head": "output",
 }
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(\w+_exps|\w+_shexp|gate_inp|\w+\.\d+)\..*")
-# Metadata that changes the computation, with the value that leaves a Llama a Llama.
+# Metadata that changes the computation -> the values with which the model is a Llama.
 _MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "llama.expert_count": (None, 0),
     "llama.logit_scale": (None, 1.0),
@@ -70,7 +70,7 @@ _MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def open_gguf(path: Path) -> ModelSource:
-    """Returns the Llama of a GGUF file.
+    """Opens a GGUF file.
 
     Raises:
         UsageError: the gguf package is not installed.
@@ -80,8 +80,8 @@ def open_gguf(path: Path) -> ModelSource:
     gguf = _import_gguf(path)
     file = read_gguf(path)
     _refuse_other_models(file)
-    kinds = _kinds(gguf, file)
-    hf_config = config_of(file, kinds)
+    type_names = _type_names(gguf, file)
+    hf_config = to_hf_config(file, type_names)
     config = parse_config(hf_config, f"{path}: its metadata as ")
     names = {name.path: name for name in all_names(config)}
     stored = {path: _gguf_name(name.key) for path, name in names.items()}
@@ -93,7 +93,7 @@ def open_gguf(path: Path) -> ModelSource:
 
     def read(path: str, box: Index | None = None) -> np.ndarray:
         name = stored[path]
-        array = _read_tensor(gguf, file.path, file.tensors[name], kinds[name])
+        array = _read_tensor(gguf, file.path, file.tensors[name], type_names[name])
         check_values(array, f"{file.path}: tensor {name!r}")
         array = names[path].to_params(_restore_rows(array, names[path], config))
         return array if box is None else array[box]
@@ -104,7 +104,9 @@ def open_gguf(path: Path) -> ModelSource:
         config=config,
         hf_config=hf_config,
         tensors={
-            path: Spec(name.shape, np.dtype(PLAIN.get(kinds[stored[path]], np.float32)))
+            path: Spec(
+                name.shape, np.dtype(PLAIN.get(type_names[stored[path]], np.float32))
+            )
             for path, name in names.items()
         },
         read=read,
@@ -113,7 +115,7 @@ def open_gguf(path: Path) -> ModelSource:
             "format": "gguf",
             "source": str(path),
             "name": file.metadata.get("general.name"),
-            "tensor_types": dict(sorted(Counter(kinds.values()).items())),
+            "tensor_types": dict(sorted(Counter(type_names.values()).items())),
         },
         weights=(path,),
     )
@@ -154,16 +156,16 @@ def _refuse_other_models(file: GGUFFile) -> None:
         )
 
 
-def _kinds(gguf: ModuleType, file: GGUFFile) -> dict[str, str]:
-    """Returns the name of every tensor's ggml type, checking that its bytes are there."""
+def _type_names(gguf: ModuleType, file: GGUFFile) -> dict[str, str]:
+    """Returns {tensor: name of its ggml type}; checks that the file holds all of it."""
     known = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
-    kinds = {
+    type_names = {
         name: known.get(tensor.type, f"number {tensor.type}")
         for name, tensor in file.tensors.items()
     }
     unsupported = [
         f"{name} ({kind})"
-        for name, kind in kinds.items()
+        for name, kind in type_names.items()
         if kind not in PLAIN and kind not in _BLOCKS
     ]
     if unsupported:
@@ -177,7 +179,7 @@ def _kinds(gguf: ModuleType, file: GGUFFile) -> dict[str, str]:
         if not tensor.shape or tensor.shape[-1] % block:
             problems.append(
                 f"{name!r} of shape {list(tensor.shape)} is no whole number of "
-                f"{kinds[name]} blocks of {block}"
+                f"{type_names[name]} blocks of {block}"
             )
             continue
         ends[name] = tensor.offset + _num_bytes(gguf, tensor)
@@ -191,11 +193,11 @@ def _kinds(gguf: ModuleType, file: GGUFFile) -> dict[str, str]:
         raise CorruptError(
             f"{file.path}: {listing(problems)}; copy or download it again"
         )
-    return kinds
+    return type_names
 
 
 def _overlaps(file: GGUFFile, ends: dict[str, int]) -> list[str]:
-    """Returns the tensors that start before another one's end."""
+    """Returns which tensors start before the end of another one."""
     order = sorted(ends, key=lambda name: (file.tensors[name].offset, ends[name]))
     return [
         f"{second!r} overlaps {first!r}"
@@ -223,9 +225,9 @@ def _read_tensor(gguf: ModuleType, path: Path, tensor: Tensor, kind: str) -> np.
 
 
 def _restore_rows(array: np.ndarray, name: Name, config: LlamaConfig) -> np.ndarray:
-    """Returns q and k in HF's row order (head, half, pair); others unchanged.
+    """Returns q and k with their rows in HF's order (head, half, pair); others unchanged.
 
-    The file has (head, pair, half); forgetting this loads cleanly and computes nonsense.
+    llama.cpp stores (head, pair, half), as its rotary embedding interleaves pairs.
     """
     if ".q_proj." in name.key:
         heads = config.num_attention_heads

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file as Hugging Face's files: rebuilt exactly, or refused.
+"""Converts the tokenizer of a GGUF file to the files of Hugging Face, exactly or not at all.
 
 Source: llama.cpp, convert_hf_to_gguf.py and src/llama-vocab.cpp.
 """
@@ -79,7 +79,7 @@ def _token_id(file: GGUFFile, kind: str, num_tokens: int) -> int | None:
 
 
 def _build_tokenizer(file: GGUFFile, tokens: list[str], bos: str | None) -> bytes:
-    """Returns a tokenizer.json equal in effect to the one the file was made from."""
+    """Returns a tokenizer.json that encodes as the one that the file was made from."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     get = file.metadata.get
@@ -126,7 +126,7 @@ def _build_tokenizer(file: GGUFFile, tokens: list[str], bos: str | None) -> byte
 
 
 def _pre_tokenizer(pre: str) -> Any:
-    """Returns the splitter of a `tokenizer.ggml.pre` name; never a guess."""
+    """Returns the pre-tokenizer that llama.cpp calls `pre`."""
     from tokenizers import Regex, pre_tokenizers
 
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,7 +1,4 @@
-"""Hugging Face folders as a `ModelSource`.
-
-Names, shapes and dtypes are compared with config.json before a byte of weights is read.
-"""
+"""Opens a Hugging Face model folder: checks every tensor name and shape, reads no weights."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,11 @@ from jlora.formats.tensor_names import Name, all_names
 
 
 def open_hf(folder: Path, provenance: dict[str, Any]) -> ModelSource:
-    """Returns the model of a Hugging Face folder.
+    """Opens a Hugging Face folder.
+
+    Args:
+        folder: with config.json and safetensors files.
+        provenance: where it came from, for jlora.json.
 
     Raises:
         UsageError: not a model folder.
@@ -59,10 +60,10 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> ModelSource:
 
 
 def read_checked(entry: Entry, key: str, box: Index, *, transposed: bool) -> np.ndarray:
-    """Returns a box of a stored tensor, or its transpose; warns if all of it is zero.
+    """Returns a box of a stored tensor, or its transpose; warns if it is all zero.
 
     Raises:
-        CorruptError: a NaN or an infinity, or the file became shorter.
+        CorruptError: a NaN or an infinity, or the file got shorter.
     """
     where = f"{entry.file}: tensor {key!r}"
     non_zero = False
@@ -97,7 +98,7 @@ def read_checked(entry: Entry, key: str, box: Index, *, transposed: bool) -> np.
 def _check_dtype(
     folder: Path, hf_config: dict[str, Any], stored: set[np.dtype[Any]]
 ) -> None:
-    """Warns if config.json names a dtype that no tensor has; the tensors are believed."""
+    """Warns if config.json names a dtype that no tensor has; the dtype of the tensors counts."""
     declared = hf_config.get("dtype") or hf_config.get("torch_dtype")
     found = sorted(str(dtype) for dtype in stored)
     if declared is not None and declared not in found:
@@ -108,7 +109,7 @@ def _check_dtype(
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], LlamaConfig]:
-    """Returns config.json as found, and the architecture it describes.
+    """Returns the contents of config.json, and the architecture that they describe.
 
     Raises:
         UsageError, UnsupportedError, CorruptError: as `open_hf`.
@@ -136,7 +137,7 @@ def _require_config(folder: Path) -> None:
 def _match(
     folder: Path, entries: dict[str, Entry], config: LlamaConfig, names: list[Name]
 ) -> dict[str, Entry]:
-    """Returns the stored tensor of every HF key; all mismatches are raised at once."""
+    """Returns {HF key: stored tensor}; one error names everything that does not match."""
     refuse_quantised(str(folder), entries)
     refuse_other_models(str(folder), entries)
     stored = {k: v for k, v in entries.items() if not k.endswith("rotary_emb.inv_freq")}

@@ -1,6 +1,6 @@
-"""Which files of a Hugging Face folder hold its tensors, and whether they agree.
+"""Finds the tensors of a Hugging Face folder, in one file or in shards with an index.
 
-The index decides, else model.safetensors; nothing else is ever opened.
+Only files that the index names are opened, or model.safetensors if there is no index.
 """
 
 import itertools
@@ -24,7 +24,7 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 def find_tensors(folder: Path) -> dict[str, Entry]:
-    """Returns every stored tensor: the index decides, else model.safetensors."""
+    """Returns {HF key: tensor} of all the files with weights."""
     if (folder / INDEX).exists():
         return _read_index(folder)
     if (folder / SINGLE).exists():
@@ -88,7 +88,7 @@ def _read_index(folder: Path) -> dict[str, Entry]:
 
 
 def _read_headers(folder: Path, shards: list[str]) -> dict[str, dict[str, Entry]]:
-    """Returns the tensors of each shard; what is wrong with any is raised at once."""
+    """Returns {shard: its tensors}; one error names all shards that are damaged."""
     headers, problems = {}, []
     for shard in shards:
         try:
@@ -116,9 +116,9 @@ def _existing(folder: Path, names: list[str]) -> list[str]:
 
 
 def _gaps(shards: list[str]) -> set[str]:
-    """Returns names that the numbering of the shards implies and that are not there.
+    """Returns names that the numbering of the shards implies and the index does not have.
 
-    A few of each numbering: a wild total, or many of them, must not fill the memory.
+    At most 13 of each numbering, as a damaged name may imply 99,999.
     """
     present = set(shards)
     gaps: set[str] = set()

@@ -1,4 +1,4 @@
-"""What a model's tensors are stored as: plain leaves, or those of a quantised kernel."""
+"""Quantises and dequantises the kernels of the projections, a few columns at a time."""
 
 import numpy as np
 
@@ -12,14 +12,14 @@ _COLUMNS = 128
 
 
 def is_quantizable(path: str) -> bool:
-    """Whether a params path is the kernel of one of a layer's seven projections."""
+    """Whether a params path is the kernel of one of the seven projections of a layer."""
     return path.startswith("layers/") and path.endswith("/kernel")
 
 
 def quantized_specs(
     path: str, shape: tuple[int, ...], quantize: Format
 ) -> dict[str, Spec]:
-    """Returns {params path: spec} of the leaves that stand for the kernel at `path`.
+    """Returns {params path: spec} of the codes and scales of a quantised kernel.
 
     Raises:
         UnsupportedError: the format cannot hold this shape.
@@ -36,7 +36,7 @@ def quantized_specs(
 def quantize_tensor(
     path: str, kernel: np.ndarray, quantize: Format
 ) -> dict[str, np.ndarray]:
-    """Returns {params path: array} of what stands for a kernel; memory beside it is small."""
+    """Returns {params path: array}, the codes and scales of a kernel."""
     specs = quantized_specs(path, kernel.shape, quantize)
     arrays = {leaf: empty(spec.shape, spec.dtype) for leaf, spec in specs.items()}
 
@@ -53,7 +53,7 @@ def quantize_tensor(
 def dequantize_tensor(
     arrays: dict[str, np.ndarray], shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Returns the float32 kernel of {params path: stored array}."""
+    """Returns the float32 kernel of {params path: codes or scales}."""
     result = empty(shape, np.float32)
 
     def columns(start: int) -> None:
