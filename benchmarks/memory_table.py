@@ -1,0 +1,137 @@
+"""Writes the memory table of README.md: what `--plan` says of Llama from 1B to 70B.
+
+    python benchmarks/memory_table.py
+
+Needs no GPU and no weights: the sizes follow from each model's config.json.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jlora.config.llama_config import LlamaConfig
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import ComputeConfig
+from jlora.formats.load_params import BaseDtype, abstract_params
+from jlora.formats.model_source import ModelSource
+from jlora.formats.safetensors_file import Spec
+from jlora.formats.tensor_names import all_names
+from jlora.lora.initialisation import add_lora
+from jlora.parallel.sharding import MESH_AXES
+from jlora.train.memory_estimate import memory_bytes, plan_workload
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = (
+    "<!-- memory: made by benchmarks/memory_table.py -->",
+    "<!-- end of memory -->",
+)
+ROWS, LENGTH = 1, 4096
+RANKS = (16, 64)
+# Only what measurements confirm: with a quantised base the plan leaves out what XLA's
+# products keep under remat full and offload, and for 70B also under minimal.
+COLUMNS: dict[str, tuple[BaseDtype, str]] = {
+    "bf16, `minimal`": ("bfloat16", "minimal"),
+    "bf16, `full`": ("bfloat16", "full"),
+    "bf16, `offload`": ("bfloat16", "offload"),
+    "int8 or fp8, `minimal`": ("int8", "minimal"),
+    "nf4, `minimal`": ("nf4", "minimal"),
+}
+UNCONFIRMED = {"Llama 3.1 70B": ("int8", "nf4")}
+# hidden_size, intermediate_size, layers, heads, kv heads, tied
+MODELS = {
+    "Llama 3.2 1B": (2048, 8192, 16, 32, 8, True),
+    "Llama 3.2 3B": (3072, 8192, 28, 24, 8, True),
+    "Llama 3.1 8B": (4096, 14336, 32, 32, 8, False),
+    "Llama 3.1 70B": (8192, 28672, 80, 64, 8, False),
+}
+
+
+def config_of(name: str) -> LlamaConfig:
+    """Returns the model's configuration, as its config.json has it."""
+    hidden, mlp, layers, heads, kv_heads, tied = MODELS[name]
+    return LlamaConfig.from_hf(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": 64 if name == "Llama 3.2 1B" else 128,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": tied,
+        }
+    )
+
+
+def base_of(config: LlamaConfig, dtype: BaseDtype) -> dict[str, Any]:
+    """Returns the shapes of the base's parameters, stored in `dtype`."""
+    bfloat16 = np.dtype(jax.numpy.bfloat16)
+    tensors = {name.path: Spec(name.shape, bfloat16) for name in all_names(config)}
+    source = ModelSource("hf", Path(), config, {}, tensors, _read_nothing, {}, {})
+    return abstract_params(source, dtype=dtype)
+
+
+def _read_nothing(path: str, box: Any = None) -> np.ndarray:
+    raise AssertionError(f"{path}: the plan reads no weights")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan asks of a GPU."""
+
+    platform: str = "gpu"
+    compute_capability: str = "9.0"
+    device_kind: str = "NVIDIA H200"
+
+
+def one_gpu() -> Mesh:
+    """Returns a mesh of one H200 that need not be there."""
+    device: Any = Device()
+    return Mesh(np.array(device).reshape(1, 1, 1), MESH_AXES)
+
+
+def planned_gib(config: LlamaConfig, rank: int, dtype: BaseDtype, remat: Any) -> float:
+    """Returns the sum that `--plan` prints for one step, in GiB."""
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    base = base_of(config, dtype)
+    params = jax.eval_shape(lambda base: add_lora(base, lora, jax.random.key(0)), base)
+    compute = ComputeConfig(remat=remat)
+    work = plan_workload(
+        config, params, one_gpu(), compute=compute, rows=ROWS, length=LENGTH
+    )
+    return sum(memory_bytes(params, work).values()) / 2**30
+
+
+def row(name: str, rank: int) -> str:
+    """Returns a line of the table, in Markdown."""
+    unconfirmed = UNCONFIRMED.get(name, ())
+    cells = [
+        "-"
+        if dtype in unconfirmed
+        else f"{planned_gib(config_of(name), rank, dtype, remat):.1f}"
+        for dtype, remat in COLUMNS.values()
+    ]
+    return f"| {name} | {rank} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Replaces the table between its two marks."""
+    head = ["model", "rank", *COLUMNS]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [row(name, rank) for name in MODELS for rank in RANKS]
+    text = README.read_text("utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    README.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
