@@ -1,79 +1,132 @@
-import ast
+"""The documents name only commands, flags, files, links and `make` targets that exist."""
+
 import importlib
 import re
 import shlex
 import tomllib
-from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT
 
+from jlora.cli import jlora_command
 from jlora.cli.arguments import parse
 from jlora.cli.flags import flags_of
-from jlora.cli.jlora_command import COMMANDS
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
-SCRIPTS = {
-    **{name: name for name in ("train", "generate", "evaluate")},
-    **{module: f"convert.{module}" for module in COMMANDS.values()},
-    "to_peft": "convert.to_peft",
-} | {name: name for name in ("train", "generate", "evaluate")}
-# Flags of other programs that the documents name.
-FOREIGN = {"--base", "--host", "--port"}
-READING_PATH = ("train.py", "jlora/lora/*.py", "jlora/model/*.py", "jlora/train/step.py")
+TEXTS = {file.name: file.read_text("utf-8") for file in DOCS}
+SCRIPTS = ["train", "generate", "evaluate"] + [
+    f"convert.{name}" for name in ("from_hf", "to_hf", "to_peft", "combine", "info")
+]
+# Flags of llama.cpp's script, and those that every command has.
+OTHER_FLAGS = {"--base", "--config", "--help", "--version", "--to"}
+each_document = pytest.mark.parametrize("name", TEXTS)
 
 
 def code_lines(text: str) -> list[str]:
-    """The lines of all code blocks, without comments; a line that ends in \\ goes on."""
+    """The lines of all code blocks; one that ends in a backslash goes on in the next."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
-    blocks += re.findall(r"^ {4}\S.*(?:\n {4,}\S.*)*", text, re.M)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s#.*", "", line).removeprefix("$ ").strip() for line in lines]
+    blocks += re.findall(r"^ {4}\S.*$(?:\n {4,}\S.*$)*", text, re.M)
+    lines = re.sub(r"\\\n\s*", "", "\n".join(blocks)).splitlines()
+    return [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip()]
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(module, words) of each of our commands in the documents."""
-    found = {}
-    for line in (line for file in DOCS for line in code_lines(file.read_text("utf-8"))):
-        start = re.match(r"jlora (\w+)|python (\w+)\.py|python -m convert\.(\w+)", line)
-        if start:
-            name = COMMANDS[start[1]] if start[1] else start[2] or start[3]
-            words = shlex.split(line[start.end() :])
-            found[line] = (SCRIPTS[name], words)
-    return list(found.values())
+def code(pattern: str) -> list[str]:
+    """The lines and `spans` of code in all documents that begin so."""
+    found = [line for text in TEXTS.values() for line in code_lines(text)]
+    found += [s for text in TEXTS.values() for s in re.findall(r"`([^`\n]+)`", text)]
+    return [line for line in dict.fromkeys(found) if re.match(pattern, line)]
 
 
-def arguments(module: str) -> type:
-    return importlib.import_module(module).Arguments
+def test_code_is_found():
+    assert code_lines("a\n\n    b \\\n        c   # d\n    e\n\n```sh\nf\n```\n") == [
+        *("f", "b c", "e")
+    ]
+
+
+@pytest.mark.parametrize("line", code(r"jlora [a-z]+ .*-|jlora --"))
+def test_a_jlora_command_has_these_flags(line, monkeypatch, capsys):
+    def only_parse(_: Any, arguments: type, *, argv: list[str], program: str) -> int:
+        return 0 if "--help" in argv or parse(arguments, argv) else 1
+
+    monkeypatch.setattr(jlora_command, "run_command", only_parse)
+    assert jlora_command.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("module", "words"), commands(), ids=[" ".join([m, *w]) for m, w in commands()]
+    "line", code(r"python (train|generate|evaluate)\.py .*-|python -m convert\.\w+ .")
 )
-def test_a_command_of_the_documents_has_these_flags(module, words):
-    if words not in (["--help"], ["--version"]):
-        parse(arguments(module), words)
+def test_a_script_has_these_flags(line):
+    module, *words = shlex.split(line.removeprefix("python ").removeprefix("-m "))
+    parse(importlib.import_module(module.removesuffix(".py")).Arguments, words)
 
 
-def test_the_documents_show_every_command():
-    assert {module for module, _ in commands()} == set(SCRIPTS.values())
+@pytest.mark.parametrize("line", code(r"python (benchmarks|tests|examples)/"))
+def test_a_tool_exists_and_knows_its_flags(line):
+    _, file, *words = shlex.split(line)
+    text = (ROOT / file).read_text("utf-8")
+    assert [word for word in words if word[:2] == "--" and word not in text] == []
 
 
-@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
-def test_every_flag_that_a_document_names_exists(file):
-    known = {
-        flag.name for module in SCRIPTS.values() for flag in flags_of(arguments(module)).values()
+def test_every_make_target_exists():
+    named = {
+        target for line in code(r"make\b") for target in re.findall(r" ([a-z]+)", line)
     }
-    named = set(re.findall(r"`(--[a-z][a-z_.]*\w)", file.read_text("utf-8")))
-    assert named - known - FOREIGN - {"--config", "--help", "--version"} == set()
+    there = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {"demo", "test", "parity"} <= named <= there
 
 
-@pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
-def test_every_file_that_a_document_names_exists(file):
-    text = file.read_text("utf-8")
+def test_every_extra_exists():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = set(re.findall(r"'(?:\.|jlora)\[(\w+)\]'", "\n".join(TEXTS.values())))
+    assert named == project["optional-dependencies"].keys() - {"dev"}
+
+
+@each_document
+def test_every_flag_that_is_named_exists(name):
+    known = {
+        flag.name
+        for script in SCRIPTS
+        for flag in flags_of(importlib.import_module(script).Arguments).values()
+    }
+    named = set(re.findall(r"`(--[a-z][a-z_.]*[a-z])", TEXTS[name]))
+    groups = {flag for flag in named if any(k.startswith(f"{flag}.") for k in known)}
+    assert named - known - groups - OTHER_FLAGS == set()
+
+
+@each_document
+def test_every_file_that_is_named_exists(name):
     folders = "jlora|convert|tests|docs|benchmarks|examples|requirements"
-    paths = re.findall(rf"\b((?:{folders})/[\w/.]*\w/?)", text)
-    paths += [match for match in re.findall(r"`(\w+\.py)`", text) if match in ("train.py",)]
+    paths = re.findall(rf"(?<![\w/.])((?:{folders})/[\w/.]*\w/?)", TEXTS[name])
     assert [path for path in paths if not (ROOT / path).exists()] == []
-    links = re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", text)
-    assert [link for link in links if not (file.parent / link).exists()] == []
+
+
+@each_document
+def test_every_link_leads_somewhere(name):
+    file = next(file for file in DOCS if file.name == name)
+    broken = []
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#?([\w-]*)\)", TEXTS[name]):
+        other = file.parent / target if target else file
+        if not other.exists():
+            broken.append(target)
+        elif anchor:
+            titles = re.findall(r"^#+ (.*)", other.read_text("utf-8"), re.M)
+            if anchor not in [
+                re.sub(r"[^\w ]", "", t).lower().replace(" ", "-") for t in titles
+            ]:
+                broken.append(f"{target}#{anchor}")
+    assert broken == []
+
+
+def test_what_to_read_first_is_short():
+    names = ("train.py", "jlora/lora/*.py", "jlora/model/*.py", "jlora/train/step.py")
+    files = [file for name in names for file in ROOT.glob(name)]
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
+    assert len(files) > 10
+    assert sum(1 for line in lines if line.strip()) < 2500
+
+
+def test_the_memory_table_is_what_the_plan_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table = importlib.import_module("memory_table")
+    assert table.row("Llama 3.2 1B", 16) in TEXTS["README.md"].splitlines()
