@@ -16,16 +16,9 @@ from jlora.errors import UsageError
 def content_ranks(records: Iterable[np.ndarray], seed: int) -> UInt64[np.ndarray, " n"]:
     """Returns a pseudo-random rank of each record (int32 token ids)."""
     key = seed.to_bytes(16, "little")
-    ranks = [
-        int.from_bytes(
-            hashlib.blake2b(
-                np.ascontiguousarray(tokens, "<i4").tobytes(), digest_size=8, key=key
-            ).digest(),
-            "little",
-        )
-        for tokens in records
-    ]
-    return np.array(ranks, np.uint64)
+    contents = (np.ascontiguousarray(tokens, "<i4").tobytes() for tokens in records)
+    hashes = (hashlib.blake2b(text, digest_size=8, key=key) for text in contents)
+    return np.frombuffer(b"".join(h.digest() for h in hashes), "<u8")
 
 
 def hold_out(

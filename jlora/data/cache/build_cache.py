@@ -63,12 +63,8 @@ def open_token_store(
 ) -> tuple[TokenStore, list[RowCounts]]:
     """Returns all records of the sources, uncut, and the row counts of each source.
 
-    Raises:
-        UsageError: nothing in a source, a setting that does not fit it, no template, or a
-            cache that cannot be written.
-        UnsupportedError: a kind of file or template that jlora cannot use.
-        CorruptError: a damaged file, or rows that fit no format.
-        ResourceError: the cache's disk is full, or a worker process died.
+    Raises as `open_rows`, `tokenize_rows` and `open_or_build`, and ResourceError if a
+    worker process died.
     """
     store = open_or_build(
         token_cache_folder(config),
@@ -125,8 +121,7 @@ def _build(
                 counts.add(rows, block)
                 block.records["file"] = first_file + source.files.index(rows.path)
                 writer.append(block)
-                now = time.monotonic()
-                if now - reported >= _REPORT_EVERY_S:
+                if (now := time.monotonic()) - reported >= _REPORT_EVERY_S:
                     reported = now
                     _report_progress(source, writer, now - start)
             all_counts.append(counts.to_json())

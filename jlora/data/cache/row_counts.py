@@ -68,7 +68,7 @@ class RowCounts:
     """The first bad rows: index of the file, number, reason, column."""
     bad_reasons: dict[str, Occurrences] = field(default_factory=dict)
     """By the reason, in which numbers and quotations are left out."""
-    encoded_apart: Occurrences = field(default_factory=Occurrences)
+    encoded_separately: Occurrences = field(default_factory=Occurrences)
     without_end: Occurrences = field(default_factory=Occurrences)
     # Counted by `truncate_records`:
     cut: Occurrences = field(default_factory=Occurrences)
@@ -110,8 +110,8 @@ class RowCounts:
             reason = re.sub(r"'[^']*'|\"[^\"]*\"", "...", row.reason)
             reason = re.sub(r"\d+", "N", reason)
             self.bad_reasons.setdefault(reason, Occurrences()).add(file, row.number)
-        for number in rows.encoded_apart:
-            self.encoded_apart.add(file, number)
+        for number in rows.encoded_separately:
+            self.encoded_separately.add(file, number)
         for number in rows.without_end:
             self.without_end.add(file, number)
 
@@ -124,7 +124,7 @@ class RowCounts:
             "largest_id": self.largest_id,
             "bad": self.bad,
             "bad_reasons": {name: asdict(x) for name, x in self.bad_reasons.items()},
-            "encoded_apart": asdict(self.encoded_apart),
+            "encoded_separately": asdict(self.encoded_separately),
             "without_end": asdict(self.without_end),
         }
 
@@ -137,7 +137,7 @@ class RowCounts:
         parts = {
             "row_format": RowFormat(**stored["row_format"]),
             "bad_reasons": {name: Occurrences(**x) for name, x in reasons},
-            "encoded_apart": Occurrences(**stored["encoded_apart"]),
+            "encoded_separately": Occurrences(**stored["encoded_separately"]),
             "without_end": Occurrences(**stored["without_end"]),
         }
         return cls(source=source, seq_len=seq_len, **{**stored, **parts})
@@ -161,8 +161,8 @@ class RowCounts:
             (self.cut_away, "dropped", ", as the cut left nothing to train on"),
             (self.unsupervised, "dropped", " with nothing to train on"),
             (
-                self.encoded_apart,
-                "prompt and completion encoded apart in",
+                self.encoded_separately,
+                "prompt and completion encoded separately in",
                 ", where they would share a token",
             ),
             (

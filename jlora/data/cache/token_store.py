@@ -92,7 +92,7 @@ class StoreWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes the files, whatever state they are in."""
+        """Closes the files, also after an error."""
         for file in self._files.values():
             with suppress(OSError):
                 file.close()
@@ -109,10 +109,8 @@ def open_or_build(
 ) -> TokenStore:
     """Returns the store `key` of a cache folder; builds it if it is not there.
 
-    Args:
-        cache: created if it is not there.
-        key: a digest of everything that decides the content.
-        build: appends all records and returns the note (JSON).
+    `key` is a digest of everything that decides the content; `build` appends all records
+    and returns the note (JSON).
 
     Raises:
         UsageError: the folder cannot be written.

@@ -27,15 +27,12 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         added_tokens: Mapping[str, bool],
     ) -> None:
-        """Compiles the template.
+        """Compiles jinja2 text; raises CorruptError for a syntax error.
 
         Args:
-            source: jinja2 text.
+            source: the text.
             special_tokens: variables of the template, such as bos_token.
             added_tokens: text of each added token -> whether it is special.
-
-        Raises:
-            CorruptError: the template has a syntax error.
         """
         environment = make_environment()
         self._budget = environment.budget
@@ -77,11 +74,8 @@ class ChatTemplate:
     ) -> dict[str, Any]:
         """Returns the template's variables for a conversation, control strings marked.
 
-        They may be rendered several times: the sandbox keeps a template from changing
-        them.
-
-        Raises:
-            RowError: text that cannot be written as UTF-8.
+        They may be rendered several times, as the sandbox keeps a template from changing
+        them. Raises RowError for text that cannot be written as UTF-8.
         """
         return {
             **self._special_tokens,

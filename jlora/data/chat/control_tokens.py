@@ -120,12 +120,7 @@ def unmark(marked: str, controls: Set[str]) -> Rendered:
 def add_guard(
     source: tokenizers.Tokenizer, *, added_tokens: bool
 ) -> tokenizers.Tokenizer:
-    """Returns a copy of a tokenizer that `encode_guarded` can use.
-
-    Args:
-        source: the tokenizer.
-        added_tokens: whether the copy keeps its added tokens (False: they are text).
-    """
+    """Returns a copy for `encode_guarded`, with or without the tokenizer's added tokens."""
     document = json.loads(source.to_str())
     if not added_tokens:
         document["added_tokens"] = []

@@ -69,21 +69,16 @@ def _find_source(name: str, weight: float) -> DataSource:
         if not files:
             raise UsageError(f"{name}: no file matches")
         return DataSource(name, files, weight)
-    _check_file(path)
-    return DataSource(name, (path,), weight)
-
-
-def _check_file(path: Path) -> None:
-    if path.is_file():
-        return
-    if path.exists():
+    if not path.exists():
+        folder = path.parent
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        raise UsageError(f"{path}: no such file{nearest(path.name, names)}")
+    if not path.is_file():
         raise UsageError(
             f"{path}: no records; it is a device or a pipe, and jlora reads files "
             "(more than once); write the records to a file"
         )
-    folder = path.parent
-    names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    raise UsageError(f"{path}: no such file{nearest(path.name, names)}")
+    return DataSource(name, (path,), weight)
 
 
 def _list_folder(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -133,9 +128,8 @@ def _saved_files(path: Path) -> tuple[Path, ...]:
             f"{path} is a selection of rows that an old version of datasets saved; "
             "load it and save it again with a new one"
         )
-    entries = state.get("_data_files")
     try:
-        names = [str(entry["filename"]) for entry in entries or ()]
+        names = [str(entry["filename"]) for entry in state.get("_data_files") or ()]
     except (TypeError, KeyError) as error:
         raise CorruptError(f"{path / 'state.json'}: no list _data_files") from error
     missing = [

@@ -44,11 +44,10 @@ def parse_rows(
 
 def _parse(raw: bytes) -> dict[str, Any]:
     row = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    if isinstance(row, list):
+        raise RowError("expected an object, found a list; write its items one per line")
     if not isinstance(row, dict):
-        hint = ""
-        if isinstance(row, list):
-            hint = " (a JSON array? write its items one per line)"
-        raise RowError(f"expected an object, found {type_name(row)}{hint}")
+        raise RowError(f"expected an object, found {type_name(row)}")
     return row
 
 

@@ -1,6 +1,6 @@
 """Turns a row into a validated record, by the format of its source."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,15 +134,18 @@ def _messages(row: Row, column: str) -> list[Message]:
     return messages
 
 
+def _check_strings(item: Row, name: str, keys: Iterable[str], hint: str = "") -> None:
+    for key in keys:
+        if key not in item:
+            raise RowError(f"{name} has no {key}{hint}")
+        _check_type(item[key], f"{name}.{key}", str, "a string")
+
+
 def _check_message(message: Any, name: str) -> None:
     _check_type(message, name, dict, "an object")
     has_calls = message.get("tool_calls")
-    for key in ("role", "content"):
-        if key == "content" and message.get(key) is None and has_calls:
-            continue
-        if key not in message:
-            raise RowError(f"{name} has no {key}")
-        _check_type(message[key], f"{name}.{key}", str, "a string")
+    is_call_only = message.get("content") is None and has_calls
+    _check_strings(message, name, ("role",) if is_call_only else ("role", "content"))
     if not message["role"]:
         raise RowError(f"{name}.role is empty")
     # A tool may return nothing and a system turn may be blank; a question or an answer
@@ -157,26 +160,23 @@ def _sharegpt_messages(row: Row, column: str) -> list[Message]:
     for index, turn in enumerate(_items(row, column)):
         name = f"{column}[{index}]"
         _check_type(turn, name, dict, "an object")
-        for key in ("from", "value"):
-            if key not in turn:
-                hint = ""
-                if "role" in turn and "content" in turn:
-                    hint = (
-                        "; role and content belong to the format messages: give "
-                        f"data.format=messages and data.fields={{messages: {column}}}"
-                    )
-                raise RowError(f"{name} has no {key}{hint}")
-            _check_type(turn[key], f"{name}.{key}", str, "a string")
-        if turn["from"] not in _SHAREGPT_ROLES:
+        hint = ""
+        if "role" in turn and "content" in turn:
+            hint = (
+                "; role and content belong to the format messages: give "
+                f"data.format=messages and data.fields={{messages: {column}}}"
+            )
+        _check_strings(turn, name, ("from", "value"), hint)
+        role = _SHAREGPT_ROLES.get(turn["from"])
+        if role is None:
             raise RowError(
                 f"{name}.from is {turn['from']!r}"
                 f"{nearest(turn['from'], _SHAREGPT_ROLES)}; "
                 f"expected one of {', '.join(_SHAREGPT_ROLES)}"
             )
-        message = {"role": _SHAREGPT_ROLES[turn["from"]], "content": turn["value"]}
-        if not turn["value"] and message["role"] not in ("system", "tool"):
+        if not turn["value"] and role not in ("system", "tool"):
             raise RowError(f"{name}.value is empty")
-        messages.append(message)
+        messages.append({"role": role, "content": turn["value"]})
     return messages
 
 

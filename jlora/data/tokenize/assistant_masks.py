@@ -45,11 +45,10 @@ class MaskPlan:
 def plan_mask(
     record: ChatRecord, tokenizer: Tokenizer, *, train_on: str, where: str
 ) -> MaskPlan:
-    """Renders a conversation, and the texts whose tokens decide its mask.
+    """Renders a conversation and the texts whose tokens decide its mask.
 
-    Raises:
-        RowError: the template refuses this conversation.
-        UnsupportedError: the template changes earlier turns; `where` names the record.
+    Raises RowError if the template refuses the conversation, and UnsupportedError if it
+    changes earlier turns; `where` names the record.
     """
     template = tokenizer.template(record.tools)
     messages = record.messages
@@ -67,17 +66,16 @@ def plan_mask(
     if not answers:
         return MaskPlan(record.number, whole)
     if template.has_generation:
-        marked = whole.generated
-        if any(m["role"] == "assistant" for m in messages[: answers[0]]):
-            earlier = render(answers[0]).generated
-            if marked[: len(earlier)] != earlier:
-                raise _unstable_template(where, answers[0])
-            marked = marked[len(earlier) :]
+        first = answers[0]
+        has_earlier = any(m["role"] == "assistant" for m in messages[:first])
+        earlier = render(first).generated if has_earlier else ()
+        if whole.generated[: len(earlier)] != earlier:
+            raise _unstable_template(where, first)
+        marked = whole.generated[len(earlier) :]
         return MaskPlan(record.number, whole, marked=marked)
     rendered = []
     for index in answers:
-        is_last = index + 1 == len(messages)
-        upto = whole if is_last else render(index + 1)
+        upto = whole if index + 1 == len(messages) else render(index + 1)
         answer = _render_answer(index, upto, render)
         if not answer or not whole.text.startswith(upto.text):
             raise _unstable_template(where, index)
@@ -88,16 +86,9 @@ def plan_mask(
 def find_supervised_spans(
     plan: MaskPlan, tokenizer: Tokenizer, encode: Callable[[Rendered], Encoded]
 ) -> tuple[Encoded, list[Span], bool]:
-    """Finds the tokens to train on.
+    """Returns the encoded conversation and the spans of tokens that the loss counts.
 
-    Args:
-        plan: of `plan_mask`.
-        tokenizer: the model's.
-        encode: returns the ids of a text of the plan.
-
-    Returns:
-        The encoded conversation, the spans of tokens that the loss counts, and whether
-        each of them includes a control token that ends the answer.
+    The third value is whether each span includes a control token that ends the answer.
 
     Raises:
         RowError: an answer shares a token with its surroundings, or BOS occurs twice.
@@ -179,7 +170,7 @@ def _render_answer(
 def _unstable_template(where: str, index: int) -> UnsupportedError:
     return UnsupportedError(
         f"{where}: the chat template changes earlier text when message {index} is "
-        "added, so the answer's tokens cannot be told from the others; use "
+        "added, so the answer's tokens cannot be distinguished from the rest; use "
         "data.train_on=all, a template with generation blocks "
         "({% generation %}...{% endgeneration %}), or one record per answer"
     )

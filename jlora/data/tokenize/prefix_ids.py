@@ -22,12 +22,9 @@ def encode_prefixes(
     wholes: Mapping[Rendered, Encoded],
     tokenizer: Tokenizer,
 ) -> dict[Rendered, Encoded]:
-    """Returns, without offsets, the ids of each prefix that follow the `shared` ones.
+    """Returns the ids of each prefix of a whole text after the `shared` ones, no offsets.
 
-    Args:
-        prefixes: prefix -> the whole text that it is of.
-        wholes: ids of the wholes; a prefix whose whole is missing is encoded in full.
-        tokenizer: the model's.
+    A prefix whose whole is not in `wholes` is encoded in full.
     """
     controls = {
         whole: _find_controls(whole, encoded, tokenizer)

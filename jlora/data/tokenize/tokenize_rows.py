@@ -41,7 +41,7 @@ class TokenizedRows:
     num_rows: int
     bad_rows: list[BadRow]
     examples: list[Example] = field(default_factory=list)
-    encoded_apart: list[int] = field(default_factory=list)
+    encoded_separately: list[int] = field(default_factory=list)
     """Rows whose prompt and completion would have shared a token."""
     without_end: list[int] = field(default_factory=list)
     """Rows with an answer that no control token ends."""
@@ -123,7 +123,7 @@ def _tokenize_texts(
             except RowError as error:
                 result.add_bad(record.number, error)
                 continue
-            result.encoded_apart.append(record.number)
+            result.encoded_separately.append(record.number)
         tokens = tokenizer.with_bos(ids)
         if tokenizer.begins_with_two_bos(tokens):
             result.add_bad(record.number, "the text begins with the BOS token twice")

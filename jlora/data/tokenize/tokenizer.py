@@ -104,7 +104,7 @@ class Tokenizer:
             return [self.bos_id, *ids]
         return ids
 
-    def begins_with_two_bos(self, ids: Sequence[int]) -> bool:
+    def begins_with_two_bos(self, ids: list[int]) -> bool:
         """Returns whether BOS was written twice, which no model was trained with."""
         return self.bos_id is not None and ids[:2] == [self.bos_id] * 2
 

@@ -180,14 +180,14 @@ def test_text_with_bos_twice_is_a_bad_line(tmp_path, row, adds_bos):
         load(path, tokenizer)
 
 
-def test_prompt_and_completion_that_share_a_token_are_encoded_apart(tmp_path):
+def test_prompt_and_completion_that_share_a_token_are_encoded_separately(tmp_path):
     row = {"prompt": "the s", "completion": "um"}
     tokenizer = make_tokenizer()
     data = load(write_rows(tmp_path / "data.jsonl", [row]), tokenizer)
     head = tokenizer.encode("the s", add_bos=True)
     assert all_tokens(data)[: len(head)] == head
     assert supervised_text(data, tokenizer) == ["um<|im_end|>"]
-    assert any("encoded apart in 1 record" in line for line in data.summary)
+    assert any("encoded separately in 1 record" in line for line in data.summary)
 
 
 def test_text_with_reserved_noncharacters_is_a_bad_line(tmp_path):
