@@ -1,8 +1,8 @@
-"""Linear head and cross-entropy in one, by chunks of positions.
+"""Cross-entropy from the final states, without ever holding all logits [B, T, V].
 
-The logits of one chunk exist at a time, never [B, T, V]. The gradient is formed in the
-forward pass, while a chunk's logits are there, so no logits are computed twice; and only
-for the hidden states and the head's adapter, never for the frozen table.
+The logits exist for one chunk of positions at a time. The forward pass also computes the
+chunk's gradients, so that no logits are computed twice: those of the final states and of the
+head's adapter, never of the frozen head.
 """
 
 from functools import partial
@@ -49,9 +49,8 @@ def cross_entropy(
         fill = [(0, 0)] * x.ndim
         fill[1] = (0, count * size - length)
         x = jnp.pad(x, fill).reshape(x.shape[0], count, size, *x.shape[2:])
-        return jnp.moveaxis(
-            x, 1, 0
-        )  # [chunks, B, size, ...]: rows stay on their device
+        # [chunks, B, size, ...], so that rows stay on their device.
+        return jnp.moveaxis(x, 1, 0)
 
     states = (to_chunks(hidden), None if dropped is None else to_chunks(dropped))
     return _summed(
@@ -70,8 +69,8 @@ def _chunk_loss(
     targets: Array,
     weights: Array,
 ) -> Array:
-    # Before the head, not on its losses: an infinity at a position that does not count
-    # would still make the gradient NaN (0 times infinity).
+    # The states and not the losses are set to 0, because an infinity at a position that
+    # does not count would still make the gradient NaN (0 times infinity).
     counted = weights[..., None] > 0
     hidden, dropped = jax.tree.map(lambda x: jnp.where(counted, x, 0), states)
     head = {**trainable, **frozen}
@@ -112,8 +111,8 @@ def _summed_forward(
         loss, (d_states, d_trainable) = gradient(compute, x, trainable, frozen, t, w)
         return (total + loss, jax.tree.map(jnp.add, sums, d_trainable)), d_states
 
-    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-    (total, sums), d_states = jax.lax.scan(body, start, (states, targets, weights))
+    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    (total, sums), d_states = jax.lax.scan(body, zeros, (states, targets, weights))
     return total, (d_states, sums)
 
 

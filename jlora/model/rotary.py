@@ -1,7 +1,7 @@
 """Rotary position embedding: frequencies per rope type, and their application.
 
-Tables are built in NumPy, so they are the same constants on every backend; angles, cos
-and sin are float32. The layout is HF's: pairs are (x_j, x_{j + H/2}).
+Frequencies are computed in NumPy, so they are the same constants on every platform; angles,
+cos and sin are float32. As in HF, the pairs that turn together are (x_j, x_{j + H/2}).
 
 Source: "RoFormer" (Su et al., 2021); transformers `modeling_rope_utils`.
 """
@@ -18,11 +18,11 @@ from jlora.config.rope_config import RopeParameters
 
 
 def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:
-    """Returns the angle per position of each pair, radians, float32 [H/2].
+    """Returns the angle in radians by which each pair turns per position, float32 [H/2].
 
     Args:
         config: the model.
-        length: of the call (largest position + 1); dynamic and longrope depend on it.
+        length: largest position + 1; dynamic and longrope depend on it.
 
     Source: transformers `modeling_rope_utils`, whose float32 arithmetic is followed.
     """
@@ -33,7 +33,7 @@ def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:
         stretch = max(length / config.max_position_embeddings, 1.0)
         theta *= (1 + rope.factor * (stretch - 1)) ** (dim / (dim - 2))
     power = _powers(theta, dim)
-    with np.errstate(over="ignore"):  # a power beyond float32: that pair never turns
+    with np.errstate(over="ignore"):  # a pair whose power is infinite never turns
         match rope.rope_type:
             case "linear":
                 return 1 / power / np.float32(rope.factor)
@@ -61,28 +61,27 @@ def _powers(theta: np.float64, dim: int) -> np.ndarray:
 
 
 def _llama3(frequencies: np.ndarray, rope: RopeParameters) -> np.ndarray:
-    """Divides long wavelengths by `factor`, keeps short ones, blends between."""
+    """Divides low frequencies by `factor`, leaves high ones, and blends in between."""
     turns = rope.original_max_position_embeddings * frequencies / np.float32(2 * np.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
-    return (frequencies * (keep + (1 - keep) / np.float32(rope.factor))).astype(
-        np.float32
-    )
+    weight = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
+    scale = weight + (1 - weight) / np.float32(rope.factor)
+    return (frequencies * scale).astype(np.float32)
 
 
 def _yarn(power: np.ndarray, rope: RopeParameters) -> np.ndarray:
-    """Divides slow pairs by `factor`, keeps fast ones, blends between by their index.
+    """Divides low frequencies by `factor`, leaves high ones, and blends by the index.
 
     Source: "YaRN" (Peng et al., 2023), section 3.2.
     """
     dim, original = 2 * len(power), rope.original_max_position_embeddings
 
-    def pair_that_turns(times: float) -> float:
+    def index_of(turns: float) -> float:
         """Returns the index of the pair that turns so often in the original context."""
-        log_turns = math.log(original / (times * 2 * math.pi))
-        return dim * log_turns / (2 * math.log(rope.rope_theta))
+        log_period = math.log(original / (turns * 2 * math.pi))
+        return dim * log_period / (2 * math.log(rope.rope_theta))
 
-    low, high = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    low, high = index_of(rope.beta_fast), index_of(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -91,28 +90,31 @@ def _yarn(power: np.ndarray, rope: RopeParameters) -> np.ndarray:
     ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(
         high - low
     )
-    keep = 1 - np.clip(ramp, 0, 1)
-    return (1 / (np.float32(rope.factor) * power)) * (1 - keep) + (1 / power) * keep
+    weight = 1 - np.clip(ramp, 0, 1)
+    divided = 1 / (np.float32(rope.factor) * power)
+    return divided * (1 - weight) + (1 / power) * weight
 
 
 def rope_angles(
     config: LlamaConfig, positions: Int[Array, "B T"], length: int, platform: str
 ) -> tuple[Float[Array, "B T 1 H_half"], Float[Array, "B T 1 H_half"]]:
-    """Returns (cos, sin) of every position's angles, float32, times attention_factor.
+    """Returns cos and sin of every position's angles, float32, times attention_factor.
 
-    `length` is that of the call, see `rope_frequencies`.
+    `length`: see `rope_frequencies`.
     """
     frequencies = jnp.asarray(rope_frequencies(config, length))
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     factor = jnp.float32(config.rope_parameters.attention_factor)
     cos, sin = jnp.cos(angles) * factor, jnp.sin(angles) * factor
-    return (_made_once(cos), _made_once(sin)) if platform == "cpu" else (cos, sin)
+    return (
+        (_computed_once(cos), _computed_once(sin)) if platform == "cpu" else (cos, sin)
+    )
 
 
-def _made_once(x: Array) -> Array:
-    """Returns x by a product with the identity, which XLA on a CPU makes once.
+def _computed_once(x: Array) -> Array:
+    """Returns x as a product with the identity, which XLA on a CPU does not repeat.
 
-    It would compute cos and sin for every head of every layer instead, and drops
+    It would compute cos and sin again for every head of every layer, and it removes
     barriers before it decides so.
     """
     identity = jnp.eye(x.shape[-1], dtype=x.dtype)

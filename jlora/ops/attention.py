@@ -1,8 +1,7 @@
-"""Causal grouped-query attention behind one function, with segment ids throughout.
+"""Causal grouped-query attention, dense or within the documents of packed rows.
 
-`xla` is the reference, with float32 scores, and runs everywhere, on a CPU in the order of
-`attention_cpu`. `cudnn` is the flash kernel on NVIDIA GPUs, `splash` that of TPUs, both for
-dense rows and for packed ones.
+`xla` is the reference: scores in float32, on every platform (on a CPU in the order of
+`attention_cpu`). `cudnn` is the flash kernel of NVIDIA GPUs, `splash` that of TPUs.
 """
 
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jlora.errors import UsageError
-from jlora.ops.attention_cpu import block_attend
+from jlora.ops.attention_cpu import attend_on_cpu
 from jlora.ops.attention_tpu import splash_attend
 from jlora.ops.compute_choices import Compute
 
@@ -26,28 +25,28 @@ def attend(
     segment_ids: Int[Array, "B T"] | None = None,
     offset: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(q k / sqrt(H)) v over the keys each query may see.
+    """Returns softmax(q k / sqrt(H)) v over the keys that each query may see.
 
-    Query t sees key s if s <= t (+ `offset`, the number of tokens before this call in a
-    cache) and, given `segment_ids`, both lie in the same segment.
+    Query t sees key s if s <= t (+ `offset`) and both have the same segment id.
 
     Args:
         q: queries.
         k: keys, of the same dtype.
         v: values, likewise.
         compute: its platform, attention and max_segments.
-        segment_ids: 1, 2, ... along a row, each without a gap; 0 for padding at its end.
-        offset: for calls with a cache, which always take the reference.
+        segment_ids: 1, 2, ... along a row, without gaps; 0 for padding at its end.
+        offset: tokens before this call in a cache. Such calls always use the reference.
 
     Raises:
-        UsageError: cudnn in float32, or with segments whose number it is not told.
+        UsageError: cudnn in float32, or with segments but no max_segments.
     """
     if offset is not None or compute.attention == "xla":
         if offset is None and compute.platform == "cpu":
-            return block_attend(q, k, v, segment_ids)
+            return attend_on_cpu(q, k, v, segment_ids)
         return _reference(q, k, v, segment_ids, offset)
     if compute.attention == "splash":
-        return splash_attend(q, k, v, segment_ids, interpret=compute.platform != "tpu")
+        interpret = compute.platform != "tpu"
+        return splash_attend(q, k, v, segment_ids, interpret=interpret)
     if q.dtype == jnp.float32:
         raise UsageError(
             "compute.attention=cudnn needs compute.dtype bfloat16, found float32"
@@ -66,20 +65,20 @@ def _packed_cudnn(
 ) -> Array:
     """Returns cuDNN's causal attention within each segment.
 
-    The padding at a row's end is made a segment of its own: left out, its gradients would
-    be memory that nothing wrote.
+    The padding at the end of a row becomes a segment, too. Otherwise cuDNN would not write
+    its gradients, and they would be uninitialised memory.
     """
-    # The public jax.nn function has no segments.
+    # The public function of jax.nn has no segments.
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     last = jnp.max(segment_ids, axis=1, keepdims=True) + 1
     segment_ids = jnp.where(segment_ids == 0, last, segment_ids)
     numbers = jnp.arange(1, max_segments + 2)
     counts = jnp.sum(segment_ids[:, :, None] == numbers, axis=1)  # [B, M]
-    starts = jnp.cumsum(counts, axis=1) - counts
-    # Starts only, and -1 after the last: the end of one would shift every later row.
+    begins = jnp.cumsum(counts, axis=1) - counts
+    # Only where segments begin, then -1: the end of one would shift all later rows.
     offsets = jnp.pad(
-        jnp.where(counts > 0, starts, -1), ((0, 0), (0, 1)), constant_values=-1
+        jnp.where(counts > 0, begins, -1), ((0, 0), (0, 1)), constant_values=-1
     ).astype(jnp.int32)
     lengths = jnp.where(counts > 0, counts, -1).astype(jnp.int32)
     out: Any = cudnn.dot_product_attention(
@@ -99,15 +98,14 @@ def _packed_cudnn(
 def _reference(
     q: Array, k: Array, v: Array, segment_ids: Array | None, offset: Array | None
 ) -> Array:
-    batch, length, heads, dim = q.shape
-    groups = heads // k.shape[2]
+    batch, length, _, dim = q.shape
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     query_index = jnp.arange(length) + (0 if offset is None else offset)
     visible = query_index[:, None] >= jnp.arange(k.shape[1])[None, :]  # [T, S]
     visible = visible[None]
     if segment_ids is not None:
         visible &= segment_ids[:, :, None] == segment_ids[:, None, :]  # [B, T, S]
-    grouped = q.reshape(batch, length, k.shape[2], groups, dim)
+    grouped = q.reshape(batch, length, k.shape[2], -1, dim)  # [B, T, K, G, H]
     scores = jnp.einsum(
         "btkgh,bskh->bkgts",
         grouped,
@@ -119,4 +117,4 @@ def _reference(
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision)
-    return out.reshape(batch, length, heads, dim)
+    return out.reshape(q.shape)

@@ -1,8 +1,8 @@
-"""Dropout whose masks are a function of place: cheap to make again, the same everywhere.
+"""Dropout whose mask follows from each element's row and column number.
 
-Whether an element is kept depends on two random words, of its row and of its column, and
-their product. So a mask is never stored, a kernel makes its own part of it, and it is the
-same however an array is sharded or tiled.
+Rows and columns each get a random word, their code, and an element is kept or dropped by
+the product of its two codes. So no mask is ever stored: the backward pass and every tile of
+a kernel compute their part again, and sharding does not change it.
 """
 
 import functools
@@ -15,37 +15,35 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 
 def drop(x: Float[Array, "... D"], key: Array, rate: float | Array) -> Array:
-    """Returns x with a share `rate` of its elements zero and the others scaled up."""
+    """Returns x with a share `rate` of its elements set to 0 and the others scaled up."""
     return drop_by(x, seeds(key), rate)
 
 
 def drop_by(
     x: Float[Array, "... D"], seeds: UInt32[Array, "2"], rate: float | Array
 ) -> Float[Array, "... D"]:
-    """As `drop`, given the key's `seeds`.
-
-    A rate is a float32 from here on, so that one that varies in a sweep gives the same.
-    """
+    """Returns what `drop` does, given the `seeds` of its key."""
+    # Float32 from here on, so that a rate which a sweep traces gives the same mask.
     rate = jnp.float32(rate)
     size = x.shape[-1]
-    rows = _places(x.size // size, 0).reshape(*x.shape[:-1], 1)
+    rows = _numbers(x.size // size, 0).reshape(*x.shape[:-1], 1)
     columns = jnp.arange(size)
     keep = is_kept(codes(rows, seeds[0]), codes(columns, seeds[1]), threshold(rate))
     return jnp.where(keep, x.astype(jnp.float32) * (1 / (1 - rate)), 0).astype(x.dtype)
 
 
 def seeds(key: Array) -> UInt32[Array, "2"]:
-    """Returns what `codes` needs of a key, for rows and for columns."""
+    """Returns the seeds of the codes of rows and of columns."""
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def threshold(rate: float | Array) -> UInt32[Array, ""]:
-    """Returns the words below which an element is dropped, of 2^32."""
+    """Returns the limit, of 2^32, below which a product of codes drops its element."""
     return (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
 
 
 def codes(index: Int[Array, "..."], seed: Array) -> UInt32[Array, "..."]:
-    """Returns a random odd word for every row or column.
+    """Returns a random odd word for the number of every row or column.
 
     Source: Wellons, "Prospecting for Hash Functions" (2018), the constants of `lowbias32`
     as improved by "TheIronBorn".
@@ -59,11 +57,11 @@ def codes(index: Int[Array, "..."], seed: Array) -> UInt32[Array, "..."]:
 def is_kept(
     rows: UInt32[Array, "..."], columns: UInt32[Array, "..."], limit: Array
 ) -> Bool[Array, "..."]:
-    """Returns whether elements stay, by the codes of their rows and columns.
+    """Returns whether each element is kept, given the codes of its row and its column.
 
-    The high bits of the product of two random odd words, modulo 2^32: each is a hash of
-    the other. Source: Dietzfelbinger et al., "A Reliable Randomized Algorithm for the
-    Closest-Pair Problem" (1997), multiplicative hashing.
+    The product of two odd words, modulo 2^32, hashes one by the other. Source:
+    Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair Problem"
+    (1997), multiplicative hashing.
     """
     return rows * columns >= limit
 
@@ -71,20 +69,17 @@ def is_kept(
 def axis_codes(
     seeds: Sequence[UInt32[Array, "2"]], shape: Sequence[int]
 ) -> list[UInt32[Array, "masks _"]]:
-    """Returns the codes of all rows and of all columns, of which kernels make masks."""
+    """Returns the codes of all rows and those of all columns, from which kernels make masks."""
     words = jnp.stack(seeds)
     return [
-        jax.vmap(functools.partial(codes, _places(size, axis)))(words[:, axis])
+        jax.vmap(functools.partial(codes, _numbers(size, axis)))(words[:, axis])
         for axis, size in enumerate(shape)
     ]
 
 
-def _places(size: int, axis: int) -> Int[Array, " size"]:
-    """Returns the numbers of all rows (axis 0) or columns.
-
-    Where every device computes on its own rows, `jlora.parallel.sharding.over_rows`, they go on
-    from one device to the next.
-    """
+def _numbers(size: int, axis: int) -> Int[Array, " size"]:
+    """Returns the numbers of all rows (axis 0) or columns."""
+    # Inside `jlora.parallel.sharding.over_rows` a device has some of the rows only.
     devices = jax.sharding.get_abstract_mesh().manual_axes
     first = lax.axis_index(devices) * size if devices and axis == 0 else 0
     return first + jnp.arange(size)
@@ -93,7 +88,7 @@ def _places(size: int, axis: int) -> Int[Array, " size"]:
 def tile_mask(
     rows: UInt32[Array, " M"], columns: UInt32[Array, " N"], rate: float
 ) -> Bool[Array, "M N"]:
-    """Returns a tile's mask by the codes of its rows and columns, inside a kernel."""
+    """Returns a tile's mask from the codes of its rows and columns, inside a kernel."""
     shape = rows.size, columns.size
     with jax.ensure_compile_time_eval():
         limit = threshold(rate)
@@ -105,5 +100,5 @@ def tile_mask(
 
 
 def kept(keep: Bool[Array, "..."], values: Array) -> Array:
-    """Returns the values, zero where they are not kept."""
+    """Returns the values, with 0 where they are dropped."""
     return jnp.where(keep, values, jnp.zeros_like(values))

@@ -1,7 +1,7 @@
-"""Long elementwise passes, whose gradients are written by hand on a CPU.
+"""SwiGLU's activation and the log-likelihood, with gradients written by hand for a CPU.
 
-What autodiff keeps of them XLA stores on a CPU, array by array, and reads again; elsewhere
-it fuses them with what stands around them.
+There XLA would store and reload each array that autodiff saves. On other platforms it fuses
+these operations with their neighbours, and autodiff is as fast.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def negative_log_likelihood(
     """Returns -log softmax(logits)[target], in nats."""
     if platform == "cpu":
         return _negative_log_likelihood(logits, targets)
-    return jax.nn.logsumexp(logits, axis=-1) - _chosen(logits, targets)
+    return jax.nn.logsumexp(logits, axis=-1) - _target_logits(logits, targets)
 
 
 @jax.custom_vjp
@@ -38,8 +38,8 @@ def _gated_forward(gate: Array, up: Array) -> tuple[Array, Any]:
     return jax.nn.silu(gate) * up, (gate, up)
 
 
-def _gated_backward(kept: Any, d_out: Array) -> tuple[Array, Array]:
-    gate, up, d = (x.astype(jnp.float32) for x in (*kept, d_out))
+def _gated_backward(residuals: Any, d_out: Array) -> tuple[Array, Array]:
+    gate, up, d = (x.astype(jnp.float32) for x in (*residuals, d_out))
     share = jax.nn.sigmoid(gate)
     d_gate = d * up * share * (1 + gate * (1 - share))
     return d_gate.astype(d_out.dtype), (d * gate * share).astype(d_out.dtype)
@@ -48,8 +48,8 @@ def _gated_backward(kept: Any, d_out: Array) -> tuple[Array, Array]:
 _gated.defvjp(_gated_forward, _gated_backward)
 
 
-def _chosen(logits: Array, targets: Array) -> Array:
-    """Returns each target's logit; a sum, so that V may be cut over devices."""
+def _target_logits(logits: Array, targets: Array) -> Array:
+    """Returns each target's logit, as a sum, because V may be sharded."""
     return jnp.where(_is_target(logits, targets), logits, 0).sum(-1)
 
 
@@ -66,12 +66,12 @@ def _likelihood_forward(logits: Array, targets: Array) -> tuple[Array, Any]:
     top = jnp.max(logits, axis=-1)
     powers = jnp.exp(logits - top[..., None])
     total = jnp.sum(powers, axis=-1)
-    losses = jnp.log(total) + top - _chosen(logits, targets)
+    losses = jnp.log(total) + top - _target_logits(logits, targets)
     return losses, (powers, total, targets)
 
 
-def _likelihood_backward(kept: Any, d_losses: Array) -> tuple[Array, None]:
-    powers, total, targets = kept
+def _likelihood_backward(residuals: Any, d_losses: Array) -> tuple[Array, None]:
+    powers, total, targets = residuals
     d_target = jnp.where(_is_target(powers, targets), d_losses[..., None], 0)
     return powers * (d_losses / total)[..., None] - d_target, None
 

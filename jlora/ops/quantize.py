@@ -1,16 +1,17 @@
-"""Formats of frozen weights: what stands in a layer in place of its `kernel`.
+"""Quantised formats of frozen weights, and products with them.
 
-| format | `kernel_q` | beside it | weight i, j |
+A quantised layer has these leaves in place of its `kernel` [in, out]:
+
+| format | `kernel_q` | scales | weight i, j |
 |---|---|---|---|
 | int8 | int8 [in, out] | `kernel_scale` [out] | q * scale[j] |
 | fp8 | float8_e4m3fn [in, out] | `kernel_scale` [out] | q * scale[j] |
 | nf4 | uint8 [in / 2, out] | `kernel_absmax` [in / 64, out] | NF4[q] * absmax[i // 64, j] |
 
-nf4 has two weights in a byte, that of the even row in the high half, and blocks of 64
-along `in`, as bitsandbytes has where 64 divides `in` (here the last block may be short);
-the absmax is not quantised again, so that a weight takes 4.5 bits. Scales are float32.
-The dtype of `kernel_q` tells the format. Values are
-products in float32, rounded once to the dtype asked for.
+nf4 packs two weights into a byte, the one of the even row in the high half. Its blocks are
+64 rows of a column, as in bitsandbytes, except that the last block may be shorter. The
+absmax is not quantised again, so a weight takes 4.5 bits. Scales are float32, and the dtype
+of `kernel_q` tells the format. A weight is computed in float32 and rounded once.
 
 Source: "QLoRA: Efficient Finetuning of Quantized LLMs" (Dettmers et al., 2023), appendix
 E for the table; "FP8 Formats for Deep Learning" (Micikevicius et al., 2022).
@@ -61,14 +62,15 @@ NF4 = np.array(
     np.float32,
 )
 _NF4_BORDERS = (NF4[1:] + NF4[:-1]) / 2
-# Rows that become nf4 at a time: many, so that threads rarely wait for the interpreter.
+# Rows that are quantised to nf4 at a time: many, so that threads rarely need the
+# interpreter's lock.
 _SLAB = 64 * BLOCK
 
 
 def quantized_shapes(
     shape: tuple[int, int], quantize: Format
 ) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Returns {leaf: (shape, dtype)} of what stands for a kernel [in, out].
+    """Returns {leaf: (shape, dtype)} of a kernel of this shape [in, out], quantised.
 
     Raises:
         UnsupportedError: nf4 of an odd number of rows.
@@ -91,10 +93,10 @@ def quantized_shapes(
 
 
 def quantize_kernel(kernel: np.ndarray, quantize: Format) -> dict[str, np.ndarray]:
-    """Returns the leaves of a kernel [in, out], on the host; its columns are independent.
+    """Returns the quantised leaves of a kernel [in, out], computed on the host.
 
-    Each weight becomes the nearest that the format has, computed in float32. An nf4
-    weight halfway between two becomes the lower one; int8 and fp8 round to even.
+    Each weight becomes the nearest value of the format, in float32; nf4 rounds ties down,
+    int8 and fp8 to even. Columns do not influence each other.
     """
     wide = kernel.astype(np.float32)
     if quantize == "nf4":
@@ -108,15 +110,13 @@ def quantize_kernel(kernel: np.ndarray, quantize: Format) -> dict[str, np.ndarra
 
 
 def _quantize_nf4(wide: np.ndarray) -> dict[str, np.ndarray]:
-    found = [
-        _nf4_slab(wide[start : start + _SLAB]) for start in range(0, len(wide), _SLAB)
-    ]
-    packed, absmax = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    slabs = [_nf4_slab(wide[row : row + _SLAB]) for row in range(0, len(wide), _SLAB)]
+    packed, absmax = (np.concatenate(parts) for parts in zip(*slabs, strict=True))
     return {"kernel_q": packed[: len(wide) // 2], "kernel_absmax": absmax}
 
 
 def _nf4_slab(slab: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (packed codes, absmax) of some rows, with zeros after the last block."""
+    """Returns (packed codes, absmax) of some rows, the last block padded with zeros."""
     slab = np.pad(slab, ((0, -len(slab) % BLOCK), (0, 0)))
     blocks = slab.reshape(-1, BLOCK, slab.shape[1])
     absmax = np.abs(blocks).max(axis=1)
@@ -148,9 +148,9 @@ def num_weights(leaf: Any) -> int:
 
 
 def kernel_of(leaves: Mapping[str, Any], dtype: Any) -> Any:
-    """Returns a module's kernel [in, out] in `dtype`, dequantised if need be.
+    """Returns a module's kernel [in, out] in `dtype`, dequantised if necessary.
 
-    NumPy leaves give a NumPy array, equal to what JAX makes of them bit for bit.
+    NumPy leaves give a NumPy array with the same bits as JAX would compute.
     """
     if not is_quantized(leaves):
         return leaves["kernel"].astype(dtype)
@@ -161,17 +161,17 @@ def kernel_of(leaves: Mapping[str, Any], dtype: Any) -> Any:
 
 
 def _dequantize_nf4(packed: Any, absmax: Any) -> Any:
-    """Returns the float32 values: one elementwise operation, without a gather."""
+    """Returns the float32 weights, in JAX by elementwise operations only."""
     xp: Any = np if isinstance(packed, np.ndarray) else jnp
     rows, columns = 2 * packed.shape[0], packed.shape[1]
     codes = xp.stack([packed >> 4, packed & 15], axis=1).reshape(rows, columns)
-    values = NF4[codes] if xp is np else _look_up(codes)
+    values = NF4[codes] if xp is np else _nf4_values(codes)
     whole = xp.broadcast_to(absmax[:, None], (absmax.shape[0], BLOCK, columns))
     return values * whole.reshape(-1, columns)[:rows]
 
 
-def _look_up(codes: Array) -> Array:
-    """Returns NF4[codes] by halving the table with one bit of the code after another."""
+def _nf4_values(codes: Array) -> Array:
+    """Returns NF4[codes] without a gather: every bit of a code selects half of the values."""
     values: list[Any] = list(NF4)
     for bit in range(4):
         is_set = (codes >> bit & 1).astype(bool)
@@ -185,10 +185,9 @@ def _look_up(codes: Array) -> Array:
 def quantized_matmul(
     x: Float[Array, "... D_in"], leaves: Mapping[str, Any], compute: Compute
 ) -> Float[Array, "... D_out"]:
-    """Returns x W in `compute.dtype`, W being dequantised just before.
+    """Returns x W in `compute.dtype`; W is dequantised for this product and has no gradient.
 
-    The backward pass dequantises again: what stays between them is the stored form. W has
-    no gradient.
+    The backward pass dequantises again, so between them only the quantised W is in memory.
     """
     stored = {name: leaves[name] for name in QUANTIZED_LEAVES if name in leaves}
     return _product(x, stored, compute)
@@ -206,7 +205,7 @@ def _forward(x: Array, leaves: dict[str, Array], compute: Compute) -> tuple[Arra
 
 def _backward(compute: Compute, residuals: Any, gradient: Array) -> tuple[Array, None]:
     leaves, like = residuals
-    # The barrier makes this another W than the forward pass's, which XLA would keep.
+    # Without the barrier XLA would reuse the W of the forward pass, and so keep it.
     leaves, gradient = jax.lax.optimization_barrier((leaves, gradient))
     dx = matmul(gradient, kernel_of(leaves, compute.dtype).T, compute)
     return dx.astype(like.dtype), None

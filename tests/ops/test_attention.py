@@ -55,7 +55,7 @@ def test_blocks_of_queries_and_the_reference_elsewhere_equal_loops_over_heads(
     arrays = case()
     given = None if segment_ids is None else jnp.asarray(segment_ids)
     expected = by_hand(*arrays, segment_ids=segment_ids)
-    monkeypatch.setattr("jlora.ops.attention_cpu._QUERIES", 3)  # 3, 3 and 2 of 8
+    monkeypatch.setattr("jlora.ops.attention_cpu._LEAST_QUERIES", 3)  # 3, 3 and 2 of 8
     found = attend(*map(jnp.asarray, arrays), CPU, segment_ids=given)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
     found = attend(*map(jnp.asarray, arrays), GPU, segment_ids=given)
@@ -71,7 +71,7 @@ def test_gradients_of_blocks_are_those_of_the_reference(
     exact = [x.astype(jnp.float32) for x in arrays]
     d_out = jnp.asarray(random_heads(8, 6, 3), dtype)
     given = None if segment_ids is None else jnp.asarray(segment_ids)
-    monkeypatch.setattr("jlora.ops.attention_cpu._QUERIES", 3)  # 3, 3 and 2 of 8
+    monkeypatch.setattr("jlora.ops.attention_cpu._LEAST_QUERIES", 3)  # 3, 3 and 2 of 8
     found = jax.vjp(lambda *x: attend(*x, CPU, segment_ids=given), *arrays)[1](d_out)
     pull = jax.vjp(lambda *x: attend(*x, GPU, segment_ids=given), *exact)[1]
     for ours, expected in zip(found, pull(d_out.astype(jnp.float32)), strict=True):
