@@ -28,14 +28,13 @@ def main(arguments: Arguments) -> None:
     from jlora.formats.describe import describe_adapter, describe_model
     from jlora.formats.model_source import hash_weights
     from jlora.formats.open_model import open_model
-    from jlora.formats.peft.adapter_reader import find_adapter
-    from jlora.loading import open_adapter
+    from jlora.loading import exported_adapter, open_adapter
 
     if is_adapter(Path(arguments.path)):
         if arguments.digest:
             raise UsageError("--digest is for models; an adapter has none")
         folder = Path(arguments.path)
-        lines = describe_adapter(open_adapter(folder), folder, find_adapter(folder))
+        lines = describe_adapter(open_adapter(folder), folder, exported_adapter(folder))
         print("\n".join(lines))
         return
     source = open_model(arguments.path)

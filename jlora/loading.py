@@ -22,7 +22,8 @@ from jlora.lora.adapter_tree import Params, join
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import parameter_sharding, tree_shardings
-from jlora.train.checkpoint import newest_adapter
+from jlora.train.checkpoint import newest_adapter, saved_steps
+from jlora.train.resuming import exported_step
 
 
 def load(
@@ -83,6 +84,18 @@ def load(
     return model, params, Tokenizer(source.files, source.config)
 
 
+def exported_adapter(folder: str | Path) -> Path | None:
+    """Returns the PEFT folder that `open_adapter` reads; see `find_adapter`.
+
+    None for a run without one, or with checkpoints that are newer than its own.
+    """
+    found, run = find_adapter(folder), Path(folder)
+    step = exported_step(run)
+    newest = max(saved_steps(run / "checkpoints"), default=0)
+    is_own = found == run / "adapter"
+    return None if is_own and step is not None and step < newest else found
+
+
 def open_adapter(folder: str | Path) -> Adapter:
     """Returns the adapter of a PEFT folder or hub id, or of a run's newest checkpoint.
 
@@ -90,7 +103,7 @@ def open_adapter(folder: str | Path) -> Adapter:
         UsageError: neither an adapter nor a run.
         UnsupportedError, CorruptError: as `read_adapter`.
     """
-    found = find_adapter(folder)
+    found = exported_adapter(folder)
     if found is not None:
         return read_adapter(found)
     config, tree, meta = newest_adapter(Path(folder))

@@ -170,7 +170,8 @@ class LoraConfig:
                     f"lora: {name}={alpha!r}; expected a number above 0, "
                     "otherwise the adapter has no effect"
                 )
-        if not 0 <= self.lora_dropout < 1:
+        # A rate that float32 rounds to 1 would drop everything.
+        if not 0 <= self.lora_dropout < 1 - 2**-25:
             raise UsageError(
                 f"lora.lora_dropout={self.lora_dropout!r}; expected 0 <= p < 1"
             )

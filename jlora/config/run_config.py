@@ -133,8 +133,13 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
-        for name in ("learning_rate", "weight_decay", "max_grad_norm", "adam_eps"):
+        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             _at_least("optim", self, name, 0)
+        if not 0 < self.adam_eps < math.inf:
+            raise UsageError(
+                f"optim.adam_eps={self.adam_eps}; expected a number above 0: AdamW "
+                "divides by it where a gradient is 0"
+            )
         for name in ("warmup_ratio", "adam_b1", "adam_b2"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or (name != "warmup_ratio" and value == 1):

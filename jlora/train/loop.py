@@ -18,7 +18,7 @@ from jlora.model.llama import Llama
 from jlora.parallel.processes import check_agreement, is_first, stop_vote
 from jlora.train.evaluation import make_eval_step
 from jlora.train.prefetch import Prefetch
-from jlora.train.resuming import locked, resume_all
+from jlora.train.resuming import EXPORTED, locked, resume_all
 from jlora.train.run import Run
 from jlora.train.step import Batch
 from jlora.train.step_log import is_due
@@ -74,11 +74,11 @@ def train_runs(
             for run in runs:
                 run.log(step, metrics, waited_s)
             stopping = is_asked() and step < total_steps
-            if not stopping and is_due(step, config.eval_every, total_steps):
+            # Evaluated first, because a resumed run does not repeat it.
+            if is_due(step, config.eval_every, total_steps):
                 for index, run in enumerate(runs):
                     params = trainer.parameters(state, index)
                     run.evaluate(eval_step, step, params, mesh)
-            # Saved after the evaluation, which a resumed run does not repeat.
             if stopping or is_due(step, config.save_every, total_steps):
                 for run in runs:
                     run.flush()
@@ -95,6 +95,7 @@ def train_runs(
                 params = run.trained_params(trainer.adapter_state(state, index))
                 if is_first():
                     export(run, params)
+                    (run.folder / EXPORTED).write_text(str(total_steps))
     _raise_diverged(runs)
 
 

@@ -26,6 +26,9 @@ DIGESTS = ("base", "tokenizer", "data")
 LABELS = ("lora.base_model_name_or_path", "lora.revision")
 # Settings that decide where a run is and what it does first, not what it computes.
 PLACES = ("model", "output_dir", "resume", "plan", "sweep")
+# What `adapter/` of a run holds, and the file beside it with the step that it is of.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+EXPORTED = ".adapter_step"
 
 
 def check_run(run: Path, mode: str) -> None:
@@ -45,6 +48,27 @@ def check_run(run: Path, mode: str) -> None:
     if not (home.is_dir() and os.access(home, os.W_OK)):
         raise UsageError(f"{run}: cannot be made, as {home} cannot be written")
     _check_mode([run], mode)
+    _check_adapter(run)
+
+
+def _check_adapter(run: Path) -> None:
+    """Refuses a run that would replace files that no run has written."""
+    adapter = run / "adapter"
+    names = {path.name for path in adapter.iterdir()} if adapter.is_dir() else set()
+    foreign = names - set(ADAPTER_FILES) if saved_steps(run / "checkpoints") else names
+    if foreign or (adapter.exists() and not adapter.is_dir()):
+        raise UsageError(
+            f"{adapter}: holds {listing(sorted(foreign)) or 'a file'}, which this run did "
+            "not write and would replace; move it away, or choose another output_dir"
+        )
+
+
+def exported_step(run: Path) -> int | None:
+    """Returns the step of a run's adapter/ folder, or None where that is not recorded."""
+    try:
+        return int((run / EXPORTED).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _check_mode(runs: Sequence[Path], mode: str) -> list[Path]:

@@ -1,6 +1,5 @@
 """One adapter in training: its data, its run folder, its log and its checkpoints."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -125,9 +124,6 @@ class Run:
             total_steps: where training ends.
             runs: all that are trained together; they share the first one's display.
         """
-        if first < total_steps and is_first():
-            # The checkpoints are newer than this adapter from now on.
-            shutil.rmtree(self.folder / "adapter", ignore_errors=True)
         write_settings(self.folder, self.meta["settings"])
         self.report = Report(
             self.folder,

@@ -51,7 +51,7 @@ class StepLog:
         self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
         self._peak = peak_flops()
         self._pending: tuple[int, dict[str, Any], float] | None = None
-        self._has_zero_gradient = False
+        self._zero_gradients = 0
         # Since the last line: when it was, and the tokens, steps and waiting after it.
         self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
         self._waited_s = 0.0
@@ -68,7 +68,7 @@ class StepLog:
         """Logs the pending step, waiting until it is done.
 
         Raises:
-            DivergedError: too many steps in a row were not finite, or the last one was not.
+            DivergedError: several steps in a row were not finite, or had no gradient.
         """
         if self._pending is None:
             return
@@ -94,13 +94,22 @@ class StepLog:
                 else "loss or gradient is not finite"
             )
             self._report.say(f"step {step}: {reason}; nothing was changed")
-        elif metrics["grad_norm"] == 0 and not self._has_zero_gradient:
-            self._has_zero_gradient = True
+        # The factors of an adapter are never both zero: such a model is saturated.
+        zero = finite and not in_a_row and metrics["grad_norm"] == 0
+        self._zero_gradients = self._zero_gradients + 1 if zero else 0
+        if self._zero_gradients == 1:
             self._report.say(
                 f"step {step}: the gradient is exactly zero, so nothing is trained; "
-                "if the loss was falling before, lower optim.learning_rate"
+                "lower optim.learning_rate"
             )
-        at_end = step == self._total_steps and not finite
+        if self._zero_gradients >= MAX_SKIPPED_IN_A_ROW:
+            raise DivergedError(
+                f"training diverged: the gradient was exactly zero for "
+                f"{self._zero_gradients} steps in a row up to step {step}, at a loss of "
+                f"{metrics['loss']:.4f}. Lower optim.learning_rate"
+            )
+        # One such step at the very end is like one before: the state is that of the last.
+        at_end = step == self._total_steps and in_a_row > 1
         if in_a_row >= MAX_SKIPPED_IN_A_ROW or at_end:
             raise DivergedError(
                 f"training diverged: {in_a_row} steps in a row up to step {step} were not "
@@ -121,7 +130,8 @@ class StepLog:
             step=step,
             epoch=step / self._steps_per_epoch,
             **metrics,
-            learning_rate=self._rates[step - 1].item(),
+            # The optimizer counts the steps that it applied.
+            learning_rate=self._rates[max(0, step - 1 - skipped)].item(),
             skipped=skipped,
             tokens_per_second=rate,
             step_time_s=step_time_s,

@@ -19,7 +19,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jlora.errors import UsageError
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import batch_sharding, tree_shardings
@@ -69,7 +68,7 @@ def make_sweep_trainer(
     Raises:
         UsageError: the adapters' trees have other leaves.
     """
-    _check_same_leaves(adapters)
+    check_same_parts({f"{i + 1}": (a.state, a.frozen) for i, a in enumerate(adapters)})
     shapes = [jax.tree.map(jax.typeof, adapter.state) for adapter in adapters]
     shardings = _with_axis(mesh, tree_shardings(mesh, adapters[0].state))
     state = jax.device_put(_stack([a.state for a in adapters]), shardings)
@@ -175,16 +174,6 @@ def _varied(adapters: Sequence[TrainedAdapter], total_steps: int) -> _Varied:
 
 def _array(leaf: Any) -> Array:
     return jnp.float32(leaf) if isinstance(leaf, float) else jnp.asarray(leaf)
-
-
-def _check_same_leaves(adapters: Sequence[TrainedAdapter]) -> None:
-    check_same_parts({f"{i + 1}": (m.state, m.frozen) for i, m in enumerate(adapters)})
-    shapes = {tuple(x.shape for x in jax.tree.leaves(m.state)) for m in adapters}
-    if len(shapes) > 1 and not adapters[0].optim.adam_eps:
-        raise UsageError(
-            "optim.adam_eps=0 divides the zeros of padded ranks by zero; give one above "
-            "0, or adapters of one rank"
-        )
 
 
 def _stack(trees: Sequence[Any]) -> Any:

@@ -19,6 +19,8 @@ from helpers.commands import (
     train_flags,
 )
 
+from jlora.loading import exported_adapter
+
 pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
 
 STEPS = 200
@@ -123,15 +125,32 @@ def test_a_resumed_run_says_which_settings_changed(interrupted, tmp_path):
     assert "note: model" not in out
 
 
-def test_a_run_that_goes_on_and_is_stopped_has_no_adapter_of_before(
+def test_a_run_that_goes_on_and_is_stopped_keeps_its_adapter_and_uses_the_checkpoint(
     interrupted, compiled, tmp_path
 ):
     folder = tmp_path / "longer"
     shutil.copytree(interrupted.whole, folder)
-    assert (folder / "adapter").exists()
+    before = adapter_bytes(folder)
     process = start_train(compiled, *long_run(folder, 4000))
     assert send(process, signal.SIGTERM, after=201).status == 75
-    assert not (folder / "adapter").exists()
+    assert adapter_bytes(folder) == before
+    assert exported_adapter(folder) is None
+    assert exported_adapter(interrupted.whole) == interrupted.whole / "adapter"
+
+
+@pytest.mark.parametrize("with_run", [False, True])
+def test_an_adapter_folder_that_no_run_has_written_is_not_replaced(
+    interrupted, with_run, tmp_path
+):
+    folder = tmp_path / "run"
+    if with_run:
+        shutil.copytree(interrupted.whole, folder)
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
+    (folder / "adapter" / "notes.txt").write_text("mine")
+    done = call("train", *train_flags(folder))
+    assert done.status == 2
+    assert "holds notes.txt, which this run did not write" in done.err
+    assert (folder / "adapter" / "notes.txt").read_text() == "mine"
 
 
 def test_a_stop_signal_during_the_loading_of_the_weights_is_obeyed(compiled, tmp_path):

@@ -22,6 +22,7 @@ NAN = float("nan")
         (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay=-0.1"),
         (OptimConfig, {"max_grad_norm": -1.0}, "optim.max_grad_norm=-1.0"),
         (OptimConfig, {"adam_eps": -1.0}, "optim.adam_eps=-1.0"),
+        (OptimConfig, {"adam_eps": 0.0}, "optim.adam_eps=0.0; expected a number above"),
         (OptimConfig, {"warmup_ratio": 1.5}, "optim.warmup_ratio=1.5"),
         (OptimConfig, {"adam_b1": 1.0}, "optim.adam_b1=1.0"),
         (OptimConfig, {"adam_b2": NAN}, "optim.adam_b2=nan"),

@@ -140,3 +140,41 @@ def test_flush_without_a_step_does_nothing():
     listener = Listener()
     make_log(listener).flush()
     assert listener.lines == []
+
+
+def test_the_learning_rate_is_that_of_the_steps_that_were_applied():
+    listener = Listener()
+    log = make_log(listener)
+    log.add(1, arrays(), 0.0)
+    log.add(2, arrays(loss=float("nan"), skipped=1, in_a_row=1), 0.0)
+    log.add(3, arrays(skipped=1), 0.0)
+    log.flush()
+    rates = [line["learning_rate"] for line in listener.lines]
+    assert rates == pytest.approx([0.1, 0.1, 0.2])
+
+
+def test_a_single_step_that_is_not_finite_at_the_end_does_not_end_with_an_error():
+    listener = Listener()
+    log = make_log(listener)
+    log.add(100, arrays(loss=float("nan"), skipped=1, in_a_row=1), 0.0)
+    log.flush()
+    assert listener.lines[0]["step"] == 100
+
+
+def test_the_last_steps_that_are_not_finite_end_the_run():
+    log = make_log(Listener())
+    log.add(100, arrays(loss=float("nan"), skipped=2, in_a_row=2), 0.0)
+    with pytest.raises(DivergedError, match="step 98 was the last good one"):
+        log.flush()
+
+
+def test_a_gradient_that_stays_zero_ends_the_run():
+    listener = Listener()
+    log = make_log(listener)
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
+        log.add(step, arrays(grad_norm=0.0), 0.0)
+    log.flush()
+    assert len(listener.messages) == 1
+    log.add(MAX_SKIPPED_IN_A_ROW, arrays(grad_norm=0.0), 0.0)
+    with pytest.raises(DivergedError, match="exactly zero for 5 steps in a row"):
+        log.flush()

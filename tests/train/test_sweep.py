@@ -203,10 +203,3 @@ def test_adapters_with_other_targets_are_refused():
     ]
     with pytest.raises(UsageError, match="adapters 1 and 2 of the sweep have not"):
         make_sweep(case, mesh_of())
-
-
-def test_padding_is_not_divided_by_zero():
-    exact = replace(LINEAR, adam_eps=0.0)
-    case = [(exact, LORA, 0, 0), (exact, UNEVEN, 0, 0)]
-    with pytest.raises(UsageError, match="adam_eps=0 divides the zeros of padded"):
-        make_sweep(case, mesh_of())
