@@ -2,6 +2,9 @@
 
 import os
 import tempfile
+from pathlib import Path
+
+import pytest
 
 # Read once, when JAX starts its backend: before any test imports the library.
 os.environ["XLA_FLAGS"] = (
@@ -14,3 +17,9 @@ os.environ["JLORA_CACHE"] = tempfile.mkdtemp(prefix="jlora-tests-")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", os.environ["JLORA_CACHE"] + "/compiled"
 )
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A path where nothing is yet."""
+    return tmp_path / "out"

@@ -1,11 +1,7 @@
 import jax
 import numpy as np
 import pytest
-from helpers.adapters import (
-    SEVEN,
-    changed_copy,
-    golden,
-)
+from helpers.adapters import SEVEN, changed_copy, golden
 
 import convert
 from jlora.formats.peft.adapter_reader import read_adapter

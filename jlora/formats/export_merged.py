@@ -18,7 +18,7 @@ from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import INPUT, changed_embeddings
 from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
 from jlora.formats.peft.adapter_placement import place_adapter
-from jlora.formats.peft.plain_lora import initial_factors, needs_residual_base
+from jlora.formats.peft.plain_lora import initial_factors
 from jlora.formats.safetensors_file import (
     Spec,
     read_header,
@@ -61,7 +61,10 @@ def write_merged(
     shards = plan_shards(specs)
     for file, keys in shards.items():
         write_safetensors(folder / file, {key: specs[key] for key in keys}, read)
-    total = sum(spec.nbytes for spec in specs.values())
+    sizes: Counter[str] = Counter()
+    for spec in specs.values():
+        sizes[spec.dtype.name] += spec.nbytes
+    total, main_dtype = sizes.total(), sizes.most_common(1)[0][0]
     if len(shards) > 1:
         weight_map = {key: file for file, keys in shards.items() for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -71,7 +74,6 @@ def write_merged(
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(data)
     _read_back(folder, list(shards), digests)
-    main_dtype = _main_dtype(specs)
     document = export_config(source.hf_config, source.config, main_dtype)
     if merged.config != source.config:  # the base's file may leave out these defaults
         document["tie_word_embeddings"] = merged.config.tie_word_embeddings
@@ -135,12 +137,10 @@ class MergedModel:
         return self._source.read(path)
 
     def _adapter_leaves(self, path: str, weight: np.ndarray) -> dict[str, Any]:
-        leaves = dict(self._leaves.get(module_name(path), {}))
-        is_residual = needs_residual_base(self._adapter.config) and path != EMBEDDING
-        if "lora_A" in leaves and is_residual:
-            factors = initial_factors(self._adapter, module_name(path), weight)
-            leaves |= {leaf: np.asarray(array) for leaf, array in factors.items()}
-        return leaves
+        name = module_name(path)
+        factors = initial_factors(self._adapter, name, weight)
+        arrays = {leaf: np.asarray(array) for leaf, array in factors.items()}
+        return self._leaves.get(name, {}) | arrays
 
     def _untied_head(self) -> np.ndarray | None:
         """Returns the kernel of a tied head; None if it still equals the embedding."""
@@ -206,14 +206,6 @@ def _read_back(folder: Path, files: list[str], digests: Mapping[str, str]) -> No
             f"{folder}: the disk gives back other bytes than were written for "
             f"{', '.join(wrong[:4])}; use another disk"
         )
-
-
-def _main_dtype(specs: Mapping[str, Spec]) -> str:
-    """Returns the dtype that most bytes have."""
-    sizes: Counter[str] = Counter()
-    for spec in specs.values():
-        sizes[spec.dtype.name] += spec.nbytes
-    return sizes.most_common(1)[0][0]
 
 
 def _write_json(path: Path, document: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Checks that an exported model computes what base and adapter compute."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -27,67 +26,21 @@ EXACT = 1e-3
 ROUNDED = {"float32": EXACT, "float16": 2e-2, "bfloat16": 2e-1}
 
 
-@dataclass(frozen=True)
-class Differences:
-    """How far three forms of one model are apart, in logits and nats."""
+def verify_export(source: ModelSource, adapter: Adapter, folder: Path) -> str:
+    """Compares the logits of base+adapter, merged in memory and read from a merged folder.
 
-    largest_logit: float
-    adapter_to_memory: float
-    """Largest |difference| of base+adapter and the model merged in memory."""
-    adapter_to_disk: float
-    """Largest |difference| of base+adapter and the folder read back."""
-    memory_to_disk: float
-    """Largest |difference| of the model merged in memory and the folder read back."""
-    mean_kl: float
-    """Mean KL divergence per token of the folder's model from base+adapter."""
-    dtype: str
-    """The dtype of the folder's tensors with the largest rounding error."""
-
-    @property
-    def allowed(self) -> float:
-        """The largest `adapter_to_disk` that rounding explains."""
-        return ROUNDED[self.dtype] * self.largest_logit
-
-    @property
-    def are_small(self) -> bool:
-        """Whether rounding explains all differences."""
-        return (
-            self.memory_to_disk <= EXACT * self.largest_logit
-            and self.adapter_to_disk <= self.allowed
-        )
-
-    def __str__(self) -> str:
-        """One line for the log."""
-        return (
-            f"largest logit difference: base+adapter to merged "
-            f"{self.adapter_to_memory:.2e}, to the files {self.adapter_to_disk:.2e}, "
-            f"merged to the files {self.memory_to_disk:.2e} (logits up to "
-            f"{self.largest_logit:.1f}, {self.dtype} allows {self.allowed:.2e}); "
-            f"mean KL {self.mean_kl:.2e}"
-        )
-
-
-def verify_export(source: ModelSource, adapter: Adapter, folder: Path) -> Differences:
-    """Returns how far a merged folder is from base and adapter.
+    Returns:
+        A line for the user with the largest differences, and the mean KL divergence per
+        token of the folder's model from base+adapter in nats.
 
     Raises:
-        CorruptError: further than rounding explains.
+        CorruptError: the differences are larger than rounding explains.
     """
-    differences = compare(source, adapter, folder)
-    if not differences.are_small:
-        raise CorruptError(
-            f"{folder}: not the model of base and adapter, nothing was exported; "
-            f"{differences}"
-        )
-    return differences
-
-
-def compare(source: ModelSource, adapter: Adapter, folder: Path) -> Differences:
-    """Runs random tokens through base+adapter, merged in memory and read from disk."""
-    config = source.config
     reloaded = open_model(str(folder))
-    params = attach_adapter(load_params(source, dtype="float32"), config, adapter)
-    unmerged = _logits(adapted_config(adapter, config), params)
+    params = attach_adapter(
+        load_params(source, dtype="float32"), source.config, adapter
+    )
+    unmerged = _logits(adapted_config(adapter, source.config), params)
     params = map_leaves(
         lambda path, leaf: leaf.astype(reloaded.tensors["/".join(path)].dtype),
         merge(params),
@@ -95,15 +48,24 @@ def compare(source: ModelSource, adapter: Adapter, folder: Path) -> Differences:
     in_memory = _logits(reloaded.config, params)
     del params  # one model at a time
     from_disk = _logits(reloaded.config, load_params(reloaded))
+    largest = float(np.abs(unmerged).max())
     stored = {spec.dtype.name for spec in reloaded.tensors.values()}
-    return Differences(
-        largest_logit=float(np.abs(unmerged).max()),
-        adapter_to_memory=_distance(unmerged, in_memory),
-        adapter_to_disk=_distance(unmerged, from_disk),
-        memory_to_disk=_distance(in_memory, from_disk),
-        mean_kl=_mean_kl(unmerged, from_disk),
-        dtype=max(stored, key=ROUNDED.__getitem__),
+    coarsest = max(stored, key=ROUNDED.__getitem__)
+    allowed = ROUNDED[coarsest] * largest
+    to_files = _distance(unmerged, from_disk)
+    merged_to_files = _distance(in_memory, from_disk)
+    line = (
+        f"largest logit difference: base+adapter to merged "
+        f"{_distance(unmerged, in_memory):.2e}, to the files {to_files:.2e}, "
+        f"merged to the files {merged_to_files:.2e} (logits up to "
+        f"{largest:.1f}, {coarsest} allows {allowed:.2e}); "
+        f"mean KL {_mean_kl(unmerged, from_disk):.2e}"
     )
+    if merged_to_files > EXACT * largest or to_files > allowed:
+        raise CorruptError(
+            f"{folder}: not the model of base and adapter, nothing was exported; {line}"
+        )
+    return line
 
 
 def _logits(config: LlamaConfig, params: Params) -> np.ndarray:

@@ -1,8 +1,6 @@
 import jax
 import numpy as np
-from helpers.adapters import (
-    golden,
-)
+from helpers.adapters import golden
 from helpers.commands import call
 
 from jlora.formats.peft.adapter_reader import read_adapter

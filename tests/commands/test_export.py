@@ -3,11 +3,7 @@ import stat
 
 import numpy as np
 import pytest
-from helpers.adapters import (
-    changed_copy,
-    files,
-    golden,
-)
+from helpers.adapters import changed_copy, files, golden
 from helpers.exports import HF_GOLDEN, copy_base, export
 
 from convert import to_hf
@@ -16,11 +12,6 @@ from jlora.errors import CorruptError, UsageError
 from jlora.formats import export_merged
 from jlora.formats.base.base_writer import write_base
 from jlora.formats.open_model import open_model
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
 
 
 def test_figures_of_an_export_are_printed(out, capsys):

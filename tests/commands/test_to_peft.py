@@ -1,20 +1,11 @@
 import pytest
-from helpers.adapters import (
-    changed_copy,
-    files,
-    golden,
-)
+from helpers.adapters import changed_copy, files, golden
 from helpers.exports import peft_for
 
 from convert.to_peft import Arguments as ToPeft
 from convert.to_peft import main as to_peft
 from jlora.cli.command import run_command
 from jlora.errors import UsageError
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
 
 
 @pytest.mark.parametrize("reader", ["peft", "vllm", "gguf"])

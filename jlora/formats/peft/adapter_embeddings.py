@@ -31,11 +31,18 @@ def whole_embeddings(
         CorruptError: embeddings that contradict each other or the settings, or one
             embedding of a resized vocabulary is missing.
     """
-    found = _stored_embeddings(adapter, tied=tied)
+    found = _embeddings(adapter)
+    if tied and OUTPUT in found:
+        kernel = found.pop(OUTPUT)
+        if not np.array_equal(found.setdefault(INPUT, kernel.T), kernel.T):
+            raise CorruptError(
+                f"{adapter.location}: two different embeddings, but the base uses one "
+                "for input and output; save the adapter again"
+            )
     if adapter.vocab_size not in (None, base_vocab):
         # Only the trained copy is used then, so it may stand for the untrained weight.
         if not tied or shared:
-            found = _trained_copies(adapter) | found
+            found = _embeddings(adapter, "trained_") | found
         _check_complete(adapter, found, base_vocab, tied=tied)
     elif adapter.resized and adapter.config.modules_to_save:
         raise CorruptError(
@@ -46,29 +53,15 @@ def whole_embeddings(
     return found
 
 
-def _stored_embeddings(adapter: Adapter, *, tied: bool) -> dict[str, np.ndarray]:
-    """Returns the untrained embeddings of the file; for a tied base, the input only."""
-    embedding = adapter.tensors.get(EMBEDDING, {}).get("embedding")
-    kernel = adapter.tensors.get(HEAD, {}).get("kernel")
-    if tied and kernel is not None:
-        if embedding is not None and not np.array_equal(embedding, kernel.T):
-            raise CorruptError(
-                f"{adapter.location}: two different embeddings, but the base uses one "
-                "for input and output; save the adapter again"
-            )
-        embedding, kernel = kernel.T, None
-    found = {INPUT: embedding, OUTPUT: kernel}
-    return {path: array for path, array in found.items() if array is not None}
-
-
-def _trained_copies(adapter: Adapter) -> dict[str, np.ndarray]:
-    """Returns the embeddings that modules_to_save trained."""
-    return {
-        path: adapter.tensors[module][f"trained_{leaf}"]
-        for path in (INPUT, OUTPUT)
-        for module, leaf in [path.split("/")]
-        if f"trained_{leaf}" in adapter.tensors.get(module, {})
-    }
+def _embeddings(adapter: Adapter, prefix: str = "") -> dict[str, np.ndarray]:
+    """Returns {params path: embedding} from the leaves whose names have the prefix."""
+    found = {}
+    for path in (INPUT, OUTPUT):
+        module, leaf = path.split("/")
+        leaves = adapter.tensors.get(module, {})
+        if f"{prefix}{leaf}" in leaves:
+            found[path] = leaves[f"{prefix}{leaf}"]
+    return found
 
 
 def _check_complete(

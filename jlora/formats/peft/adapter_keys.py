@@ -1,8 +1,8 @@
 """The names of an adapter's tensors: PEFT key <-> (module, leaf).
 
 A key is `base_model.model.`, the module's HF name and an ending. Leaves are named as in
-`jlora.lora.adapter_tree`, except a whole `weight` or `bias`: only the settings tell what that
-is for.
+`jlora.lora.adapter_tree`, except a whole `weight` or `bias`: that depends on
+the settings.
 
 Source: PEFT `utils/save_and_load.py`, `get_peft_model_state_dict`.
 """

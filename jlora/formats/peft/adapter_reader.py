@@ -3,7 +3,7 @@
 Source: PEFT 0.21 `utils/save_and_load.py`.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,10 @@ def read_adapter(folder: str | Path) -> Adapter:
             )
         raise CorruptError(f"{folder}: {CONFIG} without {WEIGHTS}; copy both")
     found = _by_module(read_header(inside_folder(folder, WEIGHTS)), where)
-    _check_purposes(found, config, where)
+    names = _leaf_names(found, config, where)
     tensors = {
-        module_path(name): _read_leaves(name, entries, config, where)
-        for name, entries in found.items()
+        module_path(module): _read_leaves(module_path(module), entries, names, where)
+        for module, entries in found.items()
     }
     if config.ensure_weight_tying and HEAD not in tensors:  # the base is not tied
         config = replace(config, ensure_weight_tying=False)
@@ -107,10 +107,10 @@ def read_adapter(folder: str | Path) -> Adapter:
     if len(pairs) == len(tensors) and not any(x["lora_B"].any() for x in pairs):
         warn(f"{where}: every lora_B is zero, so it changes nothing")
     resized = any(
-        module_path(name) in _EMBEDDINGS
+        module_path(module) in _EMBEDDINGS
         and "weight" in entries
-        and not _is_saved(config, name)
-        for name, entries in found.items()
+        and not _is_saved(config, module)
+        for module, entries in found.items()
     )
     return Adapter.make(config, tensors, folder, resized)
 
@@ -167,32 +167,32 @@ def _shape_problems(module: str, entries: _Entries) -> list[str]:
     return problems
 
 
-def _check_purposes(
+def _leaf_names(
     found: dict[str, _Entries], config: LoraConfig, where: Path
-) -> None:
-    """Refuses whole weights that the settings do not mention."""
-    strange = [
-        key
+) -> dict[str, str]:
+    """Returns {key: leaf of the tree}; refuses weights that the settings do not mention."""
+    names = {
+        key: _tree_leaf(module, leaf, config, entries)
         for module, entries in found.items()
         for leaf, (key, _) in entries.items()
-        if _tree_leaf(module, leaf, config, entries) is None
-    ]
+    }
+    strange = [key for key, name in names.items() if name is None]
     if strange:
         raise CorruptError(
             f"{where}: {listing(strange)}: weights of the base, and the settings do not "
             f"say that they were trained (modules_to_save={config.modules_to_save}, "
             f"bias={config.bias!r}); train or save the adapter again"
         )
+    return {key: name for key, name in names.items() if name is not None}
 
 
 def _read_leaves(
-    module: str, entries: _Entries, config: LoraConfig, where: Path
+    path: str, entries: _Entries, names: Mapping[str, str], where: Path
 ) -> dict[str, np.ndarray]:
     """Reads the leaves of one module, in jlora's layout."""
     leaves = {}
-    for leaf, (key, entry) in entries.items():
-        name = _tree_leaf(module, leaf, config, entries)
-        assert name is not None  # _check_purposes refuses it
+    for key, entry in entries.values():
+        name = names[key]
         array = _read(entry, f"{where}: {key}")
         if name not in _EMBEDDINGS.values():
             array = array.astype(np.float32)
@@ -200,7 +200,7 @@ def _read_leaves(
         if name in leaves and not np.array_equal(leaves[name], array):
             raise CorruptError(
                 f"{where}: {key} and another tensor of the file are both "
-                f"{module_path(module)}/{name}, and differ; save the adapter again"
+                f"{path}/{name}, and differ; save the adapter again"
             )
         leaves[name] = array
     return leaves

@@ -17,12 +17,7 @@ from jlora.formats.atomic_folder import atomic_folder
 from jlora.formats.hub import is_hub_id
 from jlora.formats.peft.adapter import Adapter, Tensors
 from jlora.formats.peft.adapter_config import config_to_write
-from jlora.formats.peft.adapter_keys import (
-    EMBEDDING,
-    HEAD,
-    adapter_key,
-    convert_layout,
-)
+from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key, convert_layout
 from jlora.formats.peft.adapter_reader import CONFIG, WEIGHTS
 from jlora.formats.peft.plain_lora import needs_residual_base, with_initial_factors
 from jlora.formats.safetensors_file import Spec, write_safetensors

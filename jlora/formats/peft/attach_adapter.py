@@ -18,9 +18,9 @@ from jlora.errors import UnsupportedError
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import changed_embeddings
 from jlora.formats.peft.adapter_placement import adapted_config, place_adapter
-from jlora.formats.peft.plain_lora import initial_factors, needs_residual_base
+from jlora.formats.peft.plain_lora import initial_factors
 from jlora.formats.tensor_names import Params, module_name, module_path
-from jlora.lora.adapter_tree import EMBEDDING, modules, weight_in, with_adapter
+from jlora.lora.adapter_tree import modules, weight_in, with_adapter
 from jlora.lora.initialisation import add_lora, norm_squared
 from jlora.lora.merging import without_initial_update
 
@@ -69,8 +69,8 @@ def attach_adapter(
 ) -> Params:
     """Returns the tree with an adapter's leaves beside its weights, which are not copied.
 
-    An adapter with another vocabulary brings embeddings, which replace those of the base;
-    the model's configuration is then `adapted_config`.
+    The embeddings of an adapter with another vocabulary replace those of the base; the
+    configuration of the model is then `adapted_config`.
 
     Args:
         params: the base model.
@@ -93,14 +93,12 @@ def attach_adapter(
     for name, arrays in placement.leaves.items():
         leaves = {leaf: jnp.asarray(array) for leaf, array in arrays.items()}
         weight: Any = weight_in(base, name)
-        is_residual = needs_residual_base(adapter.config) and name != EMBEDDING
-        if "lora_A" in leaves and is_residual:
-            factors = initial_factors(adapter, name, weight)
-            if train or "kernel" not in base.get(name, {}):
-                leaves |= factors
-            else:
-                scaling = adapter.scalings[module_path(name)]
-                weight = leaves["kernel"] = _residual(weight, factors, scaling)
+        factors = initial_factors(adapter, name, weight)
+        if train or "kernel" not in base.get(name, {}):
+            leaves |= factors
+        elif factors:
+            scaling = adapter.scalings[module_path(name)]
+            weight = leaves["kernel"] = _residual(weight, factors, scaling)
         if "lora_magnitude" in leaves:
             leaves["lora_norm_squared"] = norm_squared(weight)
         added[name] = added.get(name, {}) | leaves
@@ -109,19 +107,23 @@ def attach_adapter(
 
 def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
     """Refuses adapters that jlora can use but not train."""
-    if adapter.config.bias != "none":
-        raise UnsupportedError(
-            f"{adapter.location}: bias={adapter.config.bias!r}; jlora uses trained biases "
-            "but does not train them, so merge this one first (convert.to_hf) and train "
-            "on the merged model"
-        )
     tokens = adapted_config(adapter, config).vocab_size
-    if tokens != config.vocab_size:
-        raise UnsupportedError(
-            f"{adapter.location}: has embeddings for {tokens} tokens, the base has "
-            f"{config.vocab_size}; training writes an adapter for the base as it is, so "
-            "merge this one first (convert.to_hf) and train on the merged model"
+    if adapter.config.bias != "none":
+        why = (
+            f"bias={adapter.config.bias!r}; jlora uses trained biases but does not train "
+            "them"
         )
+    elif tokens != config.vocab_size:
+        why = (
+            f"has embeddings for {tokens} tokens, the base has {config.vocab_size}; "
+            "training writes an adapter for the base as it is"
+        )
+    else:
+        return
+    raise UnsupportedError(
+        f"{adapter.location}: {why}, so merge this one first (convert.to_hf) and train on "
+        "the merged model"
+    )
 
 
 def _replaced_embeddings(

@@ -96,15 +96,13 @@ def _linear(parts: Sequence[_Part]) -> _Factors:
             f"linear adds A to A, and the ranks of a module differ: {listing(ranks)}; "
             "use cat or svd"
         )
-    factors = [weight * scaling for _, _, weight, scaling in parts]
-    roots = [np.float32(math.sqrt(abs(factor))) for factor in factors]
-    signed = [
-        root if factor >= 0 else -root
-        for root, factor in zip(roots, factors, strict=True)
-    ]
-    return (
-        np.sum([x * a for x, (a, *_) in zip(signed, parts, strict=True)], axis=0),
-        np.sum([x * b for x, (_, b, *_) in zip(roots, parts, strict=True)], axis=0),
+    scaled = []
+    for a, b, weight, scaling in parts:
+        root = np.float32(math.sqrt(abs(weight * scaling)))
+        sign = 1 if weight * scaling >= 0 else -1
+        scaled.append((sign * root * a, root * b))
+    return np.sum([a for a, _ in scaled], axis=0), np.sum(
+        [b for _, b in scaled], axis=0
     )
 
 
@@ -126,10 +124,8 @@ def _svd(parts: Sequence[_Part], rank: int) -> _Factors:
     right, second = np.linalg.qr(stacked.T.astype(float))
     u, s, v = np.linalg.svd(first @ second.T)
     rank = min(rank, len(s))
-    u, s, v = u[:, :rank], s[:rank], v[:rank]
-    return (left @ u).astype(np.float32), (s[:, None] * (v @ right.T)).astype(
-        np.float32
-    )
+    a, b = left @ u[:, :rank], s[:rank, None] * (v[:rank] @ right.T)
+    return a.astype(np.float32), b.astype(np.float32)
 
 
 def _check(
@@ -157,8 +153,9 @@ def _check(
                 f"{adapter.location}: has {listing(more)}, and only pairs of lora_A and "
                 "lora_B add up; merge it into a base of its own with convert.to_hf"
             )
-    # PEFT adds up regular expressions and lists of targets, but not one with the other.
-    if len({_is_expression(adapter.config) for adapter in adapters}) > 1:
+    targets = [adapter.config.target_modules for adapter in adapters]
+    are_regexes = {isinstance(t, str) and t.lower() != "all-linear" for t in targets}
+    if len(are_regexes) > 1:
         raise UsageError(
             "target_modules is a regular expression in some adapters and a list in "
             "others, which PEFT does not combine either; write them alike"
@@ -169,11 +166,6 @@ def _check(
             f"linear adds A to A, and the adapters' ranks differ: {listing(ranks)}; "
             "use cat or svd"
         )
-
-
-def _is_expression(config: LoraConfig) -> bool:
-    targets = config.target_modules
-    return isinstance(targets, str) and targets.lower() != "all-linear"
 
 
 def _check_shapes(

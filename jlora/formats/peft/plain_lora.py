@@ -26,8 +26,14 @@ def needs_residual_base(config: LoraConfig) -> bool:
 
 
 def initial_factors(adapter: Adapter, name: str, weight: Any) -> dict[str, Any]:
-    """Returns lora_A0 and lora_B0 of a module, computed from its weight as PEFT does."""
+    """Returns lora_A0 and lora_B0 of a module, computed from its weight as PEFT does.
+
+    Empty if the adapter leaves this weight as it is.
+    """
     path = module_path(name)
+    is_adapted = "lora_A" in adapter.tensors.get(path, {})
+    if not needs_residual_base(adapter.config) or not is_adapted or path == EMBEDDING:
+        return {}
     a, b = principal_factors(
         str(adapter.config.init_lora_weights),
         weight,

@@ -17,11 +17,6 @@ SMALL = CONFIG | {"head_dim": 16}
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def export(tmp_path):
     def convert(changes):
         config = SMALL | changes

@@ -6,8 +6,3 @@ import pytest
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "out"

@@ -1,9 +1,5 @@
 import pytest
-from helpers.adapters import (
-    GOLDEN,
-    changed_copy,
-    config_of,
-)
+from helpers.adapters import GOLDEN, changed_copy, config_of
 
 from jlora.errors import CorruptError, UnsupportedError
 from jlora.formats.peft.adapter_placement import place_adapter

@@ -4,14 +4,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers.adapters import (
-    GOLDEN,
-    HEAD,
-    changed_copy,
-    golden,
-    tensors,
-    with_value,
-)
+from helpers.adapters import GOLDEN, HEAD, changed_copy, golden, tensors, with_value
 
 import convert
 from convert.to_peft import Arguments as ToPeft
@@ -20,7 +13,7 @@ from jlora.errors import CorruptError
 from jlora.formats.peft.adapter_reader import read_adapter
 from jlora.formats.peft.attach_adapter import attach_adapter
 
-TABLE = re.compile(r"(embed_tokens|lm_head)\.weight")
+WEIGHT_KEY = re.compile(r"(embed_tokens|lm_head)\.weight")
 
 
 EMBED = "base_model.model.model.embed_tokens"
@@ -31,7 +24,7 @@ RESIZED: dict[str, tuple[dict[str, Any], Any]] = {
     "adapted": (
         {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
         lambda a: {
-            **{TABLE.sub(r"\1.base_layer.weight", key): v for key, v in a.items()},
+            **{WEIGHT_KEY.sub(r"\1.base_layer.weight", key): v for key, v in a.items()},
             f"{EMBED}.lora_embedding_A": np.zeros((4, 84), np.float32),
             f"{EMBED}.lora_embedding_B": np.ones((64, 4), np.float32),
             "base_model.model.lm_head.lora_A.weight": np.ones((4, 64), np.float32),
@@ -42,11 +35,14 @@ RESIZED: dict[str, tuple[dict[str, Any], Any]] = {
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         lambda a: {
             **a,
-            **{TABLE.sub(r"\1.modules_to_save.weight", key): v for key, v in a.items()},
             **{
-                TABLE.sub(r"\1.original_module.weight", key): -v
+                WEIGHT_KEY.sub(r"\1.modules_to_save.weight", key): v
                 for key, v in a.items()
-                if TABLE.search(key)
+            },
+            **{
+                WEIGHT_KEY.sub(r"\1.original_module.weight", key): -v
+                for key, v in a.items()
+                if WEIGHT_KEY.search(key)
             },
         },
     ),
@@ -104,8 +100,8 @@ def test_embeddings_of_a_resized_vocabulary_are_written(
 
 
 def test_an_untrained_embedding_that_differs_is_refused(folder):
-    table = np.ones((80, 64), np.float32)
-    changed_copy(folder, "basic", arrays=lambda a: a | {HEAD: table})
+    ones = np.ones((80, 64), np.float32)
+    changed_copy(folder, "basic", arrays=lambda a: a | {HEAD: ones})
     model, base, _ = golden("basic").load()
     with pytest.raises(CorruptError, match=r"lm_head\.weight differs from the base"):
         attach_adapter(base, model.config, read_adapter(folder))
@@ -124,6 +120,6 @@ def test_a_different_copy_of_an_adapted_embedding_replaces_the_bases(folder, cap
     changed_copy(folder, "embed", arrays=with_value(key, lambda e: 2 * e))
     model, base, _ = golden("embed").load()
     found = attach_adapter(base, model.config, read_adapter(folder))
-    table = 2 * base["embed_tokens"]["embedding"]
-    np.testing.assert_array_equal(found["embed_tokens"]["embedding"], table)
+    doubled = 2 * base["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(found["embed_tokens"]["embedding"], doubled)
     assert "replaces a different base's" in capsys.readouterr().err

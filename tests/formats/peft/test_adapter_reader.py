@@ -6,12 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers.adapters import (
-    GOLDEN,
-    changed_copy,
-    config_of,
-    renamed,
-)
+from helpers.adapters import GOLDEN, changed_copy, config_of, renamed
 
 from jlora.errors import CorruptError, JloraError, UnsupportedError, UsageError
 from jlora.formats.peft.adapter_placement import place_adapter

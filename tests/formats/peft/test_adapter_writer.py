@@ -4,14 +4,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
-from helpers.adapters import (
-    CASES,
-    SEVEN,
-    files,
-    golden,
-    read_settings,
-    tensors,
-)
+from helpers.adapters import CASES, SEVEN, files, golden, read_settings, tensors
 
 import jlora
 from jlora.errors import UsageError

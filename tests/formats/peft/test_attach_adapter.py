@@ -1,10 +1,5 @@
 import pytest
-from helpers.adapters import (
-    changed_copy,
-    config_of,
-    golden,
-    with_value,
-)
+from helpers.adapters import changed_copy, config_of, golden, with_value
 
 from jlora.errors import UnsupportedError
 from jlora.formats.peft.adapter_reader import read_adapter

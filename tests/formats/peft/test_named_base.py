@@ -1,10 +1,7 @@
 import shutil
 
 import pytest
-from helpers.adapters import (
-    changed_copy,
-    golden,
-)
+from helpers.adapters import changed_copy, golden
 from helpers.exports import peft_for
 
 from jlora.errors import UsageError

@@ -1,9 +1,6 @@
 import numpy as np
 import pytest
-from helpers.adapters import (
-    GOLDEN,
-    golden,
-)
+from helpers.adapters import GOLDEN, golden
 from helpers.exports import peft_for
 
 from jlora.formats.peft.attach_adapter import attach_adapter

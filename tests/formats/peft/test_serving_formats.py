@@ -2,12 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers.adapters import (
-    CASES,
-    GOLDEN,
-    changed_copy,
-    golden,
-)
+from helpers.adapters import CASES, GOLDEN, changed_copy, golden
 from helpers.exports import peft_for
 
 from jlora.errors import UnsupportedError
