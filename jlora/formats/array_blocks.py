@@ -182,12 +182,13 @@ def copy_transposed(target: np.ndarray, block: np.ndarray) -> None:
     target.view(bits)[...] = block.view(bits).T
 
 
-def contiguous(array: np.ndarray) -> np.ndarray:
-    """Returns the array itself, or a row-major copy of a transposed view."""
-    if array.flags.c_contiguous:
-        return array
+def aligned_copy(array: np.ndarray) -> np.ndarray:
+    """Returns a row-major copy of an array, also of a transposed view, made by `empty`."""
     result = empty(array.shape, array.dtype)
-    transpose_into(result, array.T)
+    if array.ndim == 2 and array.flags.f_contiguous:
+        transpose_into(result, array.T)
+    else:
+        result[...] = array
     return result
 
 
@@ -212,8 +213,9 @@ def read_box(
     dtype: np.dtype[Any],
     box: Index,
     *,
-    transposed: bool,
+    transposed: bool = False,
     check: Callable[[np.ndarray, int], None],
+    block_rows: int = 0,
 ) -> np.ndarray | None:
     """Returns a box of a row-major array in a file, or its transpose; reads its rows once.
 
@@ -225,6 +227,8 @@ def read_box(
         box: what to return, in the file's layout.
         transposed: whether to return the transpose, of two axes.
         check: called with a block of whole rows and the number of its first row.
+        block_rows: read whole blocks of so many rows of the array, not only the rows of
+            the box; 0: blocks of any size.
 
     Returns:
         The array, or None if the file is shorter.
@@ -233,21 +237,33 @@ def read_box(
     row_bytes = int(np.prod(row, dtype=np.int64)) * dtype.itemsize
     result = empty(box_shape(box)[:: -1 if transposed else 1], dtype)
     full_rows = box[1:] == whole(row)
+    rows_of_box = box[0].start, box[0].stop
+    if block_rows:
+        aligned = range(
+            box[0].start // block_rows * block_rows, box[0].stop, block_rows
+        )
+        blocks = ((first, min(first + block_rows, shape[0])) for first in aligned)
+    elif transposed:
+        blocks = transposed_blocks(*rows_of_box, row_bytes)
+    else:
+        blocks = row_blocks(*rows_of_box, row_bytes)
     cut = []
     descriptor = os.open(file, os.O_RDONLY)
 
     def copy(rows: tuple[int, int]) -> None:
         first, end = rows
-        columns = slice(first - box[0].start, end - box[0].start)
+        begin, stop = max(first, box[0].start), min(end, box[0].stop)
+        columns = slice(begin - box[0].start, stop - box[0].start)
+        direct = full_rows and (begin, stop) == rows
         start = offset + first * row_bytes
         if transposed:
             block = _row_buffer(end - first, row[0], dtype)
             is_whole = read_rows(block, descriptor, start)
         else:
-            memory = buffer(0 if full_rows else (end - first) * row_bytes)
+            memory = buffer(0 if direct else (end - first) * row_bytes)
             block = (
                 result[columns]
-                if full_rows
+                if direct
                 else memory.view(dtype).reshape(end - first, *row)
             )
             is_whole = read_into(block, descriptor, start)
@@ -257,14 +273,13 @@ def read_box(
         check(block, first)
         if transposed:
             copy_transposed(result[:, columns], block[:, box[1]])
-        elif not full_rows:
-            result[columns] = block[:, *box[1:]]
+        elif not direct:
+            result[columns] = block[begin - first : stop - first, *box[1:]]
 
-    split = transposed_blocks if transposed else row_blocks
     try:
         if transposed:
             touch(result)
-        for_each(copy, split(box[0].start, box[0].stop, row_bytes))
+        for_each(copy, blocks)
     finally:
         os.close(descriptor)
     return None if cut else result

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jlora.errors import UsageError, listing
-from jlora.formats.array_blocks import Index, as_box, empty, transpose_into, whole
+from jlora.formats.array_blocks import Index, aligned_copy, as_box, whole
 from jlora.formats.model_source import Dtype, ModelSource, read_leaves, resulting_format
 from jlora.formats.safetensors_file import Spec
 from jlora.formats.tensor_names import Params, set_leaf
@@ -119,7 +119,7 @@ def _place(
     """Puts a tensor on its devices; `array` holds the part of it that is in `box`."""
     if not array.flags.c_contiguous or array.ctypes.data % 64:
         # On a CPU, JAX uses aligned memory as it is, and copies any other slowly.
-        array = _aligned_copy(array)
+        array = aligned_copy(array)
     if sharding is None:
         return jax.device_put(array)
     pieces: dict[str, np.ndarray] = {}  # devices that hold copies share one
@@ -132,16 +132,7 @@ def _place(
                 for part, outer in zip(own, box, strict=True)
             )
             part = array[inside]
-            pieces[str(own)] = array if own == box else _aligned_copy(part)
+            pieces[str(own)] = array if own == box else aligned_copy(part)
         return pieces[str(own)]
 
     return jax.make_array_from_callback(shape, sharding, piece)
-
-
-def _aligned_copy(array: np.ndarray) -> np.ndarray:
-    result = empty(array.shape, array.dtype)
-    if array.ndim == 2 and array.flags.f_contiguous:
-        transpose_into(result, array.T)
-    else:
-        result[...] = array
-    return result

@@ -1,7 +1,5 @@
 """Opens a converted base: every byte that is read is compared with its checksum."""
 
-import math
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,15 +8,7 @@ import numpy as np
 
 from jlora.config.strict_json import parse_json_object
 from jlora.errors import CorruptError, listing
-from jlora.formats.array_blocks import (
-    Index,
-    box_shape,
-    buffer,
-    empty,
-    for_each,
-    read_into,
-    whole,
-)
+from jlora.formats.array_blocks import Index, read_box, whole
 from jlora.formats.base.base_record import (
     RECORD,
     StoredTensor,
@@ -114,43 +104,26 @@ def read_verified(
     Raises:
         CorruptError: a block is cut, or not what was written.
     """
-    result = empty(box_shape(box), entry.dtype)
-    count, rows = entry.shape[0], stored.block_rows
-    row_bytes = entry.nbytes // count
-    full_rows = box[1:] == whole(entry.shape)[1:]
-    descriptor = _open(entry.file)
+    where = f"{entry.file}: {path} is damaged"
 
-    def copy(number: int) -> None:
-        first, end = number * rows, min((number + 1) * rows, count)
-        start, stop = max(first, box[0].start), min(end, box[0].stop)
-        target = result[start - box[0].start : stop - box[0].start]
-        if full_rows and (start, stop) == (first, end):
-            block = target
-        else:
-            memory = buffer((end - first) * row_bytes)
-            block = memory.view(entry.dtype).reshape(end - first, *entry.shape[1:])
-        if not read_into(block, descriptor, entry.offset + first * row_bytes):
-            problem = "is shorter than it was written"
-        elif zlib.crc32(block.view(np.uint8).data) != stored.crc32[number]:
-            problem = "differs from what was written"
-        else:
-            if block is not target:
-                target[...] = block[start - first : stop - first, *box[1:]]
-            return
-        raise CorruptError(
-            f"{entry.file}: {path} is damaged (rows {first} to {end - 1}: {problem}); "
-            "convert the model again"
+    def check(block: np.ndarray, first: int) -> None:
+        if zlib.crc32(block.view(np.uint8).data) != stored.crc32[first // rows]:
+            raise CorruptError(
+                f"{where} (rows {first} to {first + len(block) - 1} differ from what was "
+                "written); convert the model again"
+            )
+
+    rows = stored.block_rows
+    with reading(entry.file):
+        array = read_box(
+            entry.file,
+            entry.offset,
+            entry.shape,
+            entry.dtype,
+            box,
+            check=check,
+            block_rows=rows,
         )
-
-    try:
-        with reading(entry.file):
-            blocks = range(box[0].start // rows, math.ceil(box[0].stop / rows))
-            for_each(copy, blocks)
-    finally:
-        os.close(descriptor)
-    return result
-
-
-def _open(file: Path) -> int:
-    with reading(file):
-        return os.open(file, os.O_RDONLY)
+    if array is None:
+        raise CorruptError(f"{where} (the file is shorter); convert the model again")
+    return array

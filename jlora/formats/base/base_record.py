@@ -170,8 +170,10 @@ def _tensors(where: Path, document: dict[str, Any]) -> dict[str, StoredTensor]:
 
 
 def _is_tensor(path: str, tensor: dict[str, Any]) -> bool:
-    shape, rows, sums = (tensor.get(key) for key in ("shape", "block_rows", "crc32"))
-    if not (are_sizes(shape) and are_sizes([rows]) and are_sizes(sums)):
+    shape: Any = tensor.get("shape")
+    rows: Any = tensor.get("block_rows")
+    sums: Any = tensor.get("crc32")
+    if not all(map(are_sizes, (shape, [rows], sums))):
         return False
     known = _QUANTIZED_DTYPES if path.endswith("/kernel_q") else _DTYPES
     return (

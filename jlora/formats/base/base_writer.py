@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.formats.array_blocks import contiguous, whole
+from jlora.formats.array_blocks import aligned_copy, whole
 from jlora.formats.atomic_folder import atomic_folder
 from jlora.formats.base.base_record import (
     RECORD,
@@ -65,7 +65,10 @@ def write_base(
                 specs = source.specs(path, dtype, quantize)
                 boxes = {leaf: whole(spec.shape) for leaf, spec in specs.items()}
                 found = read_leaves(source, path, dtype, quantize, boxes)
-                arrays |= {leaf: contiguous(found.pop(leaf)) for leaf in specs}
+                for leaf in specs:
+                    array = found.pop(leaf)
+                    row_major = array.flags.c_contiguous
+                    arrays[leaf] = array if row_major else aligned_copy(array)
             tensors |= _write_part(folder / "params" / f"{part}.safetensors", arrays)
             arrays.clear()
         for name, data in files.items():
