@@ -12,6 +12,7 @@ from helpers import ROOT
 BENCHMARKS = ROOT / "benchmarks"
 # Scripts that import torch, run by tests/parity; tests of data and conversion run these.
 ELSEWHERE = {"cpu_peer", "loss_curve", "packing_peer", "convert_speed", "data_speed"}
+ELSEWHERE |= {"memory_table"}  # tests/test_docs.py
 HERE = {"step_time", "sweep_time", "packing_gpu", "table", "peers"}
 
 
