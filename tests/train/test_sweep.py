@@ -162,11 +162,14 @@ def test_every_adapter_with_dropout_equals_its_own_run_where_devices_have_all_we
 
 def test_padding_stays_exactly_zero():
     _, state, _ = train_together(CASES["adapters"], mesh_of())
-    for name, leaf in named({"w": state.trainable, "o": state.opt_state}).items():
-        if name.endswith(("lora_A", "lora_B")):
-            ranks = leaf[0] if name.endswith("lora_B") else leaf[0].T
-            assert ranks[: LORA.r].any(), name
-            assert not ranks[LORA.r :].any(), name
+    arrays = named({"w": state.trainable, "o": state.opt_state})
+    factors = [name for name in arrays if name.endswith(("lora_A", "lora_B"))]
+    assert len(factors) >= 3 * len(named(state.trainable))  # and two moments of each
+    for name in factors:
+        leaf = arrays[name][0]
+        ranks = leaf if name.endswith("lora_B") else leaf.T
+        assert ranks[: LORA.r].any(), name
+        assert not ranks[LORA.r :].any(), name
 
 
 def products(jaxpr):

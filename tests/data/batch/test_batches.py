@@ -18,6 +18,7 @@ def path(tmp_path):
 
 def epoch(data, number=0) -> list[dict[str, np.ndarray]]:
     steps = data.steps_per_epoch
+    assert steps > 0
     return [data.batch(step) for step in range(number * steps, (number + 1) * steps)]
 
 
@@ -136,6 +137,7 @@ def test_last_batch_is_filled_with_rows_of_padding(path):
 def test_padding_is_masked_and_of_segment_zero(path, packing):
     tokenizer = make_tokenizer(pad_token="<unk>")
     data = load(path, tokenizer, packing=packing, seq_len=128)
+    assert any((batch["segment_ids"] == 0).any() for batch in epoch(data))
     for batch in epoch(data):
         padding = batch["segment_ids"] == 0
         assert not batch["loss_mask"][padding].any()

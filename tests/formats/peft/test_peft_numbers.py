@@ -32,7 +32,7 @@ def case(request):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_supported_is_refused(name):
-    with pytest.raises(UnsupportedError):
+    with pytest.raises(UnsupportedError, match=f"{name}=True"):
         read_adapter(GOLDEN / name)
 
 
