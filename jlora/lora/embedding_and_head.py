@@ -20,10 +20,10 @@ def embed(
     LoRA adds s A[token] B. As in PEFT, an embedding has no dropout.
     """
     embedding = leaves.get("trained_embedding", leaves["embedding"])
-    y = _rows(embedding, tokens).astype(compute.dtype)
+    y = _rows_of_tokens(embedding, tokens).astype(compute.dtype)
     if "lora_A" in leaves:
         b = leaves["lora_B"] * leaves["lora_scaling"]
-        y = y + matmul(_rows(leaves["lora_A"], tokens), b, compute)
+        y = y + matmul(_rows_of_tokens(leaves["lora_A"], tokens), b, compute)
     if "lora_magnitude" in leaves:
         gain = leaves["lora_magnitude"] / column_norms(leaves)
         y = (gain * y).astype(compute.dtype)
@@ -34,7 +34,7 @@ def embed(
     return y
 
 
-def _rows(matrix: Array, tokens: Array) -> Array:
+def _rows_of_tokens(matrix: Array, tokens: Array) -> Array:
     return matrix.at[tokens].get(
         mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
     )

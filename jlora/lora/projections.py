@@ -23,7 +23,7 @@ class _FusedCall(NamedTuple):
     """Arguments of the fused kernels."""
 
     x: Array
-    leaves: list[Leaves]
+    leaves: Sequence[Leaves]
     """Of every layer, without DoRA's: its scaling comes after the kernels."""
     dropout: Dropout | None
 
@@ -64,11 +64,12 @@ def add_swiglu(
     call = None if _has_dora(layers) else _fused_call(x, layers)
     if call is not None:
         return fused.fused_mlp(call.x, call.leaves, residual, call.dropout)
-    wide = [
+    gate_out, up_out = (
         nn.with_logical_constraint(y, ("batch", "length", "act_mlp"))
         for y in project_all(x, [gate, up])
-    ]
-    return add_projection(residual, gated(*wide, gate.compute.platform), down)
+    )
+    act = gated(gate_out, up_out, gate.compute.platform)
+    return add_projection(residual, act, down)
 
 
 def _has_dora(layers: Sequence[LoRADense]) -> bool:

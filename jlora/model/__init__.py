@@ -1,5 +1,6 @@
 """The Llama model.
 
-Read `llama` first (layers, attention with a key-value cache, the logits), then `rotary`,
-`loss` and `generation`. `offload` keeps saved activations in host memory.
+Read `decoder_layer` first, then `llama`: embedding, layers, logits. `rotary` has the rotary
+position embedding, `loss` the cross-entropy, `kv_cache` and `generation` make text, and
+`offload` moves saved activations to the host's memory.
 """

@@ -38,9 +38,9 @@ def rope_frequencies(config: LlamaConfig, length: int) -> np.ndarray:
             case "linear":
                 return 1 / power / np.float32(rope.factor)
             case "llama3":
-                return _llama3(1 / power, rope)
+                return _llama3_frequencies(1 / power, rope)
             case "yarn":
-                return _yarn(power, rope)
+                return _yarn_frequencies(power, rope)
             case "longrope":
                 is_long = length > rope.original_max_position_embeddings
                 scales = rope.long_factor if is_long else rope.short_factor
@@ -60,7 +60,7 @@ def _powers(theta: np.float64, dim: int) -> np.ndarray:
         return (theta ** exponent.astype(np.float64)).astype(np.float32)
 
 
-def _llama3(frequencies: np.ndarray, rope: RopeParameters) -> np.ndarray:
+def _llama3_frequencies(frequencies: np.ndarray, rope: RopeParameters) -> np.ndarray:
     """Divides low frequencies by `factor`, leaves high ones, and blends in between."""
     turns = rope.original_max_position_embeddings * frequencies / np.float32(2 * np.pi)
     low, high = rope.low_freq_factor, rope.high_freq_factor
@@ -69,7 +69,7 @@ def _llama3(frequencies: np.ndarray, rope: RopeParameters) -> np.ndarray:
     return (frequencies * scale).astype(np.float32)
 
 
-def _yarn(power: np.ndarray, rope: RopeParameters) -> np.ndarray:
+def _yarn_frequencies(power: np.ndarray, rope: RopeParameters) -> np.ndarray:
     """Divides low frequencies by `factor`, leaves high ones, and blends by the index.
 
     Source: "YaRN" (Peng et al., 2023), section 3.2.

@@ -47,10 +47,10 @@ def _attend_block(
     v: Float[Array, "B K S H"],
     visible: Array,
 ) -> Float[Array, "B K G T H"]:
-    return _forward(q, k, v, visible)[0]
+    return _block_forward(q, k, v, visible)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Any]:
+def _block_forward(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Any]:
     """Returns the block's output, and what the backward pass needs.
 
     The outputs [T, H] are divided by the sums, because the weights [T, S] are larger.
@@ -67,7 +67,7 @@ def _forward(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Any]:
     return out.reshape(q.shape), (rows, k, v, weights, sums, out)
 
 
-def _backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+def _block_backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
     """Returns the gradients, by one pass over the scores.
 
     Source: "FlashAttention-2" (Dao, 2023), equation of dS.
@@ -86,7 +86,7 @@ def _backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
     return d_q.reshape(shape), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-_attend_block.defvjp(_forward, _backward)
+_attend_block.defvjp(_block_forward, _block_backward)
 
 
 def _einsum(axes: str, x: Array, y: Array) -> Array:

@@ -45,7 +45,7 @@ def _attend_locally(
     padding = -length % _BLOCKS[-1]
     size = length + padding
     block = next(block for block in _BLOCKS if size % block == 0)
-    kernel = splash.make_splash_mha(
+    kernel: Any = splash.make_splash_mha(
         splash.MultiHeadMask([splash.CausalMask((size, size))] * heads),
         block_sizes=splash.BlockSizes(
             block_q=block,

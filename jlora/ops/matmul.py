@@ -28,21 +28,21 @@ def matmul_float32(x: Array, w: Array) -> Array:
 
 @jax.custom_vjp
 def _rounded_after(x: Array, w: Array) -> Array:
-    return _forward(x, w)[0]
+    return _rounded_forward(x, w)[0]
 
 
-def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+def _rounded_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
     return _dot(x, w, (x.ndim - 1,), (0,)), (x, w)
 
 
-def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _rounded_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     # Left to itself, JAX would multiply float32 gradients by bfloat16 operands.
     x, w = residuals
     rows = tuple(range(x.ndim - 1))
     return _dot(dy, w, (x.ndim - 1,), (1,)), _dot(x, dy, rows, rows)
 
 
-_rounded_after.defvjp(_forward, _backward)
+_rounded_after.defvjp(_rounded_forward, _rounded_backward)
 
 
 def _dot(x: Array, y: Array, x_axes: tuple[int, ...], y_axes: tuple[int, ...]) -> Array:

@@ -190,20 +190,24 @@ def quantized_matmul(
     The backward pass dequantises again, so between them only the quantised W is in memory.
     """
     stored = {name: leaves[name] for name in QUANTIZED_LEAVES if name in leaves}
-    return _product(x, stored, compute)
+    return _quantized_product(x, stored, compute)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: Array, leaves: dict[str, Array], compute: Compute) -> Any:
+def _quantized_product(x: Array, leaves: dict[str, Array], compute: Compute) -> Any:
     return matmul(x, kernel_of(leaves, compute.dtype), compute)
 
 
-def _forward(x: Array, leaves: dict[str, Array], compute: Compute) -> tuple[Array, Any]:
+def _quantized_forward(
+    x: Array, leaves: dict[str, Array], compute: Compute
+) -> tuple[Array, Any]:
     # An empty array remembers the dtype of x.
-    return _product(x, leaves, compute), (leaves, jnp.zeros((0,), x.dtype))
+    return _quantized_product(x, leaves, compute), (leaves, jnp.zeros((0,), x.dtype))
 
 
-def _backward(compute: Compute, residuals: Any, gradient: Array) -> tuple[Array, None]:
+def _quantized_backward(
+    compute: Compute, residuals: Any, gradient: Array
+) -> tuple[Array, None]:
     leaves, like = residuals
     # Without the barrier XLA would reuse the W of the forward pass, and so keep it.
     leaves, gradient = jax.lax.optimization_barrier((leaves, gradient))
@@ -211,4 +215,4 @@ def _backward(compute: Compute, residuals: Any, gradient: Array) -> tuple[Array,
     return dx.astype(like.dtype), None
 
 
-_product.defvjp(_forward, _backward)
+_quantized_product.defvjp(_quantized_forward, _quantized_backward)
