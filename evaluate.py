@@ -1,13 +1,12 @@
 """Loss and perplexity of a model on a file, with or without an adapter."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from jlora.cli.command import run_command
 from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.run_config import (
     ComputeConfig,
-    DataConfig,
     MeshConfig,
     ModelConfig,
     RowConfig,
@@ -55,10 +54,7 @@ def main(args: Arguments) -> None:
     source = open_model(args.model)
     adapter = None if args.adapter is None else open_adapter(args.adapter)
     config = adapted_config(adapter, source.config) if adapter else source.config
-    rows = DataConfig(
-        **{item.name: getattr(args, item.name) for item in fields(RowConfig)}
-    )
-    rows = rows.sized(config.max_position_embeddings)
+    rows = args.sized(config.max_position_embeddings)
     config.check_length(rows.row_length, "seq_len")
     tokenizer = Tokenizer(source.files, config)
     data = load_dataset(

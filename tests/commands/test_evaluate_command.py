@@ -42,7 +42,7 @@ def test_without_a_length_evaluate_reads_whole_records():
 
 
 def test_evaluate_shows_what_would_be_read(monkeypatch):
-    monkeypatch.setattr("evaluate.load_params", pytest.fail)
+    monkeypatch.setattr("jlora.formats.load_params.load_params", pytest.fail)
     out = succeed(
         "evaluate", "--model", "hf", "--data", "chat.jsonl", "--show", "--seq_len", 64
     )

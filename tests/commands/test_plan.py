@@ -6,7 +6,7 @@ pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
 
 
 def test_plan_reads_no_weights_and_writes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.load_params", pytest.fail)
+    monkeypatch.setattr("jlora.formats.load_params.load_params", pytest.fail)
     out = succeed("train", *train_flags(tmp_path / "run", "--plan"))
     assert out.startswith("trainable params: 7,424")
     for text in (

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from jlora.config.run_config import DataConfig, check_seed
+from jlora.config.run_config import DataConfig, RowConfig, check_seed
 from jlora.data.batch.batches import Dataset
 from jlora.data.batch.mixing import content_ranks, hold_out, repeat_records
 from jlora.data.batch.preview import choose_samples
@@ -67,7 +67,7 @@ def load_split(
 def load_dataset(
     given: DataPaths,
     tokenizer: Tokenizer,
-    config: DataConfig,
+    config: RowConfig,
     *,
     vocab_size: int,
     batch_size: int,
@@ -89,7 +89,7 @@ class _Corpus:
         self,
         given: DataPaths,
         tokenizer: Tokenizer,
-        config: DataConfig,
+        config: RowConfig,
         vocab_size: int,
         batch_size: int,
         seed: int,
@@ -217,7 +217,7 @@ class _Corpus:
             )
 
 
-def _check_bad_rows(counts: Sequence[RowCounts], config: DataConfig) -> None:
+def _check_bad_rows(counts: Sequence[RowCounts], config: RowConfig) -> None:
     """Raises CorruptError if there are more bad rows than data.on_bad_row allows."""
     bad = sum(c.num_bad for c in counts)
     if bad > (config.max_bad_rows if config.on_bad_row == "skip" else 0):

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.config.run_config import DataConfig
+from jlora.config.run_config import RowConfig
 from jlora.data.cache.row_counts import RowCounts
 from jlora.data.cache.token_store import (
     RECORD,
@@ -52,14 +52,14 @@ _REPORT_EVERY_S = 5.0
 _Tokenized = tuple[TokenizedRows, TokenBlock]
 
 
-def token_cache_folder(config: DataConfig) -> Path:
+def token_cache_folder(config: RowConfig) -> Path:
     """Returns the folder of all stores: in data.cache_dir, $JLORA_CACHE or ~/.cache."""
     default = os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora"
     return Path(config.cache_dir or default) / "tokens"
 
 
 def open_token_store(
-    sources: Sequence[DataSource], tokenizer: Tokenizer, config: DataConfig
+    sources: Sequence[DataSource], tokenizer: Tokenizer, config: RowConfig
 ) -> tuple[TokenStore, list[RowCounts]]:
     """Returns all records of the sources, uncut, and the row counts of each source.
 
@@ -78,9 +78,7 @@ def open_token_store(
     return store, counts
 
 
-def _key(
-    sources: Sequence[DataSource], tokenizer: Tokenizer, config: DataConfig
-) -> str:
+def _key(sources: Sequence[DataSource], tokenizer: Tokenizer, config: RowConfig) -> str:
     """Returns a digest of everything that decides the records."""
     special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     code = [file_sha256(file) for file in sorted(_CODE.rglob("*.py"))]
@@ -97,7 +95,7 @@ def _build(
     writer: StoreWriter,
     sources: Sequence[DataSource],
     tokenizer: Tokenizer,
-    config: DataConfig,
+    config: RowConfig,
 ) -> list[dict[str, Any]]:
     """Appends the records of all sources and returns their row counts as JSON."""
     size = sum(file.stat().st_size for source in sources for file in source.files)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jlora.config.run_config import DataConfig
+from jlora.config.run_config import RowConfig
 from jlora.data.read.row_files import row_location
 from jlora.errors import CorruptError, JloraError, UsageError, counted
 
@@ -30,7 +30,7 @@ class BadRow:
 
 
 def bad_rows_error(
-    name: str, listed: Sequence[BadRow], *, bad: int, rows: int, config: DataConfig
+    name: str, listed: Sequence[BadRow], *, bad: int, rows: int, config: RowConfig
 ) -> JloraError:
     """Returns the error for `bad` of `rows` rows, of which the first are `listed`."""
     lines = "".join(f"\n  {row}" for row in listed[:MAX_LISTED])

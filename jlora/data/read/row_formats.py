@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jlora.config.run_config import DataConfig
+from jlora.config.run_config import RowConfig
 from jlora.errors import CorruptError, UsageError, listing, nearest
 
 # The columns that a row of each format must have; auto takes the first that fits.
@@ -52,7 +52,7 @@ class RowFormat:
 
 def detect_format(
     row: Mapping[str, Any],
-    config: DataConfig,
+    config: RowConfig,
     *,
     has_template: bool,
     source: str,

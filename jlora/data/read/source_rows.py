@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 
-from jlora.config.run_config import DataConfig
+from jlora.config.run_config import RowConfig
 from jlora.data.read.bad_rows import BadRow, bad_rows_error
 from jlora.data.read.data_paths import DataSource
 from jlora.data.read.jsonl import parse_rows
@@ -16,7 +16,7 @@ _MAX_BAD_CHUNKS = 32
 
 
 def open_rows(
-    source: DataSource, config: DataConfig, *, has_template: bool
+    source: DataSource, config: RowConfig, *, has_template: bool
 ) -> tuple[RowFormat, Iterator[RowChunk]]:
     """Returns the format of a source and all of its rows, in order.
 
