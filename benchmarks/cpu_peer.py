@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 PACKAGES = ("jax", "torch", "transformers", "peft")
 
 
-def jlora_step(name: str, layers: int) -> Callable[[], float]:
+def jlora_step(name: str, sizes: dict[str, int]) -> Callable[[], float]:
     """Returns a function that runs one step and returns its loss."""
     import jax
     import step_time
@@ -36,9 +36,9 @@ def jlora_step(name: str, layers: int) -> Callable[[], float]:
 
     keep_freed_memory()  # as train.py does
     work = step_time.WORKLOADS[name]
-    config = replace(work.config, num_hidden_layers=layers)
+    work = replace(work, config=replace(work.config, **sizes))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    step, state, frozen, _ = step_time.prepare(replace(work, config=config), mesh)
+    step, state, frozen, _ = step_time.prepare(work, mesh)
     batch = step_time.random_batch(work, mesh)
 
     def run() -> float:
@@ -49,18 +49,18 @@ def jlora_step(name: str, layers: int) -> Callable[[], float]:
     return run
 
 
-def peft_step(mixed: bool, layers: int) -> Callable[[], float]:
+def peft_step(mixed: bool, sizes: dict[str, int]) -> Callable[[], float]:
     """Returns a function that runs one step and returns its loss."""
     import peers
     import torch
 
-    sizes, *rest = peers.WORKLOADS["E"]
-    peers.WORKLOADS["E"] = ({**sizes, "num_hidden_layers": layers}, *rest)
+    model_sizes, *rest = peers.WORKLOADS["E"]
+    peers.WORKLOADS["E"] = (model_sizes | sizes, *rest)
     rows, length = rest[2:4]
     model = peers.peft_model("E", "cpu", liger=False).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4)
-    tokens = torch.randint(sizes["vocab_size"], (rows, length))
+    tokens = torch.randint((model_sizes | sizes)["vocab_size"], (rows, length))
 
     def run() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
@@ -71,7 +71,7 @@ def peft_step(mixed: bool, layers: int) -> Callable[[], float]:
     return run
 
 
-VARIANTS: dict[str, Callable[[int], Callable[[], float]]] = {
+VARIANTS: dict[str, Callable[[dict[str, int]], Callable[[], float]]] = {
     "jlora float32": partial(jlora_step, "E"),
     "peft float32": partial(peft_step, False),
     "jlora bfloat16": partial(jlora_step, "E-bfloat16"),
@@ -88,9 +88,9 @@ def serve(run: Callable[[], float]) -> None:
         print(json.dumps([*times, loss]), flush=True)
 
 
-def start(name: str, layers: int) -> Any:
-    """Starts the process of this variant."""
-    command = [sys.executable, __file__, "--serve", name, "--layers", str(layers)]
+def start(name: str) -> Any:
+    """Starts the process of this variant, with the flags of this one."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
 
@@ -106,14 +106,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--vocab_size", type=int, default=49152)
     parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(VARIANTS[args.serve](args.layers))
+        sizes = {"num_hidden_layers": args.layers, "vocab_size": args.vocab_size}
+        serve(VARIANTS[args.serve](sizes))
         return
     processes, found = {}, {}
     for name in VARIANTS:
-        processes[name] = start(name, args.layers)
+        processes[name] = start(name)
         found[name] = [ask(processes[name])]  # compiles, while the others wait
     for _ in range(1 + args.steps):
         for name, process in processes.items():

@@ -21,7 +21,9 @@ def run_script(name: str, *arguments: str) -> list[str]:
 
 
 def test_cpu_peer_measures_every_variant() -> None:
-    lines = run_script("cpu_peer", "--steps", "1", "--layers", "1")
+    lines = run_script(
+        "cpu_peer", "--steps", "1", "--layers", "1", "--vocab_size", "512"
+    )
     found = {line["what"]: line for line in map(json.loads, lines)}
     assert len(found) == 4
     assert all(line["cpu_s"] > 0 for line in found.values())
