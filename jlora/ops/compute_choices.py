@@ -48,8 +48,8 @@ class Compute:
     def loss_chunk_tokens(self) -> int:
         """Tokens per device whose logits exist at one time.
 
-        Enough for full-speed matrix products. On a CPU no more than that, because the
-        softmax of a larger chunk does not fit into the caches.
+        Enough for full-speed matrix products. A CPU gets fewer, because there every pass
+        of the softmax over more logits goes to memory.
         """
         return 512 if self.platform == "cpu" else 1024
 
@@ -91,15 +91,11 @@ def choose_attention(wanted: str, *, platform: str, dtype: Any, head_dim: int) -
         UsageError: cudnn or splash is wanted where it cannot run.
     """
     fits = head_dim % _CUDNN_HEAD_MULTIPLE == 0 and head_dim <= _CUDNN_HEAD_LIMIT
-    if wanted == "splash" and platform != "tpu":
+    needed = {"splash": ("tpu", "a TPU"), "cudnn": ("gpu", "an NVIDIA GPU")}.get(wanted)
+    if needed and platform != needed[0]:
         raise UsageError(
-            f"compute.attention=splash needs a TPU, and this is {platform}; use auto or "
-            "xla"
-        )
-    if wanted == "cudnn" and platform != "gpu":
-        raise UsageError(
-            f"compute.attention=cudnn needs an NVIDIA GPU, and this is {platform}; "
-            "use auto or xla"
+            f"compute.attention={wanted} needs {needed[1]}, and this is {platform}; use "
+            "auto or xla"
         )
     if wanted == "cudnn" and not fits:
         raise UsageError(
