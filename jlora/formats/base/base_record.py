@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora.errors import CorruptError, UnsupportedError, listing
-from jlora.formats.digests import leaf_digest
 from jlora.formats.model_files import read_json
 from jlora.formats.safetensors_file import Spec, are_sizes
 from jlora.ops.quantize import Format
@@ -51,17 +50,16 @@ class Record:
     provenance: dict[str, Any]
 
 
-def describe_tensor(array: np.ndarray) -> dict[str, Any]:
-    """Returns what jlora.json records of one tensor."""
-    rows = max(1, BLOCK_BYTES // max(1, array.nbytes // len(array)))
+def block_rows_of(spec: Spec) -> int:
+    """Returns how many rows of a tensor a block has."""
+    return max(1, BLOCK_BYTES // max(1, spec.nbytes // spec.shape[0]))
+
+
+def block_checksums(array: np.ndarray) -> list[int]:
+    """Returns the CRC-32 of each block of rows."""
+    rows = block_rows_of(Spec(array.shape, array.dtype))
     blocks = (array[first : first + rows] for first in range(0, len(array), rows))
-    return {
-        "dtype": array.dtype.name,
-        "shape": list(array.shape),
-        "sha256": leaf_digest(array),
-        "block_rows": rows,
-        "crc32": [zlib.crc32(block.view(np.uint8).data) for block in blocks],
-    }
+    return [zlib.crc32(block.view(np.uint8).data) for block in blocks]
 
 
 def content_digest(tensors: Mapping[str, str]) -> str:

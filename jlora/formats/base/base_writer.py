@@ -13,11 +13,13 @@ from jlora.formats.atomic_folder import atomic_folder
 from jlora.formats.base.base_record import (
     RECORD,
     SCHEMA_VERSION,
+    block_checksums,
+    block_rows_of,
     content_digest,
-    describe_tensor,
     file_digests,
     part_of,
 )
+from jlora.formats.digests import leaf_digest
 from jlora.formats.model_source import (
     Dtype,
     ModelSource,
@@ -95,10 +97,22 @@ def _write_part(
 ) -> dict[str, dict[str, Any]]:
     """Writes one file; returns what jlora.json records of each tensor."""
     specs = {path: Spec(array.shape, array.dtype) for path, array in arrays.items()}
-    with ThreadPoolExecutor(1) as pool:  # computes the digests meanwhile
-        records = pool.map(describe_tensor, arrays.values())
+    with ThreadPoolExecutor(2) as pool:  # computes both digests meanwhile
+        digests = pool.map(leaf_digest, arrays.values())
+        checksums = pool.map(block_checksums, arrays.values())
         write_safetensors(file, specs, arrays.__getitem__)
-        return dict(zip(arrays, records, strict=True))
+        return {
+            path: {
+                "dtype": spec.dtype.name,
+                "shape": list(spec.shape),
+                "sha256": digest,
+                "block_rows": block_rows_of(spec),
+                "crc32": sums,
+            }
+            for (path, spec), digest, sums in zip(
+                specs.items(), digests, checksums, strict=True
+            )
+        }
 
 
 def _kernel_dtype(source: ModelSource, dtype: Dtype) -> np.dtype[Any]:
