@@ -68,7 +68,7 @@ def test_packed_training_has_the_loss_of_the_same_records_in_rows(run, tmp_path)
     flags = train_flags(tmp_path / "run", "--data.packing", "--train.max_steps", 2)
     assert "packed" in succeed("train", *flags)
     # A batch is the whole data set in both.
-    assert losses(tmp_path / "run") == pytest.approx(losses(run)[:2], rel=1e-4)
+    assert losses(tmp_path / "run")[0] == pytest.approx(losses(run)[0], rel=1e-5)
 
 
 def test_a_folder_and_the_base_made_of_it_train_the_same(run, base, tmp_path):
