@@ -1,13 +1,18 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.adapters import SEVEN, changed_copy, golden
+from helpers.tiny import CONFIG, tensors, write_hf
 
 import convert
+import jlora
+from jlora.config.run_config import MeshConfig
 from jlora.formats.peft.adapter_reader import read_adapter
 from jlora.formats.peft.adapter_writer import save_adapter
 from jlora.loading import open_adapter
 from jlora.lora.adapter_tree import split, trainable_mask
+from jlora.parallel.sharding import make_mesh
 from jlora.train.checkpoint import RunCheckpoints
 
 
@@ -48,3 +53,21 @@ def test_a_loaded_adapter_drops_out_where_a_key_is_given(tmp_path):
     key = {"dropout": jax.random.key(0)}
     noisy = np.asarray(model.apply({"params": params}, case.tokens, rngs=key))
     assert np.abs(noisy - quiet).max() > 0.1
+
+
+def test_load_returns_model_params_and_no_tokenizer_where_there_is_none(tmp_path):
+    folder = write_hf(tmp_path / "hf", CONFIG, tensors(CONFIG))
+    model, params, tokenizer = jlora.load(folder)
+    assert tokenizer is None
+    assert model.apply({"params": params}, jnp.ones((1, 3), int)).shape == (1, 3, 20)
+    again = convert.load(str(folder))[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
+
+
+def test_params_on_a_mesh_are_those_of_one_device():
+    case = golden("basic")
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    one = jlora.load(case.base, case.folder)[1]
+    spread = jlora.load(case.base, case.folder, mesh=mesh)[1]
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, spread))
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(spread)} == {mesh}
