@@ -1,6 +1,6 @@
 """Combine several adapters into one, weighted: `jlora combine`.
 
-To merge several adapters into a base, either run `convert.to_hf` once for each, which
+To merge several adapters into a base, either run `jlora export` once for each, which
 rounds each time as PEFT's merge does, or combine them by `cat` and merge once, which rounds
 once.
 """

@@ -25,7 +25,7 @@ class Arguments:
     model: str
     """Base model: converted base, HF folder, hub id (owner/name) or .gguf file."""
     adapter: str
-    """PEFT adapter folder or run folder of train.py."""
+    """PEFT adapter folder or run folder of jlora train."""
     dtype: Dtype = "keep"
     """Storage of every tensor; keep: as in the base."""
     overwrite: bool = False

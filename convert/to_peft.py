@@ -15,7 +15,7 @@ class Arguments:
     out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
     adapter: str
-    """Run folder of train.py, or PEFT adapter folder."""
+    """Run folder of jlora train, or PEFT adapter folder."""
     for_: Literal["peft", "vllm", "gguf"] = "peft"
     """Who reads it: PEFT, vLLM, or llama.cpp's convert_lora_to_gguf.py."""
     overwrite: bool = False
@@ -27,7 +27,7 @@ def main(arguments: Arguments) -> None:
     # What needs JAX is imported here: --help and a wrong flag are answered without it.
     from jlora.formats.atomic_folder import check_target
     from jlora.formats.peft.adapter_writer import write_adapter_folder
-    from jlora.formats.peft.named_base import mark_resized
+    from jlora.formats.peft.named_base import mark_own_embeddings
     from jlora.formats.peft.plain_lora import plain_lora
     from jlora.formats.peft.serving_formats import convert_for_serving
     from jlora.loading import open_adapter
@@ -36,7 +36,7 @@ def main(arguments: Arguments) -> None:
     check_target(out, arguments.overwrite)
     adapter = open_adapter(arguments.adapter)
     source = adapter.location
-    adapter, hint = mark_resized(plain_lora(adapter)), None
+    adapter, hint = mark_own_embeddings(plain_lora(adapter)), None
     if arguments.for_ != "peft":
         adapter, hint = convert_for_serving(adapter, arguments.for_)
     write_adapter_folder(adapter, out, overwrite=arguments.overwrite, source=source)

@@ -27,7 +27,6 @@ OWNERS = {
     "flax": ("jlora.lora", "jlora.model", "jlora.parallel"),
     "optax": ("jlora.train",),
     "orbax": ("jlora.train.checkpoint",),
-    "tensorstore": ("jlora.train.checkpoint",),
     "tokenizers": ("jlora.data", "jlora.formats.gguf.gguf_tokenizer"),
     "jinja2": ("jlora.data",),
     "pyarrow": ("jlora.data",),

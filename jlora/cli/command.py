@@ -4,13 +4,17 @@ A command is a dataclass (fields are flags, the strings below them are help text
 `main` that takes an instance of it.
 """
 
+import contextlib
 import errno
+import functools
 import importlib.metadata
 import logging
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from jlora.cli.arguments import parse
 from jlora.cli.help_page import help_page
@@ -24,8 +28,28 @@ _PATH_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
+P = ParamSpec("P")
 
 
+def allow_closed_output(run: Callable[P, int]) -> Callable[P, int]:
+    """Makes a command end quietly when nobody reads its output, as in `... | head -1`."""
+
+    @functools.wraps(run)
+    def run_and_flush(*args: P.args, **kwargs: P.kwargs) -> int:
+        status = 0
+        try:
+            status = run(*args, **kwargs)
+            print(end="", flush=True)
+        except BrokenPipeError:
+            # Python flushes what is left at exit, and would print a traceback then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return status or 128 + signal.SIGPIPE  # as a shell reports it
+        return status
+
+    return run_and_flush
+
+
+@allow_closed_output
 def run_command(
     main: Callable[[Any], None],
     arguments_class: type,
@@ -40,16 +64,13 @@ def run_command(
         arguments_class: dataclass of its flags; dataclasses inside it are flag groups.
         argv: the words of the command line; None takes them from sys.argv.
         program: what --help calls the command; None finds out how it was started.
-
-    Raises:
-        SystemExit: --help was asked for and printed.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     # Orbax logs tracebacks of failures that end in one message here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     if {"-h", "--help"} & set(words):
         print(help_page(program or _program(), arguments_class))
-        raise SystemExit(0)
+        return 0
     try:
         check_versions()
         main(parse(arguments_class, words))
@@ -83,7 +104,8 @@ def run_command(
 
 
 def _fail(message: str, status: int, label: str = "error") -> int:
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        print(end="", flush=True)
     print(f"{label}: {message}", file=sys.stderr)
     return status
 

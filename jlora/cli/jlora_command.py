@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from jlora.cli.command import run_command
+from jlora.cli.command import allow_closed_output, run_command
 from jlora.cli.help_page import table
 from jlora.errors import UsageError, listing, nearest
 
@@ -34,6 +34,7 @@ _EXPORT = (
 )
 
 
+@allow_closed_output
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `jlora NAME ...` and returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)

@@ -228,9 +228,8 @@ class ComputeConfig:
     """Dtype of the frozen weights; keep: as in the checkpoint; fp8, int8, nf4: quantises the
     seven projections of each layer while they are read."""
     remat: Literal["auto", "none", "minimal", "full", "offload"] = "auto"
-    """What the backward pass recomputes to save memory: none, minimal (norms, rotary
-    embedding, SwiGLU), full (whole layers), offload (the same, with their inputs in the
-    host's memory); auto: the first that fits."""
+    """What the backward pass recomputes: none, minimal (norms, rotary, SwiGLU), full (layers),
+    offload (layers, their inputs on the host); auto: the first that fits."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto: cudnn on GPU where it is supported, else xla; splash: on TPU."""
     kernels: Literal["auto", "xla", "hopper"] = "auto"

@@ -16,7 +16,7 @@ from jlora.formats.model_files import INDEX, SINGLE
 from jlora.formats.model_source import Dtype, ModelSource, stored_dtype
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import INPUT, changed_embeddings
-from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
+from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
 from jlora.formats.peft.adapter_placement import place_adapter
 from jlora.formats.peft.plain_lora import initial_factors
 from jlora.formats.safetensors_file import (
@@ -27,6 +27,7 @@ from jlora.formats.safetensors_file import (
 )
 from jlora.formats.tensor_checks import first_non_finite
 from jlora.formats.tensor_names import Name, all_names, module_name
+from jlora.lora.adapter_tree import HEAD
 from jlora.lora.merging import merge_module, merge_tied_head
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -146,7 +147,7 @@ class MergedModel:
         """Returns the kernel of a tied head; None if it still equals the embedding."""
         embedding = self._read_base(INPUT)
         return merge_tied_head(
-            {"embedding": embedding, **self._adapter_leaves(EMBEDDING, embedding)},
+            {"embedding": embedding, **self._adapter_leaves(EMBEDDING_PATH, embedding)},
             self._adapter_leaves(HEAD, embedding.T),
             stored_dtype(self._source.tensors[INPUT], self._dtype),
         )

@@ -1,5 +1,9 @@
 import errno
 import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -70,6 +74,42 @@ def test_a_bug_keeps_its_traceback(error):
 def test_success_is_status_0(capsys):
     assert run_command(lambda arguments: None, Arguments, argv=["--model", "m"]) == 0
     assert capsys.readouterr() == ("", "")
+
+
+LONG = """
+import sys
+from helpers.flag_cases import Arguments
+from jlora.cli.command import run_command
+from jlora.cli.jlora_command import main
+
+def talk(arguments):
+    print("a line")
+    print("another", flush=True)
+    raise AssertionError("nobody reads this")
+
+if sys.argv[1:]:
+    sys.exit(main(sys.argv[1:]))
+sys.exit(run_command(talk, Arguments, argv=["--model", "m"]))
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--help"], ["--version"], ["train", "--help"], ["info", "--help"]]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_nobody_reads_ends_the_command_quietly(words, unbuffered):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", LONG, *words],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        text=True,
+        timeout=120,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def with_versions(monkeypatch, **versions: str) -> None:

@@ -1,4 +1,4 @@
-"""Models that convert.from_hf must refuse: how each is made, and what is answered.
+"""Models that `jlora convert` must refuse: how each is made, and what is answered.
 
 `python tests/helpers/faults.py` writes the table of docs/conversion.md; test_faults.py
 checks every row and that the table is the one this file makes.
@@ -64,7 +64,7 @@ class Answer:
 
 
 def answer(fault: Fault, folder: Path) -> Answer:
-    """Returns what `python -m convert.from_hf SRC OUT` answers."""
+    """Returns what `jlora convert SRC OUT` answers."""
     home, target = folder / "in", folder / "out"
     home.mkdir()
     target.mkdir()

@@ -46,7 +46,9 @@ class ChatTemplate:
             where = f", line {line}" if line else ""
             raise CorruptError(f"chat template{where}: {error}") from error
         self._special_tokens = dict(special_tokens)
-        self._literals = _literals(tree)
+        self._literals = _string_literals(tree)
+        texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+        written = "\0".join([*texts, *self._literals])
         self.has_generation = _GENERATION.search(source) is not None
         """Whether the template itself marks the assistant's text."""
         self.prints_date = "strftime_now" in source
@@ -54,13 +56,13 @@ class ChatTemplate:
         self.controls = frozenset(
             text
             for text, special in added_tokens.items()
-            if special or (text in self._literals and not text.isspace())
+            if special or (text in written and not text.isspace())
         )
         """Strings that only the template may turn into control tokens."""
         self._pattern = control_pattern(self.controls)
 
     def check_roles(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        """Raises RowError for a role that is not a usual one nor in the template."""
+        """Raises RowError for a role that is neither a usual one nor a string in the template."""
         for index, message in enumerate(messages):
             role = message["role"]
             if role not in KNOWN_ROLES and role not in self._literals:
@@ -132,8 +134,7 @@ class ChatTemplate:
         return unmark("".join(parts), self.controls)
 
 
-def _literals(tree: jinja2.nodes.Template) -> str:
-    """Returns all text that stands in the template itself, joined by NUL."""
-    texts = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
-    constants = [node.value for node in tree.find_all(jinja2.nodes.Const)]
-    return "\0".join(texts + [value for value in constants if isinstance(value, str)])
+def _string_literals(tree: jinja2.nodes.Template) -> frozenset[str]:
+    """Returns every string that the template's code holds, except the empty one."""
+    values = [node.value for node in tree.find_all(jinja2.nodes.Const)]
+    return frozenset(value for value in values if value and isinstance(value, str))

@@ -186,7 +186,7 @@ def _command(folder: Path, document: dict[str, Any]) -> str:
     """Returns the command that converts a base of schema 2 again."""
     provenance, leaves = document.get("provenance"), document.get("leaves")
     if not isinstance(provenance, dict) or not isinstance(leaves, dict):
-        return "python -m convert.from_hf SRC OUT --overwrite"
+        return "jlora convert SRC OUT --overwrite"
     source, revision = provenance.get("source", "SRC"), provenance.get("revision")
     words = [f"{source}@{revision}" if revision else str(source), str(folder)]
     dtypes = {
@@ -198,4 +198,4 @@ def _command(folder: Path, document: dict[str, Any]) -> str:
         words += ["--dtype", str(*dtypes)]
     if document.get("quantize", "none") != "none":
         words += ["--quantize", str(document["quantize"])]
-    return f"python -m convert.from_hf {shlex.join(words)} --overwrite"
+    return f"jlora convert {shlex.join(words)} --overwrite"

@@ -7,7 +7,9 @@ import numpy as np
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UsageError, listing
+from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
 from jlora.formats.tensor_names import module_name, module_path
+from jlora.lora.adapter_tree import HEAD
 from jlora.lora.target_modules import select_targets
 
 Tensors = dict[str, dict[str, np.ndarray]]
@@ -28,10 +30,11 @@ class Adapter:
     """Params path of each module with lora_A and lora_B -> what A B is multiplied by."""
     location: Path
     """Where it was read from, for messages only."""
-    resized: bool = False
-    """Whether it has whole embeddings that it neither adapts nor trains.
+    has_own_embeddings: bool = False
+    """Whether its untrained whole embeddings belong to it, as of a resized vocabulary.
 
-    PEFT saves them when the vocabulary was resized.
+    If not, they are copies of its base's, which PEFT saves beside an adapted or trained
+    embedding; these are not written again.
     """
 
     @classmethod
@@ -40,7 +43,7 @@ class Adapter:
         config: LoraConfig,
         tensors: Tensors,
         location: Path,
-        resized: bool = False,
+        has_own_embeddings: bool = False,
     ) -> "Adapter":
         """Returns the adapter of these settings and tensors.
 
@@ -75,7 +78,7 @@ class Adapter:
                 f"{listing(wrong)}"
             )
         scalings = {module_path(name): s for name, (_, s) in selected.items()}
-        return cls(config, tensors, scalings, location, resized)
+        return cls(config, tensors, scalings, location, has_own_embeddings)
 
     @property
     def pairs(self) -> Tensors:
@@ -88,8 +91,8 @@ class Adapter:
         rows = [
             array.shape[axis]
             for path, weight, axis in (
-                ("embed_tokens", "embedding", 0),
-                ("lm_head", "kernel", 1),
+                (EMBEDDING_PATH, "embedding", 0),
+                (HEAD, "kernel", 1),
             )
             for leaf, array in self.tensors.get(path, {}).items()
             if leaf in (weight, f"trained_{weight}")

@@ -10,10 +10,11 @@ import numpy as np
 
 from jlora.errors import CorruptError, listing, warn
 from jlora.formats.peft.adapter import Adapter
-from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key
+from jlora.formats.peft.adapter_keys import EMBEDDING_PATH, adapter_key
+from jlora.lora.adapter_tree import HEAD
 from jlora.parallel.processes import to_host
 
-INPUT, OUTPUT = f"{EMBEDDING}/embedding", f"{HEAD}/kernel"
+INPUT, OUTPUT = f"{EMBEDDING_PATH}/embedding", f"{HEAD}/kernel"
 
 
 def whole_embeddings(
@@ -44,7 +45,7 @@ def whole_embeddings(
         if not tied or shared:
             found = _embeddings(adapter, "trained_") | found
         _check_complete(adapter, found, base_vocab, tied=tied)
-    elif adapter.resized and adapter.config.modules_to_save:
+    elif adapter.has_own_embeddings and adapter.config.modules_to_save:
         raise CorruptError(
             f"{adapter.location}: weights of the base beside modules_to_save="
             f"{adapter.config.modules_to_save}, though the vocabulary is the base's; "
@@ -99,7 +100,7 @@ def changed_embeddings(
             continue
         if array.shape != before.shape:
             warn(f"{adapter.location}: {path} {list(array.shape)} replaces the base's")
-        elif adapter.resized:
+        elif adapter.has_own_embeddings:
             raise CorruptError(
                 f"{adapter.location}: {adapter_key(*path.rsplit('/', 1))} "
                 "differs from the base, and modules_to_save does not say that it was "

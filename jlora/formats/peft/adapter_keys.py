@@ -12,11 +12,13 @@ from collections.abc import Collection
 
 import numpy as np
 
-from jlora.formats.tensor_names import module_name
+from jlora.formats.tensor_names import module_name, module_path
+from jlora.lora.adapter_tree import EMBEDDING
 
 PREFIX = "base_model.model."
 EXAMPLE = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
-EMBEDDING, HEAD = "embed_tokens", "lm_head"
+# Params path of the input embedding; that of the head is its HF name, `HEAD`.
+EMBEDDING_PATH = module_path(EMBEDDING)
 _ENDINGS = {
     "lora_A": r"lora_A(?:\.default)?\.weight",
     "lora_B": r"lora_B(?:\.default)?\.weight",
@@ -46,7 +48,7 @@ def parse_key(key: str) -> tuple[str, str] | None:
         return None
     module, leaf = match["module"], match.lastgroup
     if leaf.startswith("embedding_") or leaf in ("lora_A", "lora_B"):
-        is_embedding = module.rpartition(".")[2] == EMBEDDING
+        is_embedding = module.rpartition(".")[2] == EMBEDDING_PATH
         if is_embedding != leaf.startswith("embedding_"):
             return None
         leaf = f"lora_{leaf[-1]}"
@@ -63,7 +65,9 @@ def adapter_key(path: str, leaf: str, siblings: Collection[str] = ()) -> str:
     """
     adapted = "lora_A" in siblings
     if leaf in ("lora_A", "lora_B"):
-        form = f"lora_embedding_{leaf[-1]}" if path == EMBEDDING else f"{leaf}.weight"
+        form = (
+            f"lora_embedding_{leaf[-1]}" if path == EMBEDDING_PATH else f"{leaf}.weight"
+        )
     elif leaf == "trained_bias":
         form = "base_layer.bias" if adapted else "bias"
     elif leaf in ("embedding", "kernel"):

@@ -9,9 +9,9 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError, listing, nearest, warn
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import whole_embeddings
-from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key, is_transposed
+from jlora.formats.peft.adapter_keys import EMBEDDING_PATH, adapter_key, is_transposed
 from jlora.formats.tensor_names import all_names, module_name, module_path
-from jlora.lora.adapter_tree import WEIGHT_LEAVES
+from jlora.lora.adapter_tree import HEAD, WEIGHT_LEAVES
 from jlora.lora.target_modules import Selection, select_trainable
 
 # Params path of a module -> leaf -> shape; -1 stands for the rank.
@@ -82,7 +82,7 @@ def _base_shapes(config: LlamaConfig) -> _Shapes:
 def _expected(adapter: Adapter, selection: Selection, shapes: _Shapes) -> _Shapes:
     """Returns the tensors that the settings require."""
     expected: _Shapes = {}
-    vocab, width = shapes[EMBEDDING]["embedding"]
+    vocab, width = shapes[EMBEDDING_PATH]["embedding"]
     head = {"kernel": (width, vocab)}  # also of a tied base, which has no such tensor
     for name in selection.adapted:
         path = module_path(name)
@@ -108,9 +108,9 @@ def _expected(adapter: Adapter, selection: Selection, shapes: _Shapes) -> _Shape
 
 def _optional(selection: Selection, shapes: _Shapes) -> _Shapes:
     """Returns the tensors that may be there: embeddings, and the copy of a tied adapter."""
-    vocab, width = shapes[EMBEDDING]["embedding"]
+    vocab, width = shapes[EMBEDDING_PATH]["embedding"]
     optional: _Shapes = {
-        EMBEDDING: {"embedding": (vocab, width)},
+        EMBEDDING_PATH: {"embedding": (vocab, width)},
         HEAD: {"kernel": (width, vocab)},
     }
     if selection.shared:  # PEFT writes it under both names
@@ -189,7 +189,7 @@ def _leaves(adapter: Adapter, selection: Selection) -> dict[str, dict[str, Any]]
         if leaves:
             added[name] = leaves
     if selection.shared:
-        embedding, head = added[module_name(EMBEDDING)], added.get(HEAD, {})
+        embedding, head = added[module_name(EMBEDDING_PATH)], added.get(HEAD, {})
         if _is_same(embedding, head):
             added[HEAD] = {"lora_shared": np.ones((), np.float32)}
         else:

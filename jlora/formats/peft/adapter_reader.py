@@ -24,9 +24,8 @@ from jlora.formats.model_files import inside_folder, read_json
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_config import read_config
 from jlora.formats.peft.adapter_keys import (
-    EMBEDDING,
+    EMBEDDING_PATH,
     EXAMPLE,
-    HEAD,
     adapter_key,
     convert_layout,
     parse_key,
@@ -34,11 +33,12 @@ from jlora.formats.peft.adapter_keys import (
 from jlora.formats.safetensors_file import Entry, read_header, read_tensor
 from jlora.formats.tensor_checks import first_non_finite
 from jlora.formats.tensor_names import module_path
+from jlora.lora.adapter_tree import HEAD
 from jlora.lora.target_modules import is_saved
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_EMBEDDINGS = {EMBEDDING: "embedding", HEAD: "kernel"}
+_EMBEDDINGS = {EMBEDDING_PATH: "embedding", HEAD: "kernel"}
 _DIMENSIONS = {"lora_magnitude": 1, "bias": 1, "base_bias": 1}
 # Leaf as `parse_key` names it -> (key, place in the file).
 _Entries = dict[str, tuple[str, Entry]]
@@ -106,13 +106,13 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise CorruptError(f"{where}: no tensors of an adapter")
     if len(pairs) == len(tensors) and not any(x["lora_B"].any() for x in pairs):
         warn(f"{where}: every lora_B is zero, so it changes nothing")
-    resized = any(
+    has_own_embeddings = any(
         module_path(module) in _EMBEDDINGS
         and "weight" in entries
         and not _is_saved(config, module)
         for module, entries in found.items()
     )
-    return Adapter.make(config, tensors, folder, resized)
+    return Adapter.make(config, tensors, folder, has_own_embeddings)
 
 
 def _by_module(header: dict[str, Entry], where: Path) -> dict[str, _Entries]:
@@ -229,7 +229,7 @@ def _tree_leaf(
 def _is_saved(config: LoraConfig, module: str) -> bool:
     # PEFT writes a head that is tied to a saved embedding under both names.
     tied = module_path(module) == HEAD and config.ensure_weight_tying
-    return is_saved(config, module) or (tied and is_saved(config, EMBEDDING))
+    return is_saved(config, module) or (tied and is_saved(config, EMBEDDING_PATH))
 
 
 def _read(entry: Entry, where: str) -> np.ndarray:

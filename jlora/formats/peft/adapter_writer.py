@@ -17,12 +17,18 @@ from jlora.formats.atomic_folder import atomic_folder
 from jlora.formats.hub import is_hub_id
 from jlora.formats.peft.adapter import Adapter, Tensors
 from jlora.formats.peft.adapter_config import config_to_write
-from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD, adapter_key, convert_layout
+from jlora.formats.peft.adapter_keys import EMBEDDING_PATH, adapter_key, convert_layout
 from jlora.formats.peft.adapter_reader import CONFIG, WEIGHTS
 from jlora.formats.peft.plain_lora import needs_residual_base, with_initial_factors
 from jlora.formats.safetensors_file import Spec, write_safetensors
 from jlora.formats.tensor_names import Params, module_path
-from jlora.lora.adapter_tree import WEIGHT_LEAVES, is_trainable, linear_modules, modules
+from jlora.lora.adapter_tree import (
+    HEAD,
+    WEIGHT_LEAVES,
+    is_trainable,
+    linear_modules,
+    modules,
+)
 
 
 def save_adapter(
@@ -104,8 +110,8 @@ def _base_dtypes(params: Params) -> dict[str, Any]:
         for key, leaf in leaves.items()
         if key in (*WEIGHT_LEAVES, "scale")
     }
-    if EMBEDDING in dtypes:
-        dtypes.setdefault(HEAD, dtypes[EMBEDDING])
+    if EMBEDDING_PATH in dtypes:
+        dtypes.setdefault(HEAD, dtypes[EMBEDDING_PATH])
     return dtypes
 
 
@@ -133,7 +139,7 @@ def write_adapter_folder(
         raise UnsupportedError(
             f"{adapter.location}: init_lora_weights="
             f"{adapter.config.init_lora_weights!r} has to become plain LoRA first; use "
-            "python -m convert.to_peft"
+            "jlora export --to peft"
         )
     text = json.dumps(config_to_write(adapter, linears), indent=2, sort_keys=True)
     arrays = _arrays(adapter, dtypes or {})
@@ -148,7 +154,7 @@ def _arrays(adapter: Adapter, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray
     tensors = dict(adapter.tensors)
     if adapter.config.ensure_weight_tying and not tensors.get(HEAD):
         # PEFT writes what embedding and head share under both names.
-        embedding = tensors.get(EMBEDDING, {})
+        embedding = tensors.get(EMBEDDING_PATH, {})
         copies = {"lora_A": "lora_B", "lora_B": "lora_A"}
         copies |= {"trained_kernel": "trained_embedding"}
         tensors[HEAD] = {
@@ -157,7 +163,7 @@ def _arrays(adapter: Adapter, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray
     arrays = {}
     for path, leaves in tensors.items():
         for leaf, array in leaves.items():
-            if leaf in WEIGHT_LEAVES and not adapter.resized:
+            if leaf in WEIGHT_LEAVES and not adapter.has_own_embeddings:
                 continue  # a copy of the base's embedding
             if leaf.startswith("trained_") and path in dtypes:
                 array = array.astype(dtypes[path])

@@ -121,7 +121,7 @@ def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
     else:
         return
     raise UnsupportedError(
-        f"{adapter.location}: {why}, so merge this one first (convert.to_hf) and train on "
+        f"{adapter.location}: {why}, so merge this one first (jlora export) and train on "
         "the merged model"
     )
 

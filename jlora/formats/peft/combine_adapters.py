@@ -151,7 +151,7 @@ def _check(
         if more:
             raise UnsupportedError(
                 f"{adapter.location}: has {listing(more)}, and only pairs of lora_A and "
-                "lora_B add up; merge it into a base of its own with convert.to_hf"
+                "lora_B add up; merge it into a base of its own with jlora export"
             )
     targets = [adapter.config.target_modules for adapter in adapters]
     are_regexes = {isinstance(t, str) and t.lower() != "all-linear" for t in targets}

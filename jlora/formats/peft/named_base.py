@@ -45,8 +45,8 @@ def open_named_base(
         ) from error
 
 
-def mark_resized(adapter: Adapter) -> Adapter:
-    """Sets `resized` if the adapter's embeddings have another vocabulary than its base.
+def mark_own_embeddings(adapter: Adapter) -> Adapter:
+    """Sets `has_own_embeddings` if the adapter's embeddings have another vocabulary than its base.
 
     PEFT also saves the embeddings of adapted modules. Where these are copies of the
     base's, they are not written again.
@@ -54,11 +54,11 @@ def mark_resized(adapter: Adapter) -> Adapter:
     has_embeddings = any(
         {"embedding", "kernel"} & leaves.keys() for leaves in adapter.tensors.values()
     )
-    if adapter.resized or not has_embeddings:
+    if adapter.has_own_embeddings or not has_embeddings:
         return adapter
     try:
         base = open_named_base(adapter, open_config, "comparing the vocabularies")
     except JloraError as error:
         warn(f"{error}; its copy of the base's embeddings is left out")
         return adapter
-    return replace(adapter, resized=base.vocab_size != adapter.vocab_size)
+    return replace(adapter, has_own_embeddings=base.vocab_size != adapter.vocab_size)

@@ -14,9 +14,10 @@ import numpy as np
 from jlora.config.lora_config import LoraConfig
 from jlora.formats.open_model import open_model
 from jlora.formats.peft.adapter import Adapter, Tensors
-from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
+from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
 from jlora.formats.peft.named_base import open_named_base
 from jlora.formats.tensor_names import module_name, module_path
+from jlora.lora.adapter_tree import HEAD
 from jlora.lora.initialisation import principal_factors
 
 
@@ -32,7 +33,11 @@ def initial_factors(adapter: Adapter, name: str, weight: Any) -> dict[str, Any]:
     """
     path = module_path(name)
     is_adapted = "lora_A" in adapter.tensors.get(path, {})
-    if not needs_residual_base(adapter.config) or not is_adapted or path == EMBEDDING:
+    if (
+        not needs_residual_base(adapter.config)
+        or not is_adapted
+        or path == EMBEDDING_PATH
+    ):
         return {}
     a, b = principal_factors(
         str(adapter.config.init_lora_weights),
@@ -57,9 +62,11 @@ def plain_lora(adapter: Adapter) -> Adapter:
     source = open_named_base(adapter, open_model, why)
     initial: Tensors = {}
     for path in adapter.pairs:
-        if path != EMBEDDING:
+        if path != EMBEDDING_PATH:
             tied = path == HEAD and source.config.tie_word_embeddings
-            weight = source.read(f"{EMBEDDING}/embedding" if tied else f"{path}/kernel")
+            weight = source.read(
+                f"{EMBEDDING_PATH}/embedding" if tied else f"{path}/kernel"
+            )
             factors = initial_factors(
                 adapter, module_name(path), weight.T if tied else weight
             )
@@ -96,4 +103,4 @@ def with_initial_factors(adapter: Adapter, initial: Tensors) -> Adapter:
         alpha_pattern={key: alpha * x for key, x in config.alpha_pattern.items()},
         init_lora_weights=True,
     )
-    return Adapter.make(doubled, tensors, adapter.location, adapter.resized)
+    return Adapter.make(doubled, tensors, adapter.location, adapter.has_own_embeddings)

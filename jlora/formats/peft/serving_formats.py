@@ -13,13 +13,14 @@ from jlora.errors import UnsupportedError, listing
 from jlora.formats.hub import is_hub_id
 from jlora.formats.open_model import open_config
 from jlora.formats.peft.adapter import Adapter, padded_pair
-from jlora.formats.peft.adapter_keys import EMBEDDING, HEAD
+from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
 from jlora.formats.peft.named_base import open_named_base
+from jlora.lora.adapter_tree import HEAD
 
 Reader = Literal["vllm", "gguf"]
 # What vLLM accepts as --max-lora-rank; 16 is its default.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_MERGE = "merge the adapter with convert.to_hf and serve the merged model"
+_MERGE = "merge the adapter with jlora export and serve the merged model"
 
 
 def convert_for_serving(adapter: Adapter, reader: Reader) -> tuple[Adapter, str]:
@@ -65,10 +66,10 @@ def _check_supported(adapter: Adapter, reader: Reader) -> None:
         "whole weights (modules_to_save)": any(
             leaf.startswith("trained_") and leaf != "trained_bias" for leaf in leaves
         ),
-        "a resized vocabulary": adapter.resized,
+        "a resized vocabulary": adapter.has_own_embeddings,
     }
     found = [part for part, is_there in parts.items() if is_there]
-    on_embeddings = adapter.pairs.keys() & {EMBEDDING, HEAD}
+    on_embeddings = adapter.pairs.keys() & {EMBEDDING_PATH, HEAD}
     if reader == "gguf" and on_embeddings and _is_tied(adapter):
         found.append("adapters on tied embeddings (embed_tokens or lm_head)")
     if found:
@@ -106,4 +107,4 @@ def with_one_rank(adapter: Adapter) -> Adapter:
         alpha_pattern={},
         use_rslora=False,
     )
-    return Adapter.make(config, tensors, adapter.location, adapter.resized)
+    return Adapter.make(config, tensors, adapter.location, adapter.has_own_embeddings)

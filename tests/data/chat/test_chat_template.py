@@ -12,6 +12,7 @@ from helpers.data_cases import (
     render,
 )
 
+from jlora.data.chat.chat_template import ChatTemplate
 from jlora.data.read.bad_rows import RowError
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import CorruptError, UnsupportedError, UsageError
@@ -50,6 +51,15 @@ def test_generation_prompt_equals_transformers(name, case):
 def test_ids_equal_transformers(name, case):
     ids = make_tokenizer(name).encode_chat(case["messages"], tools=case["tools"])
     assert ids == case["ids"]
+
+
+def test_a_role_is_known_if_it_is_a_whole_string_of_the_template():
+    source = "{% if messages[0].role == 'critic' %}judge{% else %}{{ '' }}{% endif %}"
+    template = ChatTemplate(source, special_tokens={}, added_tokens={})
+    template.check_roles([{"role": "critic"}, {"role": "user"}])
+    for role in ("", "c", "judge", "criticjudge"):
+        with pytest.raises(RowError, match=f"unknown role '{role}'"):
+            template.check_roles([{"role": role}])
 
 
 def test_date_is_pinned():

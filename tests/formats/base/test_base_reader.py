@@ -207,5 +207,5 @@ def test_an_older_base_is_refused_with_the_command_that_converts_it(
     (base / "jlora.json").write_text(json.dumps(OLD | changes))
     with pytest.raises(UnsupportedError) as caught:
         open_base(base)
-    expected = f"python -m convert.from_hf {command.format(base)}"
+    expected = f"jlora convert {command.format(base)}"
     assert str(caught.value).endswith(expected)

@@ -96,7 +96,7 @@ def test_all_misfits_are_listed_at_once(folder):
             "trainable_tokens",
             {"trainable_token_indices": {"norm": [1]}},
             None,
-            "not a table",
+            "has no rows of tokens",
         ),
         (
             "embed",

@@ -17,7 +17,7 @@ def test_attached_leaves_share_the_base():
 def test_trained_biases_are_not_trained_on():
     case = golden("bias_all")
     model, base, _ = case.load()
-    with pytest.raises(UnsupportedError, match=r"bias_all: bias='all'.*to_hf"):
+    with pytest.raises(UnsupportedError, match=r"bias_all: bias='all'.*jlora export"):
         attach_adapter(base, model.config, read_adapter(case.folder), train=True)
 
 
@@ -25,7 +25,9 @@ def test_a_resized_vocabulary_is_not_trained_on():
     case = golden("resized_vocab")
     _, base, _ = case.load()
     config = config_of("untied_fp32")
-    with pytest.raises(UnsupportedError, match=r"84 tokens, the base has 80.*to_hf"):
+    with pytest.raises(
+        UnsupportedError, match=r"84 tokens, the base has 80.*jlora export"
+    ):
         attach_adapter(base, config, read_adapter(case.folder), train=True)
 
 

@@ -67,7 +67,7 @@ def test_the_rank_to_serve_with_is_printed(rank, needed, tmp_path, capsys):
 
 def test_a_rank_that_vllm_does_not_serve_is_refused(tmp_path):
     folder = wide_adapter(tmp_path / "wide", 513)
-    with pytest.raises(UnsupportedError, match=r"rank 513.*convert\.to_hf"):
+    with pytest.raises(UnsupportedError, match=r"rank 513.*jlora export"):
         peft_for("vllm", folder, tmp_path / "out")
 
 
