@@ -85,53 +85,54 @@ def train(args: Arguments, stop: threading.Event) -> None:
     from jlora.train.resuming import check_run, locked
     from jlora.train.run import Run, write_settings
     from jlora.train.summary import print_plan, print_summary
-    from jlora.train.sweep_file import check_members, compute_of_sweep, read_sweep
+    from jlora.train.sweep_file import check_members, compute_for_adapters, read_sweep
 
-    # Configuration: one set of arguments per adapter, under "" if there is no sweep.
-    every = read_sweep(args)
-    for own in () if args.plan else every.values():
-        check_run(Path(own.output_dir), args.resume)
+    # Configuration: `args_of` each adapter, by name. Without a sweep there is one, named "".
+    args_of = read_sweep(args)
+    for run_args in () if args.plan else args_of.values():
+        check_run(Path(run_args.output_dir), args.resume)
 
     # Mesh and model: everything that can be refused before something large is read.
     mesh = make_mesh(args.mesh)
     keep_compiled()
     source = open_model(args.model)
     config = source.config
-    sized = args.data.sized(config.max_position_embeddings)
-    config.check_length(sized.row_length, "data.seq_len")
+    data_config = args.data.sized(config.max_position_embeddings)
+    config.check_length(data_config.row_length, "data.seq_len")
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
 
-    # Data, before the weights are read: in one order per seed.
+    # Data, before the weights are read: `splits_of` each seed, which decides their order.
     tokenizer = Tokenizer(source.files, config)
-    load = partial(load_split, tokenizer, sized, vocab_size=config.vocab_size)
-    seeds = dict.fromkeys(own.seed for own in every.values())
-    splits = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
-    data, held_out = next(iter(splits.values()))
+    load = partial(load_split, tokenizer, data_config, vocab_size=config.vocab_size)
+    seeds = dict.fromkeys(run_args.seed for run_args in args_of.values())
+    splits_of = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
+    data, held_out = next(iter(splits_of.values()))
     total_steps = args.train.max_steps or math.ceil(
         args.train.num_epochs * data.steps_per_epoch
     )
 
-    # Plan: what `auto` means here, and whether it fits, by the shapes of all leaves.
-    given = open_adapter(args.init_adapter) if args.init_adapter else None
-
-    def with_adapter(base: "Params", own: Arguments) -> "tuple[Params, LoraConfig]":
-        return initialise_adapter(base, config, own.lora, seed=own.seed, adapter=given)
-
+    # Plan: what `auto` means here, and whether the adapter with the most to train fits.
+    continued = open_adapter(args.init_adapter) if args.init_adapter else None
+    initialise = partial(initialise_adapter, config=config, adapter=continued)
     shapes = abstract_params(source, dtype=args.compute.base_dtype)  # type: ignore[arg-type]
-    trees = {name: with_adapter(shapes, own)[0] for name, own in every.items()}
-    check_members([split[0] for split in splits.values()], trees)
-    largest = max(trees.values(), key=count_parameters)
+    shapes_of = {
+        name: initialise(shapes, lora=run_args.lora, seed=run_args.seed)[0]
+        for name, run_args in args_of.items()
+    }
+    check_members([split[0] for split in splits_of.values()], shapes_of)
+    largest = max(shapes_of.values(), key=lambda tree: count_parameters(tree)[0])
+    compute = compute_for_adapters(args.compute, len(args_of), packed=args.data.packing)
     work = plan_workload(
         config,
         largest,
         mesh,
-        compute=compute_of_sweep(args.compute, len(every), packed=args.data.packing),
+        compute=compute,
         rows=args.train.batch_size // args.train.grad_accum_steps,
         length=data.row_length,
         max_segments=max(d.max_segments for d in (data, held_out) if d),
-        adapters=len(every),
+        adapters=len(args_of),
     )
-    print_summary(trees, data, held_out, total_steps, mesh, work)
+    print_summary(shapes_of, data, held_out, total_steps, mesh, work)
     if args.plan:
         print_plan(data, tokenizer, largest, work)
         return
@@ -151,17 +152,17 @@ def train(args: Arguments, stop: threading.Event) -> None:
         "data.seq_len": data.row_length,
     }
     runs: list[Run] = []
-    for name, own in every.items():
-        params, lora = with_adapter(base, own)
+    for name, run_args in args_of.items():
+        params, lora = initialise(base, lora=run_args.lora, seed=run_args.seed)
         run = Run.create(
-            own,
+            run_args,
             params,
             lora,
-            splits[own.seed],
+            splits_of[run_args.seed],
             mesh,
             name=name,
             shared=shared,
-            together=list(every),
+            together=list(args_of),
             flops_per_token=flops_per_token(params, config, data.row_length),
         )
         runs.append(run)

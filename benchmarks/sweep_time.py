@@ -31,7 +31,7 @@ from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
 from jlora.train.sweep import make_sweep_trainer
-from jlora.train.sweep_file import compute_of_sweep
+from jlora.train.sweep_file import compute_for_adapters
 from jlora.train.trainer import TrainedAdapter
 
 STEPS, WARM_UP, TOTAL = 8, 3, 100
@@ -89,7 +89,7 @@ def measure(name: str) -> dict[str, Any]:
             config,
             params,
             mesh,
-            compute=compute_of_sweep(compute, adapters, packed=False),
+            compute=compute_for_adapters(compute, adapters, packed=False),
             rows=rows,
             length=length,
             adapters=adapters,
@@ -117,7 +117,7 @@ def measure(name: str) -> dict[str, Any]:
     )
     alone = median_ms(step, members[0].state, members[0].frozen, batches[0])
     peak_alone = peak_memory_bytes()
-    together = median_ms(sweep.step, sweep.state, sweep.frozen, batches)
+    together = median_ms(sweep.step, sweep.state, batches)
     return {
         "workload": name,
         "device": jax.devices()[0].device_kind,

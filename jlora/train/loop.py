@@ -1,10 +1,10 @@
 """The life of a run: resume, then batches, step, log, evaluate, save, stop and export.
 
-A single run is the case of one adapter; those of a sweep do the same in the same order.
+A sweep trains several adapters at once, so the loop takes a list of runs: one per adapter.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -49,7 +49,8 @@ def train_runs(
         packed: whether rows hold several documents.
         resume: auto, must or never; see `jlora.train.resuming.resume_all`.
         stop: set when asked to stop, at any time.
-        export: called with every run and its whole tree at the end, in one process.
+        export: called at the end with each run that did not diverge and its whole tree,
+            in the first process only.
 
     Raises:
         StopRequested: when asked to, after saving.
@@ -59,18 +60,18 @@ def train_runs(
     with ExitStack() as stack:
         for run in runs:
             stack.enter_context(locked(run.folder))
-        first = _resume(runs, resume, total_steps)
+        steps_done = _resume(runs, resume, total_steps)
         trainer = _make_trainer(runs, model, mesh, config, total_steps, packed)
         state = trainer.state
         eval_step = make_eval_step(
             model, mesh, params=trainer.parameters(state, 0), packed=packed
         )
         for run in runs:
-            stack.enter_context(run.open(config, first, total_steps, runs))
+            stack.enter_context(run.open(config, steps_done, total_steps, runs))
         is_asked = stop_vote(stop)
-        stream = _batches(runs, mesh, first, total_steps)
+        stream = _batches(runs, mesh, steps_done, total_steps)
         for step, batches, waited_s in stack.enter_context(closing(stream)):
-            state, metrics = trainer.step(state, trainer.frozen, batches)
+            state, metrics = trainer.step(state, batches)
             for run in runs:
                 run.log(step, metrics, waited_s)
             stopping = is_asked() and step < total_steps
@@ -107,19 +108,19 @@ def _resume(runs: Sequence[Run], mode: str, total_steps: int) -> int:
         [run.meta for run in runs],
         mode=mode,
     )
-    first = int(states[0].step)
-    check_agreement([first, [run.meta for run in runs]])
-    if first > total_steps:
+    steps_done = int(states[0].step)
+    check_agreement([steps_done, [run.meta for run in runs]])
+    if steps_done > total_steps:
         raise UsageError(
-            f"{runs[0].folder}: the run is at step {first} already, and this command ends "
-            f"at step {total_steps}; give more steps (train.max_steps, "
+            f"{runs[0].folder}: the run is at step {steps_done} already, and this command "
+            f"ends at step {total_steps}; give more steps (train.max_steps, "
             "train.num_epochs), or another output_dir"
         )
-    if first == total_steps:
+    if steps_done == total_steps:
         print(f"all {total_steps} steps are done; only the adapter is written again")
     for run, state in zip(runs, states, strict=True):
         run.adapter = replace(run.adapter, state=state)
-    return first
+    return steps_done
 
 
 def _make_trainer(
@@ -149,15 +150,17 @@ def _make_trainer(
 
 
 def _batches(
-    runs: Sequence[Run], mesh: Mesh, first: int, total_steps: int
-) -> Iterator[tuple[int, list[Batch], float]]:
+    runs: Sequence[Run], mesh: Mesh, steps_done: int, total_steps: int
+) -> Generator[tuple[int, list[Batch], float], None, None]:
     """Yields (step, a batch of every data set, seconds waited for batches so far)."""
     with ExitStack() as stack:
         streams = [
-            stack.enter_context(Prefetch(data, mesh, start=first, stop=total_steps))
+            stack.enter_context(
+                Prefetch(data, mesh, start=steps_done, stop=total_steps)
+            )
             for data in _datasets(runs).values()
         ]
-        for step, batches in enumerate(zip(*streams, strict=True), first + 1):
+        for step, batches in enumerate(zip(*streams, strict=True), steps_done + 1):
             yield step, list(batches), sum(stream.waited_s for stream in streams)
 
 

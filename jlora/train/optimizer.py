@@ -1,8 +1,8 @@
-"""The optimizer of the adapter: schedule, clipping and AdamW, all inside the optax mask.
+"""The optimizer of the adapter: schedule, clipping and AdamW; frozen leaves do not change.
 
-`optax.masked` alone would return raw gradients as the updates of frozen leaves;
-`optax.partition` with `set_to_zero` does not. Inside the mask, clipping sees the adapter's
-gradients only, and the state has moments of the adapter's leaves only.
+`optax.partition` gives the trainable leaves to clipping and AdamW, and all others to
+`set_to_zero`. So the global norm is that of the adapter's gradients, and only its leaves
+have moments. (`optax.masked` would return raw gradients as the updates of frozen leaves.)
 
 Every trainable leaf belongs to one of `run_config.DECAY_GROUPS`, with a learning rate
 (LoRA+) and a weight decay. The layers are stacked first: to compile updates of some hundred

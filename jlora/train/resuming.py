@@ -26,8 +26,10 @@ DIGESTS = ("base", "tokenizer", "data")
 LABELS = ("lora.base_model_name_or_path", "lora.revision")
 # Settings that decide where a run is and what it does first, not what it computes.
 PLACES = ("model", "output_dir", "resume", "plan", "sweep")
-# What `adapter/` of a run holds, and the file beside it with the step that it is of.
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+# What a run writes into `adapter/`.
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# The file of a run folder with the step that `adapter/` was exported at. If a checkpoint is
+# newer, the exported adapter is out of date and readers take the checkpoint's.
 EXPORTED = ".adapter_step"
 
 

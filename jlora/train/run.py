@@ -14,13 +14,7 @@ from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import TrainConfig
 from jlora.data.batch.batches import Dataset
 from jlora.errors import DivergedError
-from jlora.lora.adapter_tree import (
-    Params,
-    is_adapter,
-    is_trainable,
-    join,
-    map_leaves,
-)
+from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.parallel.processes import is_first, to_host
 from jlora.report.run_report import Report
 from jlora.train.checkpoint import RunCheckpoints
@@ -114,13 +108,17 @@ class Run:
 
     @contextmanager
     def open(
-        self, config: TrainConfig, first: int, total_steps: int, runs: Sequence["Run"]
+        self,
+        config: TrainConfig,
+        steps_done: int,
+        total_steps: int,
+        runs: Sequence["Run"],
     ) -> Iterator[None]:
         """Writes config.yaml and keeps the log and the checkpoints open.
 
         Args:
             config: how often to log, and how many checkpoints to keep.
-            first: steps done before.
+            steps_done: by the run that this one continues.
             total_steps: where training ends.
             runs: all that are trained together; they share the first one's display.
         """
@@ -128,7 +126,7 @@ class Run:
         self.report = Report(
             self.folder,
             total_steps=total_steps,
-            start_step=first,
+            start_step=steps_done,
             name=self.name,
             beside=None if runs[0] is self else runs[0].report,
         )
@@ -182,11 +180,7 @@ class Run:
         All processes take part: one of them may hold only a part of a leaf.
         """
         return map_leaves(
-            lambda path, leaf: (
-                to_host(leaf)
-                if is_adapter(path[-1]) or is_trainable(path[-1])
-                else leaf
-            ),
+            lambda path, leaf: to_host(leaf) if is_adapter(path[-1]) else leaf,
             join(state.trainable, self.adapter.frozen),
         )
 

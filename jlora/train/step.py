@@ -1,7 +1,7 @@
 """The train step: gradients of the adapter only, and one loss over the global batch.
 
 Frozen weights are protected twice. Only the trainable part of the tree is differentiated,
-so no gradient of a frozen weight is computed; and the optimizer is masked as well.
+so no gradient of a frozen weight is computed; and the optimizer's updates of them are zero.
 """
 
 from dataclasses import dataclass
@@ -53,8 +53,9 @@ class TrainState:
         step: int32 [], optimizer steps done, skipped ones included.
         trainable: the leaves under `trainable_mask`, float32.
         opt_state: of the adapter's leaves only.
-        skipped: int32 [], steps not applied as loss or gradient were not finite.
-        skipped_in_a_row: int32 [], the last of them without a good step between.
+        skipped: int32 [], steps not applied: loss or gradient were not finite, or the
+            batch had no supervised token.
+        skipped_in_a_row: int32 [], how many of them came after the last good step.
     """
 
     step: Any
@@ -139,7 +140,7 @@ def step_function(
     """
     chunk_tokens = chunk_tokens or model.compute.loss_chunk_tokens
     shards = row_shards(mesh)
-    # A sweep has an array here; a rate that is plainly 0 costs no random numbers.
+    # In a sweep the rate may be an array; a constant 0 needs no random numbers.
     drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
 
     def gradient(
@@ -208,13 +209,14 @@ def make_train_step(
 
     The state is donated. Loss and gradient are sums over the global batch divided by its
     supervised tokens, whatever the mesh and the number of accumulation steps. A step
-    whose loss or gradient norm is not finite changes nothing but its counters.
+    whose loss or gradient norm is not finite, or whose batch has no supervised token,
+    changes nothing but its counters.
     Metrics: loss (nats per supervised token), grad_norm (before clipping),
     supervised_tokens, tokens, and the counters skipped and in_a_row.
 
     Args:
         model: the forward pass.
-        optimizer: of the whole tree, masked; see `jlora.train.optimizer`.
+        optimizer: of the whole tree; see `jlora.train.optimizer`.
         mesh: devices; see `jlora.parallel.sharding`.
         state: arrays or shapes, for their structure only.
         frozen: likewise.
@@ -268,8 +270,8 @@ def _advance(
     gradients: Params,
     metrics: Metrics,
 ) -> TrainState:
-    """Returns the next state; a step that is not finite is counted and not applied."""
-    # The zeros of the frozen leaves are never read: the mask drops them, and so does XLA.
+    """Returns the next state; a skipped step is counted and not applied."""
+    # The zeros of the frozen leaves are never read: the optimizer and XLA drop them.
     updates: Any
     updates, opt_state = optimizer.update(
         join(gradients, jax.tree.map(jnp.zeros_like, frozen)),

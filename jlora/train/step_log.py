@@ -13,6 +13,8 @@ from jlora.train.flops import peak_flops
 from jlora.train.memory_estimate import peak_memory_bytes
 
 MAX_SKIPPED_IN_A_ROW = 5
+NOT_FINITE = "loss or gradient is not finite"
+NO_TOKEN = "the batch has no supervised token"
 
 
 class StepLog:
@@ -52,6 +54,7 @@ class StepLog:
         self._peak = peak_flops()
         self._pending: tuple[int, dict[str, Any], float] | None = None
         self._zero_gradients = 0
+        self._reasons: set[str] = set()  # why the latest steps in a row were skipped
         # Since the last line: when it was, and the tokens, steps and waiting after it.
         self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
         self._waited_s = 0.0
@@ -68,7 +71,7 @@ class StepLog:
         """Logs the pending step, waiting until it is done.
 
         Raises:
-            DivergedError: several steps in a row were not finite, or had no gradient.
+            DivergedError: several steps in a row were skipped, or had no gradient.
         """
         if self._pending is None:
             return
@@ -87,14 +90,14 @@ class StepLog:
     ) -> None:
         """Prints why a step changed nothing; raises DivergedError, see `flush`."""
         finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+        if in_a_row <= 1:
+            self._reasons.clear()
         if in_a_row:
-            reason = (
-                "the batch has no supervised token"
-                if finite
-                else "loss or gradient is not finite"
-            )
+            reason = NO_TOKEN if finite else NOT_FINITE
+            self._reasons.add(reason)
             self._report.say(f"step {step}: {reason}; nothing was changed")
-        # The factors of an adapter are never both zero: such a model is saturated.
+        # A and B are never both zero, so a gradient of exactly zero means that the loss no
+        # longer depends on the adapter: earlier updates were too large.
         zero = finite and not in_a_row and metrics["grad_norm"] == 0
         self._zero_gradients = self._zero_gradients + 1 if zero else 0
         if self._zero_gradients == 1:
@@ -111,10 +114,13 @@ class StepLog:
         # One such step at the very end is like one before: the state is that of the last.
         at_end = step == self._total_steps and in_a_row > 1
         if in_a_row >= MAX_SKIPPED_IN_A_ROW or at_end:
+            advice = "Lower optim.learning_rate, or look at the data"
+            if self._reasons == {NO_TOKEN}:
+                advice = "Look at the data, and at data.train_on"
             raise DivergedError(
-                f"training diverged: {in_a_row} steps in a row up to step {step} were not "
-                f"finite ({skipped} in all); step {step - in_a_row} was the last good one. "
-                "Lower optim.learning_rate, or look at the data"
+                f"training diverged: {in_a_row} steps in a row up to step {step} changed "
+                f"nothing ({skipped} in all), as {' or '.join(sorted(self._reasons))}; "
+                f"step {step - in_a_row} was the last good one. {advice}"
             )
 
     def _write_line(

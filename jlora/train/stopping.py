@@ -8,13 +8,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Yields an event that the first SIGTERM or Ctrl-C sets; the second one kills."""
+    """Yields an event that the first SIGTERM or Ctrl-C sets; a second, of either, kills."""
     stop = threading.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
 
-    def ask(number: int, _: object) -> None:
+    def ask(*_: object) -> None:
         stop.set()
-        signal.signal(number, signal.SIG_DFL)
+        for number in signals:
+            signal.signal(number, signal.SIG_DFL)
 
     before = [signal.signal(number, ask) for number in signals]
     try:

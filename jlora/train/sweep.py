@@ -22,7 +22,12 @@ from jaxtyping import Array, Float
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import batch_sharding, tree_shardings
-from jlora.train.optimizer import Hyperparameters, make_optimizer, make_schedule
+from jlora.train.optimizer import (
+    Hyperparameters,
+    make_optimizer,
+    make_schedule,
+    stack_padded,
+)
 from jlora.train.step import (
     Batch,
     TrainState,
@@ -71,7 +76,8 @@ def make_sweep_trainer(
     check_same_parts({f"{i + 1}": (a.state, a.frozen) for i, a in enumerate(adapters)})
     shapes = [jax.tree.map(jax.typeof, adapter.state) for adapter in adapters]
     shardings = _with_axis(mesh, tree_shardings(mesh, adapters[0].state))
-    state = jax.device_put(_stack([a.state for a in adapters]), shardings)
+    stacked = jax.tree.map(stack_padded, *(a.state for a in adapters))
+    state = jax.device_put(stacked, shardings)
     frozen, axes = _stack_frozen([a.frozen for a in adapters], mesh)
     every = jax.vmap(
         _step_of_one(adapters, model, mesh, packed, grad_accum_steps),
@@ -118,8 +124,7 @@ def make_sweep_trainer(
 
     return Trainer(
         state=state,
-        frozen=frozen,
-        step=lambda state, frozen, batches: compiled(state, frozen, batches, varied),
+        step=lambda state, batches: compiled(state, frozen, batches, varied),
         parameters=parameters,
         adapter_state=adapter_state,
     )
@@ -176,26 +181,13 @@ def _array(leaf: Any) -> Array:
     return jnp.float32(leaf) if isinstance(leaf, float) else jnp.asarray(leaf)
 
 
-def _stack(trees: Sequence[Any]) -> Any:
-    """Returns one tree of leaves [k, ...], each padded with zeros to the largest."""
-
-    def join(*leaves: Array) -> Array:
-        shape = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
-        stacked = jnp.zeros((len(leaves), *shape), leaves[0].dtype)
-        for index, leaf in enumerate(leaves):
-            stacked = stacked.at[(index, *map(slice, leaf.shape))].set(leaf)
-        return stacked
-
-    return jax.tree.map(join, *trees)
-
-
 def _stack_frozen(trees: Sequence[Params], mesh: Mesh) -> tuple[Params, Params]:
     """Returns (frozen leaves, 0 where one has an axis of adapters and None elsewhere)."""
     layout = map_leaves(lambda path, _: 0 if is_adapter(path[-1]) else None, trees[0])
     shardings = tree_shardings(mesh, trees[0])
     stacked = jax.tree_util.tree_map_with_path(
         lambda path, first, sharding, *others: (
-            jax.device_put(_stack([first, *others]), _with_axis(mesh, sharding))
+            jax.device_put(stack_padded(first, *others), _with_axis(mesh, sharding))
             if is_adapter(path[-1].key)
             else first
         ),

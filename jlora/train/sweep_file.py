@@ -140,10 +140,10 @@ def check_same_parts(trees: Mapping[str, Any]) -> None:
             )
 
 
-def compute_of_sweep(
+def compute_for_adapters(
     compute: ComputeConfig, adapters: int, *, packed: bool
 ) -> ComputeConfig:
-    """Returns the compute settings that this number of adapters can use.
+    """Returns the compute settings for this number of adapters; of one, those given.
 
     Raises:
         UsageError: kernels that do not take several adapters.

@@ -46,18 +46,16 @@ class Trainer:
 
     Attributes:
         state: where training begins; of several adapters every leaf has a leading axis.
-        frozen: the base, and the frozen leaves of the adapters.
-        step: (state, frozen, batches) -> (state, metrics), which donates the state. There
-            is one batch per order of the data, and metrics have an axis of adapters if
-            there are several.
+        step: (state, batches) -> (state, metrics), which donates the state. There is one
+            batch per order of the data, and metrics have an axis of adapters if there are
+            several.
         parameters: (state, index) -> the whole tree of one adapter, to evaluate it. In a
             sweep all have the same shapes, so that the evaluation is compiled once.
         adapter_state: (state, index) -> the state of one adapter as a run of its own has it.
     """
 
     state: TrainState
-    frozen: Params
-    step: Callable[[TrainState, Params, list[Batch]], tuple[TrainState, Metrics]]
+    step: Callable[[TrainState, list[Batch]], tuple[TrainState, Metrics]]
     parameters: Callable[[TrainState, int], Params]
     adapter_state: Callable[[TrainState, int], TrainState]
 
@@ -93,8 +91,7 @@ def make_trainer(
     )
     return Trainer(
         state=adapter.state,
-        frozen=adapter.frozen,
-        step=lambda state, frozen, batches: step(state, frozen, batches[0]),
+        step=lambda state, batches: step(state, adapter.frozen, batches[0]),
         parameters=lambda state, _: join(state.trainable, adapter.frozen),
         adapter_state=lambda state, _: state,
     )

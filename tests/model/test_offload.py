@@ -127,7 +127,7 @@ def test_a_sweep_of_dropout_rates_trains_as_without_remat():
         )
         state, losses = sweep.state, []
         for step in range(2):
-            state, metrics = sweep.step(state, sweep.frozen, [ragged_batch(step)])
+            state, metrics = sweep.step(state, [ragged_batch(step)])
             losses.append(np.asarray(metrics["loss"]))
         return losses
 

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -133,6 +134,25 @@ def test_too_many_skipped_steps_in_a_row_end_the_run_with_the_last_good_step():
     log = make_log(Listener())
     log.add(9, arrays(skipped=7, in_a_row=MAX_SKIPPED_IN_A_ROW), 0.0)
     with pytest.raises(DivergedError, match=r"7 in all.*step 4 was the last good"):
+        log.flush()
+
+
+@pytest.mark.parametrize(
+    ("losses", "what"),
+    [
+        ([0.0] * 5, "as the batch has no supervised token; .*Look at the data"),
+        ([0.0, math.nan, 0.0, 0.0, 0.0], "as loss .* or the batch has no .*Lower"),
+        ([math.nan] * 5, "as loss or gradient is not finite; .*Lower"),
+    ],
+)
+def test_the_last_message_says_why_steps_were_skipped(losses, what):
+    log = make_log(Listener())
+    # A good step between ends what came before.
+    log.add(1, arrays(loss=math.nan, skipped=1, in_a_row=1), 0.0)
+    log.add(2, arrays(skipped=1), 0.0)
+    for row, loss in enumerate(losses, 1):
+        log.add(2 + row, arrays(loss=loss, skipped=1 + row, in_a_row=row), 0.0)
+    with pytest.raises(DivergedError, match=f"5 steps .* up to step 7 .*{what}"):
         log.flush()
 
 
