@@ -10,7 +10,8 @@ from jlora.errors import UsageError, listing
 from jlora.formats.array_blocks import Index, aligned_copy, as_box, whole
 from jlora.formats.model_source import Dtype, ModelSource, read_leaves, resulting_format
 from jlora.formats.safetensors_file import Spec
-from jlora.formats.tensor_names import Params, set_leaf
+from jlora.formats.tensor_names import set_leaf
+from jlora.lora.adapter_tree import Params
 from jlora.ops.quantize import BLOCK, Format
 
 BaseDtype = Dtype | Literal["fp8", "int8", "nf4"]

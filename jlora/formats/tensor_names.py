@@ -12,8 +12,6 @@ import numpy as np
 
 from jlora.config.llama_config import LlamaConfig
 
-Params = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Name:
@@ -84,7 +82,7 @@ def module_name(path: str) -> str:
     return name if name == "lm_head" else f"model.{name}"
 
 
-def set_leaf(tree: Params, path: str, leaf: Any) -> None:
+def set_leaf(tree: dict[str, Any], path: str, leaf: Any) -> None:
     """Sets the leaf at a slash-separated path of a nested dict."""
     *parents, last = path.split("/")
     for parent in parents:

@@ -13,8 +13,7 @@ from jlora.formats.open_model import open_model
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_placement import adapted_config
 from jlora.formats.peft.attach_adapter import attach_adapter
-from jlora.formats.tensor_names import Params
-from jlora.lora.adapter_tree import map_leaves
+from jlora.lora.adapter_tree import Params, map_leaves
 from jlora.lora.merging import merge
 from jlora.model.llama import Llama
 

@@ -1,16 +1,15 @@
 """A dense layer with the LoRA or DoRA adapter whose leaves lie beside its weight.
 
 `jlora.lora.adapter_tree` lists the leaves of an adapter. Without any of them the layer is
-a plain one.
+a plain one. One more, `lora_norm`, is never in the tree: `head_parameters` computes DoRA's
+column norms once for all chunks of a step.
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models" (Hu et al., 2021); "DoRA:
 Weight-Decomposed Low-Rank Adaptation" (Liu et al., 2024); PEFT's `tuners/lora/layer.py`
 and `tuners/lora/dora.py`.
 """
 
-from collections.abc import Mapping
 from dataclasses import field
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,11 +20,10 @@ from jaxtyping import Array, Float, UInt32
 from jlora.lora.adapter_tree import weight_of
 from jlora.ops.compute_choices import Compute
 from jlora.ops.dropout import drop_by, seeds
-from jlora.ops.hopper.fused_projections import PRODUCT_NAME
+from jlora.ops.hopper.fused_projections import PRODUCT_NAME, Leaves
 from jlora.ops.matmul import matmul, matmul_float32
 from jlora.ops.quantize import is_quantized, quantized_matmul
 
-Leaves = Mapping[str, Any]
 # DoRA's column norms, which remat "minimal" saves for the backward pass.
 NORM_NAME = "dora_norm"
 
@@ -85,14 +83,15 @@ def linear(
 ) -> Float[Array, "... D_out"]:
     """Returns x W (+ bias) with the adapter applied, in `compute.dtype`.
 
-    LoRA adds s (x A) B. DoRA then scales every column of W + s A B to its magnitude. The
-    float32 A and B are cast to the dtype of x, never x to theirs.
+    LoRA adds s (x A) B. DoRA then scales every column of W + s A B to its magnitude. All
+    factors of a product are cast to `compute.dtype`.
 
     Args:
         x: the input.
         leaves: the weight and the adapter of one layer.
         compute: how to multiply.
-        dropped: x after dropout: in training, the input of A and of what DoRA changes.
+        dropped: x after dropout, None without it. A reads it, and so does the product with
+            W by which DoRA changes x W.
         save_output: whether remat "minimal" saves the product for the backward pass.
     """
     y = _base_product(x, leaves, compute)
@@ -152,11 +151,11 @@ def _dora_with_dropout(
     *,
     save_output: bool,
 ) -> Array:
-    """Returns DoRA's output under dropout, given y = x W.
+    """Returns x W + (gain - 1) drop(x) W + gain s (drop(x) A) B, given y = x W.
 
-    As in PEFT, y itself is not dropped, which costs a second product with W. Remat
-    "minimal" saves that product, which the gradient of the magnitudes needs, or else the
-    output.
+    As in PEFT, the first x is not dropped, so there are two products with W. With
+    `save_output`, remat "minimal" saves the result; without it, drop(x) W, which the
+    gradient of the magnitudes needs.
     """
     base = _base_product(dropped, leaves, compute)
     base = base - _initial_product(dropped, leaves, compute)
@@ -187,8 +186,8 @@ def column_norms(leaves: Leaves) -> Float[Array, " D_out"]:
     gram = matmul_float32(a.T, a)
     update = jnp.sum(b * (2 * cross + matmul_float32(gram, b)), axis=0)
     squared = jnp.maximum(leaves["lora_norm_squared"] + update, 0)
-    # Without the barrier XLA multiplies by a reciprocal root, and magnitude / norm would
-    # not be exactly 1 before the first step.
+    # Before the first step magnitude / norm must be exactly 1. Without the barrier XLA
+    # computes it as magnitude * rsqrt(squared), which rounds differently.
     norms = jax.lax.optimization_barrier(jnp.sqrt(squared))
     return checkpoint_name(norms, NORM_NAME)
 

@@ -131,8 +131,10 @@ def _merge_weight(
 ) -> np.ndarray:
     """Returns W + scaling * (A B), for DoRA with every column scaled to its magnitude.
 
-    The product, its scaling and the sum are each rounded to float32, then the result once
-    to its dtype.
+    The product, its scaling and the sum are each rounded to float32, and the result to its
+    dtype. As in PEFT, some are rounded to W's dtype before the sum: the update of an
+    embedding (without DoRA), W less the initial update of PiSSA and OLoRA, and a W that is
+    a trained copy.
     """
     a, b, scaling = (leaves[key] for key in ("lora_A", "lora_B", "lora_scaling"))
     if "lora_A0" in leaves:
@@ -164,7 +166,7 @@ def without_initial_update(
 
 
 def _with_token_rows(weight: np.ndarray, leaves: Arrays, name: str) -> np.ndarray:
-    """Returns an embedding with its trained rows (of a head's kernel: columns)."""
+    """Returns an embedding with its trained rows (a head's kernel: columns), cast to it."""
     result = np.array(weight)
     rows = leaves["token_rows"].astype(weight.dtype)
     if name == "embedding":

@@ -1,20 +1,22 @@
 """Layers that share an input or follow each other, in fused kernels where possible.
 
-The model calls `project_all`, `add_projection` and `add_swiglu`. Only this file decides
-whether the kernels for Hopper GPUs compute a call, or plain XLA layer by layer.
+The model calls `project_all`, `add_projection` and `add_swiglu`. The kernels for Hopper GPUs
+compute a call if the run has them, and if `_fused_call` finds that they support it; or else
+plain XLA does, layer by layer. A run has them by its devices (`jlora.ops.compute_choices`),
+its weights (`can_fuse_any`) and its adapters: not several (`jlora.train.sweep_file`).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from jlora.lora.adapter_tree import HEAD, Params, modules
 from jlora.lora.lora_dense import Leaves, LoRADense, scale_columns
 from jlora.ops.elementwise import gated
 from jlora.ops.hopper import fused_projections as fused
 from jlora.ops.hopper.lora_factors import Dropout
-from jlora.ops.quantize import is_quantized
 
 _DORA_LEAVES = ("lora_magnitude", "lora_norm_squared")
 
@@ -46,7 +48,7 @@ def add_projection(
     residual: Float[Array, "B T D_out"], x: Float[Array, "B T D_in"], layer: LoRADense
 ) -> Float[Array, "B T D_out"]:
     """Returns residual + layer(x)."""
-    call = None if _has_dora([layer]) else _fused_call(x, [layer])
+    call = _fused_call(x, [layer], adds=True)
     if call is None:
         return residual + project_all(x, [layer])[0]
     return fused.fused_linear(call.x, call.leaves, residual, call.dropout)[0]
@@ -60,8 +62,7 @@ def add_swiglu(
     down: LoRADense,
 ) -> Float[Array, "B T D"]:
     """Returns residual + down(silu(gate(x)) * up(x))."""
-    layers = [gate, up, down]
-    call = None if _has_dora(layers) else _fused_call(x, layers)
+    call = _fused_call(x, [gate, up, down], adds=True)
     if call is not None:
         return fused.fused_mlp(call.x, call.leaves, residual, call.dropout)
     gate_out, up_out = (
@@ -72,25 +73,41 @@ def add_swiglu(
     return add_projection(residual, act, down)
 
 
-def _has_dora(layers: Sequence[LoRADense]) -> bool:
-    return any(layer.has_variable("params", "lora_magnitude") for layer in layers)
+def can_fuse_any(params: Params, dtype: Any) -> bool:
+    """Returns whether the kernels support some projection of a model (or of its shapes)."""
+    return any(
+        fused.takes_weights(_without_dora(leaves), dtype)
+        for name, leaves in modules(params).items()
+        if name != HEAD
+    )
 
 
-def _fused_call(x: Array, layers: Sequence[LoRADense]) -> _FusedCall | None:
-    """Returns how to call the kernels, or None if they do not support these layers."""
+def _without_dora(leaves: Leaves) -> Leaves:
+    return {k: leaf for k, leaf in leaves.items() if k not in _DORA_LEAVES}
+
+
+def _fused_call(
+    x: Array, layers: Sequence[LoRADense], *, adds: bool = False
+) -> _FusedCall | None:
+    """Returns how to call the kernels, or None if they do not support these layers.
+
+    Args:
+        x: the input.
+        layers: of one block of the model, so they share `compute` and the dropout rate.
+        adds: whether the kernels use the products at once, for SwiGLU or a sum. DoRA, which
+            scales them afterwards, is not possible then.
+    """
     compute, rate = layers[0].compute, layers[0].dropout
     if compute.kernels != "hopper" or layers[0].is_initializing():
         return None
     drops = layers[0].has_dropout() and (isinstance(rate, Array) or rate > 0)
+    has_dora = any(layer.has_variable("params", "lora_magnitude") for layer in layers)
     # The kernels need the rate as a constant, and DoRA drops another product as well.
-    if drops and (isinstance(rate, Array) or _has_dora(layers)):
+    if (has_dora and (adds or drops)) or (drops and isinstance(rate, Array)):
         return None
-    leaves = [
-        {k: y for k, y in layer.variables["params"].items() if k not in _DORA_LEAVES}
-        for layer in layers
-    ]
+    leaves = [_without_dora(layer.variables["params"]) for layer in layers]
     x = x.astype(compute.dtype)
-    if any(map(is_quantized, leaves)) or not fused.can_fuse(x, leaves, drops=drops):
+    if not fused.can_fuse(x, leaves, drops=drops):
         return None
     seeds = [layer.dropout_seeds() for layer in layers] if drops else []
     return _FusedCall(x, leaves, Dropout(float(rate), seeds) if drops else None)

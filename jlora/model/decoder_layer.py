@@ -29,8 +29,10 @@ from jlora.ops.compute_choices import Compute
 from jlora.ops.hopper.fused_projections import DOWN_NAME, PRODUCT_NAME
 
 # What remat "minimal" saves for the backward pass, besides the inputs and outputs of a
-# layer's two halves: the output of every matrix product. So only norms, rotary embedding
-# and SwiGLU are recomputed.
+# layer's two halves: the stream between attention and MLP, the products of gate and up
+# (with DoRA of all projections), x A in the fused kernels, and DoRA's norms. So norms,
+# rotary embedding, SwiGLU and, outside the kernels, x A are recomputed, but no product with
+# W, except for gate's and up's second one under DoRA with dropout.
 SAVED_NAMES = ("residual", PRODUCT_NAME, DOWN_NAME, NORM_NAME)
 
 

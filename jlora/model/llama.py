@@ -131,7 +131,7 @@ class Llama(nn.Module):
         segment_ids: Array | None,
         cache: KVCache | None,
     ) -> tuple[Array, list[KeysValues]]:
-        """Returns the final states, and the keys and values of every layer."""
+        """Returns the final states, and keys and values of every layer; see `_Layers`."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         # Some rotary types depend on the length. A cache has room for the whole text, so
@@ -156,7 +156,7 @@ class Llama(nn.Module):
 
 
 class Embed(nn.Module):
-    """The token embedding [V, D], which also makes the logits if the two are tied."""
+    """The token embedding [V, D]; a tied head reads the same leaf (`head_parameters`)."""
 
     config: LlamaConfig
     compute: Compute
@@ -169,8 +169,8 @@ class Embed(nn.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns each token's vector with the adapter applied; NaN for an unknown id."""
         leaves = dict(self.variables["params"])
-        # Gathered over fsdp, as every weight is: from an embedding that is sharded along
-        # D, the partitioner would replicate the result instead.
+        # Gathers an embedding that is sharded along D over fsdp, as every weight is gathered
+        # before use. Without this, XLA would replicate the vectors of the whole batch.
         name = "trained_embedding" if "trained_embedding" in leaves else "embedding"
         leaves[name] = nn.with_logical_constraint(leaves[name], ("vocab", "act_embed"))
         return embed(tokens, leaves, self.compute)
@@ -187,13 +187,16 @@ class _Layers(nn.Module):
     def __call__(
         self, x: Array, shared: SharedInputs, cache: KVCache | None
     ) -> tuple[Array, list[KeysValues]]:
-        """Returns the residual stream, and the keys and values of every layer."""
+        """Returns the residual stream, and the keys and values of every layer.
+
+        Under remat "offload", keys and values are returned only if there is a cache.
+        """
         cached: list[KeysValues | None] = [None] * self.config.num_hidden_layers
         if cache is not None:
             cached = list(zip(cache.keys, cache.values, strict=True))
         filled: list[KeysValues] = []
-        # Flax initialises parameters, and captures intermediate values, only in a layer's
-        # own scope, where dropout has other keys.
+        # Flax can initialise parameters and capture intermediate values only of submodules,
+        # not in the function below. Their dropout masks are other ones than the function's.
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             for i, old in enumerate(cached):
                 x, new = self._make_layer(name=str(i))(x, shared, old)
@@ -223,8 +226,9 @@ class _Layers(nn.Module):
     def _layer_function(self, x: Array) -> Callable[..., tuple[Array, KeysValues]]:
         """Returns (leaves, seeds, x, shared, cached) -> (x, keys and values).
 
-        It is one function for all layers, so that JAX traces and lowers it once; XLA
-        inlines it into every place. Outside of a trace, jit would compile it at every call.
+        All layers call the same jitted function, so JAX traces and lowers one layer only;
+        XLA inlines the calls. Where x is no tracer it is not jitted, because a call of the
+        model makes a new function, which would be compiled again each time.
         """
 
         def run(leaves: Any, seeds: Any, x: Any, shared: Any, cached: Any) -> Any:

@@ -1,7 +1,7 @@
-"""How a model computes on its devices: what every `auto` of the run stands for.
+"""How a model computes: what `auto` means for dtype, attention and kernels.
 
-This is the only file that asks JAX for its default platform. A model that is made for the
-devices of a mesh computes for those, also where this machine has others.
+The choice is for the devices of a mesh, also where this machine has others. Remat is chosen
+by what fits, in `jlora.train.memory_estimate`.
 """
 
 from dataclasses import dataclass, field
@@ -59,8 +59,6 @@ def choose_compute(
 ) -> Compute:
     """Returns what the flags mean for the devices of this mesh.
 
-    Remat stays "none": `jlora.train.memory_estimate` chooses it, by what fits.
-
     Raises:
         UsageError: an attention or kernels that cannot run on these devices.
     """
@@ -111,7 +109,7 @@ def choose_attention(wanted: str, *, platform: str, dtype: Any, head_dim: int) -
 def choose_kernels(wanted: str, *, dtype: Any, mesh: Mesh) -> str:
     """Returns the kernels of the projections; auto is hopper where it can run, else xla.
 
-    Even then a layer whose sizes the kernels do not take uses XLA.
+    Even then calls that `jlora.lora.projections` cannot fuse use XLA.
 
     Raises:
         UsageError: hopper is wanted where it cannot run.

@@ -19,6 +19,7 @@ from jlora.lora.adapter_tree import (
     split,
     trainable_mask,
 )
+from jlora.lora.projections import can_fuse_any
 from jlora.ops.compute_choices import Compute, choose_compute
 from jlora.ops.quantize import is_quantized, kernel_shape
 from jlora.train.optimizer import stack_layers
@@ -79,6 +80,8 @@ def plan_workload(
     chosen = choose_compute(
         compute, mesh, head_dim=config.head_dim, max_segments=max_segments
     )
+    if not can_fuse_any(params, chosen.dtype):  # such as a quantised base
+        chosen = replace(chosen, kernels="xla")
     work = Workload(
         config=config,
         rows=adapters * rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
@@ -124,7 +127,7 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
 
 
 def _activation_bytes(work: Workload) -> int:
-    """Returns the bytes kept for the backward pass; see `llama.SAVED_NAMES`.
+    """Returns the bytes kept for the backward pass; see `decoder_layer.SAVED_NAMES`.
 
     Of the inputs that remat "offload" keeps on the host, two are on the device at a time.
     """

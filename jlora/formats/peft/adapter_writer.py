@@ -21,10 +21,11 @@ from jlora.formats.peft.adapter_keys import EMBEDDING_PATH, adapter_key, convert
 from jlora.formats.peft.adapter_reader import CONFIG, WEIGHTS
 from jlora.formats.peft.plain_lora import needs_residual_base, with_initial_factors
 from jlora.formats.safetensors_file import Spec, write_safetensors
-from jlora.formats.tensor_names import Params, module_path
+from jlora.formats.tensor_names import module_path
 from jlora.lora.adapter_tree import (
     HEAD,
     WEIGHT_LEAVES,
+    Params,
     is_trainable,
     linear_modules,
     modules,

@@ -19,8 +19,8 @@ from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import changed_embeddings
 from jlora.formats.peft.adapter_placement import adapted_config, place_adapter
 from jlora.formats.peft.plain_lora import initial_factors
-from jlora.formats.tensor_names import Params, module_name, module_path
-from jlora.lora.adapter_tree import modules, weight_in, with_adapter
+from jlora.formats.tensor_names import module_name, module_path
+from jlora.lora.adapter_tree import Params, modules, weight_in, with_adapter
 from jlora.lora.initialisation import add_lora, norm_squared
 from jlora.lora.merging import without_initial_update
 

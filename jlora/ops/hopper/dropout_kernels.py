@@ -29,8 +29,6 @@ from jlora.ops.hopper.kernel_parts import (
     transposed_view,
 )
 
-# The largest rank whose sums stay in registers.
-MAX_RANK = 32
 # Rows and columns of the tile that a warpgroup works on: a row of the 128-byte swizzle.
 _SIDE = DEPTH
 # Multiplying warpgroups: of x A each has its own rows, of the gradients its own columns.

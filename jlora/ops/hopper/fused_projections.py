@@ -26,7 +26,7 @@ from jlora.ops.hopper import (
     product_kernels,
     swiglu_kernel,
 )
-from jlora.ops.hopper.kernel_parts import DEPTH
+from jlora.ops.hopper.kernel_parts import DEPTH, MAX_RANK
 from jlora.ops.hopper.lora_factors import Adapter, Adapters, Dropout
 
 Leaves = Mapping[str, Any]
@@ -39,16 +39,22 @@ DOWN_NAME = "lora_down"
 PRODUCT_NAME = "product"
 
 
+def takes_weights(leaves: Leaves, dtype: Any) -> bool:
+    """Returns whether the kernels support a layer with these leaves (or their shapes)."""
+    return (
+        set(leaves) in (_PLAIN, _ADAPTED)
+        and leaves["kernel"].dtype == dtype
+        and all(size % matmul_kernel.COLUMNS == 0 for size in leaves["kernel"].shape)
+    )
+
+
 def can_fuse(x: Array, layers: Sequence[Leaves], *, drops: bool) -> bool:
     """Returns whether the kernels support these projections of x."""
-    sizes = [size for leaves in layers for size in leaves["kernel"].shape]
     ranks = [leaves["lora_A"].shape[1] for leaves in layers if "lora_A" in leaves]
     return (
-        all(set(leaves) in (_PLAIN, _ADAPTED) for leaves in layers)
-        and all(leaves["kernel"].dtype == x.dtype for leaves in layers)
+        all(takes_weights(leaves, x.dtype) for leaves in layers)
         and x.size // x.shape[-1] % matmul_kernel.ROWS == 0
-        and all(size % matmul_kernel.COLUMNS == 0 for size in sizes)
-        and (not drops or all(rank <= dropout_kernels.MAX_RANK for rank in ranks))
+        and (not drops or max(ranks, default=0) <= MAX_RANK)
     )
 
 
@@ -156,7 +162,7 @@ def _mlp_backward(rate: float, saved: Any, dy: Array) -> tuple[Any, ...]:
     first, last = adapters[:2], adapters[2:]
     ds_act = _s_gradient([dy], last)
     # With dropout the ranks are small enough, as `can_fuse` makes sure.
-    if 0 < max(lora_factors.ranks(adapters)) <= swiglu_kernel.MAX_RANK:
+    if 0 < max(lora_factors.ranks(adapters)) <= MAX_RANK:
         # With dropout the kernel adds what goes through down's adapter to d_act itself.
         d_act = _x_gradient([dy], None if rate else ds_act, kernels[2:], last)
         dys, ds, d_b, d_a_last = _gradients_in_one_pass(

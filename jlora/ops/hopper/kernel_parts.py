@@ -13,6 +13,9 @@ from jlora.ops.hopper import mosaic_gpu as plgpu
 DEPTH = 64
 # Registers of a thread that copies, and of one that multiplies.
 COPY_REGISTERS, MULTIPLY_REGISTERS = 40, 232
+# The largest rank of dropout_kernels, whose sums stay in registers, and of swiglu_kernel,
+# whose tiles fit in shared memory.
+MAX_RANK = 32
 
 
 def transposed_view(ref: Any) -> Any:

@@ -44,8 +44,6 @@ _ACROSS = 2
 _STAGES = 3
 # The gradients of gate and up replace them if a kernel can write to its arguments.
 _IN_PLACE = jax.__version_info__ >= (0, 11)
-# The largest rank whose tiles fit in shared memory next to the ring.
-MAX_RANK = 32
 # Columns of sums that leave at a time with dropout, as down's A needs room as well.
 _CHUNK = 16
 
@@ -107,7 +105,7 @@ def swiglu_and_lora_gradients(
         up: likewise.
         d_act: if there is dropout, without what comes through down's adapter.
         factors: s of gate, s of up, and the gradient of down's s; R is a multiple of 16
-            and at most `MAX_RANK`.
+            and at most `kernel_parts.MAX_RANK`.
         b: B of gate and of up, times the scaling.
         dropout: of down's adapter.
         rate: its rate.

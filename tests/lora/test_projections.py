@@ -1,0 +1,71 @@
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.fake_devices import mesh_of
+from helpers.training_cases import llama_config
+
+from jlora.config.lora_config import LoraConfig
+from jlora.config.run_config import ComputeConfig
+from jlora.lora.initialisation import add_lora
+from jlora.lora.projections import can_fuse_any
+from jlora.ops.quantize import quantize_kernel
+from jlora.train.memory_estimate import plan_workload
+
+SIZE = 256
+CONFIG = llama_config(num_hidden_layers=1)
+
+
+def tree(dtype: str = "bfloat16", size: int = SIZE, **more: Any) -> dict[str, Any]:
+    layer = {"kernel": jnp.zeros((size, size), dtype), **more}
+    embedding = {"embedding": jnp.zeros((8, size), dtype)}
+    return {
+        "embed_tokens": embedding,
+        "layers": {"0": {"mlp": {"down_proj": layer}}},
+        "lm_head": {"kernel": jnp.zeros((SIZE, SIZE), "bfloat16")},
+    }
+
+
+def adapted(**settings: Any) -> dict[str, Any]:
+    lora = LoraConfig(target_modules=["down_proj"], **settings)
+    return add_lora(tree(), lora, jax.random.key(0))
+
+
+def quantised() -> dict[str, Any]:
+    params = tree()
+    kernel = params["layers"]["0"]["mlp"]["down_proj"].pop("kernel")
+    params["layers"]["0"]["mlp"]["down_proj"] = quantize_kernel(
+        np.asarray(kernel), "int8"
+    )
+    return params
+
+
+CASES: dict[str, tuple[Callable[[], Any], bool]] = {
+    "plain": (tree, True),
+    "lora": (adapted, True),
+    "dora": (partial(adapted, use_dora=True), True),
+    "pissa": (partial(adapted, init_lora_weights="pissa"), False),
+    "float32": (partial(tree, "float32"), False),
+    "small": (partial(tree, size=96), False),
+    "biases": (lambda: tree(bias=jnp.zeros(SIZE)), False),
+    "quantised": (quantised, False),
+}
+
+
+@pytest.mark.parametrize(("make", "expected"), CASES.values(), ids=CASES)
+def test_a_plan_has_the_fused_kernels_only_for_weights_that_they_take(make, expected):
+    params = make()
+    assert can_fuse_any(params, jnp.bfloat16) is expected
+    work = plan_workload(
+        CONFIG,
+        params,
+        mesh_of("gpu", capability="9.0"),
+        compute=ComputeConfig(remat="none"),
+        rows=1,
+        length=64,
+    )
+    assert work.compute.kernels == ("hopper" if expected else "xla")
