@@ -38,7 +38,7 @@ def main(arguments: Arguments) -> None:
     source = adapter.location
     adapter, hint = mark_own_embeddings(plain_lora(adapter)), None
     if arguments.for_ != "peft":
-        adapter, hint = convert_for_serving(adapter, arguments.for_)
+        adapter, hint = convert_for_serving(adapter, arguments.for_, out)
     write_adapter_folder(adapter, out, overwrite=arguments.overwrite, source=source)
     print(f"{out}: {len(adapter.tensors)} modules, written for {arguments.for_}")
     if hint:

@@ -60,10 +60,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return "resource_exhausted" in text or "out of memory" in text
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def closest(name: str, known: Iterable[str], cutoff: float) -> str | None:
+    """Returns the known name that is most like `name`, if any is like it enough."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
     """Returns a hint such as "; did you mean 'q_proj'?", or an empty string."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(str(name), known, 0.6)
+    return f"; did you mean {close!r}?" if close is not None else ""
 
 
 def counted(number: int, noun: str) -> str:

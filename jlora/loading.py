@@ -17,9 +17,8 @@ from jlora.formats.peft.adapter_placement import adapted_config
 from jlora.formats.peft.adapter_reader import find_adapter, read_adapter
 from jlora.formats.peft.adapter_writer import adapter_of
 from jlora.formats.peft.attach_adapter import attach_adapter
-from jlora.formats.peft.plain_lora import needs_residual_base
 from jlora.lora.adapter_tree import Params, join
-from jlora.lora.initialisation import add_lora
+from jlora.lora.initialisation import add_lora, needs_residual_base
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import parameter_sharding, tree_shardings
 from jlora.train.checkpoint import newest_adapter, saved_steps

@@ -2,7 +2,6 @@
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -10,6 +9,8 @@ import textwrap
 import typing
 from collections.abc import Iterable
 from typing import Any
+
+from jlora.errors import closest
 
 # For a field that is given by its place among the words, not by name.
 POSITIONAL = {"is_positional": True}
@@ -95,9 +96,6 @@ def _attribute_docstrings(cls: type) -> dict[str, str]:
 def nearest_key(name: str, known: Iterable[str]) -> str | None:
     """Returns the known key closest to `name`, with or without its group's name."""
     keys = list(known)
-    close = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
-    if close:
-        return close[0]
     last = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    close = difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.7)
-    return last[close[0]] if close else None
+    close = closest(name, keys, 0.75)
+    return close or last.get(closest(name.rpartition(".")[2], last, 0.7) or "")

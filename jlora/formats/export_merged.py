@@ -38,7 +38,8 @@ def write_merged(
 ) -> list[str]:
     """Writes the merged model into an existing folder and reads every tensor back.
 
-    Only one tensor is in memory at a time.
+    Tensors are merged one at a time. Only replaced embeddings, and a head that is no longer
+    tied, stay in memory.
 
     Returns:
         Lines for the user about what was written.
@@ -102,7 +103,8 @@ class MergedModel:
             {path: source.read(path) for path in placement.embeddings},
         )
         self.config = placement.config
-        if self.config.tie_word_embeddings and self._untied_head() is not None:
+        self._head = self._untied_head() if self.config.tie_word_embeddings else None
+        if self._head is not None:
             self.config = replace(self.config, tie_word_embeddings=False)
         self.names: list[Name] = all_names(self.config)
         """All tensors of the result."""
@@ -113,17 +115,16 @@ class MergedModel:
         return stored_dtype(self._source.tensors[path], self._dtype)
 
     def read(self, name: Name) -> np.ndarray:
-        """Returns one tensor of the result in HF's layout, rounded once to its dtype.
+        """Returns one tensor of the result in HF's layout and in `dtype_of`.
 
         Raises:
             CorruptError: a value is not finite or does not fit the dtype.
         """
         path, _, leaf = name.path.rpartition("/")
         if name.path not in self._source.tensors:
-            head = self._untied_head()
-            assert head is not None  # otherwise the name would not be in `names`
-            _check_finite(name, head, head)
-            return name.to_params(head)
+            assert self._head is not None  # otherwise the name would not be in `names`
+            _check_finite(name, self._head, self._head)
+            return name.to_params(self._head)
         base = self._read_base(name.path)
         leaves = {leaf: base, **self._adapter_leaves(path, base)}
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):

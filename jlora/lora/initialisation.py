@@ -95,7 +95,7 @@ def _lora_leaves(
     leaves = {"lora_scaling": jnp.float32(scaling)}
     if name == EMBEDDING:
         a, b = _embedding_factors(method, key, _shape(found, name), rank)
-    elif _is_from_weight(method):
+    elif needs_residual_base(config):
         kernel = weight_in(found, name)
         a, b = principal_factors(method, kernel, key, rank=rank, scaling=scaling)
         leaves |= {"lora_A0": a, "lora_B0": b}
@@ -200,8 +200,9 @@ def _orthogonal_factors(
     return a, b.T
 
 
-def _is_from_weight(method: bool | str) -> bool:
-    return isinstance(method, str) and method.startswith(("pissa", "olora"))
+def needs_residual_base(config: LoraConfig) -> bool:
+    """Returns whether these are the settings of PiSSA or OLoRA."""
+    return str(config.init_lora_weights).startswith(("pissa", "olora"))
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("rank",))

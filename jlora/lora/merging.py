@@ -52,7 +52,7 @@ def merge(params: Mapping[str, Any]) -> Params:
         kernel = merge_tied_head(_arrays(embedding), _arrays(head))
         if kernel is not None:
             # Transposed, so that the head is sharded as the embedding is.
-            tied = _placed_like(kernel.T, embedding["embedding"])
+            tied = placed_like(kernel.T, embedding["embedding"])
             result[HEAD] = {"kernel": tied.T}
     return result
 
@@ -70,7 +70,7 @@ def _merged_leaves(leaves: Params, name: str, dtype: Any) -> Params:
             raise CorruptError(f"{path}: the merged weights are not finite")
         like: Any = leaves.get(key, leaves.get("kernel_q"))
         own = like.dtype if key in leaves else dtype
-        result[key] = _placed_like(array.astype(own, copy=False), like)
+        result[key] = placed_like(array.astype(own, copy=False), like)
     return result
 
 
@@ -78,7 +78,8 @@ def _arrays(leaves: Params) -> dict[str, np.ndarray]:
     return {key: np.asarray(leaf) for key, leaf in leaves.items()}
 
 
-def _placed_like(array: np.ndarray, like: Any) -> Any:
+def placed_like(array: np.ndarray, like: Any) -> Any:
+    """Returns the array on the devices of another one; unchanged beside a NumPy array."""
     return (
         jax.device_put(array, like.sharding) if isinstance(like, jax.Array) else array
     )

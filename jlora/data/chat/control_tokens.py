@@ -40,7 +40,7 @@ class Rendered:
     data_controls: tuple[Span, ...] = ()
     """Control strings that came from the data."""
     boundaries: tuple[int, ...] = ()
-    """Where a mark was removed; no control token may cross one."""
+    """Where a mark of a control string was removed; no control token may cross one."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Encoded:
     ids: list[int]
     offsets: list[Span]
     shared: int = 0
-    """How many ids before these are left out, because the whole text begins with them."""
+    """How many ids of a longer text these follow: only ids that differ from it are kept."""
 
     @cached_property
     def array(self) -> np.ndarray:
@@ -109,9 +109,8 @@ def unmark(marked: str, controls: Set[str]) -> Rendered:
             boundaries.append(position)
             # A template may cut a text between its marks. Only a whole control string
             # between both marks counts as one; a single mark is just a boundary.
-            inside = pieces[index + 1]
-            is_whole = piece == _START and inside in controls
-            if is_whole and pieces[index + 2 : index + 3] == [_END]:
+            inside, both = pieces[index + 1], pieces[index : index + 3 : 2]
+            if both == [_START, _END] and inside in controls:
                 data_controls.append((position, position + len(inside)))
     text = "".join(pieces[::2])
     return Rendered(text, tuple(generated), tuple(data_controls), tuple(boundaries))

@@ -38,7 +38,7 @@ _REMOVED_FILTERS = ("random", "pprint", "urlize", "wordwrap", "xmlattr")
 
 
 def make_environment() -> "_Sandbox":
-    """Returns an environment equal to transformers' `_compile_jinja_template`.
+    """Returns the environment of transformers' `_compile_jinja_template`, with limits.
 
     Raises:
         UnsupportedError: a jinja2 whose sandbox has known escapes.

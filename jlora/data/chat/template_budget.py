@@ -24,6 +24,7 @@ _MAX_BITS = 4096
 _MAX_INDENT = 64
 _SIZED = (str, list, tuple, dict)
 _STRINGS = frozenset({str})
+_PREFIX = "_jlora_"  # no template names a filter so by chance
 
 
 class Budget:
@@ -154,7 +155,7 @@ def charge_call(
 def metered_filter(
     budget: Budget, name: str, filter: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Returns a filter that pays for its result before and after computing it."""
+    """Returns a filter that pays for its input first, and for its result's length after."""
     skip = 1 if hasattr(filter, "jinja_pass_arg") else 0
 
     @functools.wraps(filter)
@@ -227,7 +228,8 @@ def node_filters(budget: Budget) -> dict[str, Callable[..., Any]]:
         plus = functools.partial(context.environment.call_binop, context, "+")
         return functools.reduce(plus, items)
 
-    return {f"_jlora_{f.__name__}": f for f in (each, concat, charge, add)}
+    filters = {"each": each, "concat": concat, "charge": charge, "add": add}
+    return {_PREFIX + name: filter for name, filter in filters.items()}
 
 
 def rewrite(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
@@ -236,31 +238,33 @@ def rewrite(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
         node.iter = _filter(node.iter, "each")
     for node in tree.find_all(jinja2.nodes.AssignBlock):
         node.filter = _filter(node.filter, "charge")
-    _replace_sums(tree)
+    _charge_sums_below(tree)
     if tree.environment is not None:
         tree.set_environment(tree.environment)
     return tree
 
 
 def _filter(node: Any, name: str) -> Filter:
-    return Filter(node, f"_jlora_{name}", [], [], None, None)
+    return Filter(node, _PREFIX + name, [], [], None, None)
 
 
-def _replace_sums(node: jinja2.nodes.Node) -> None:
+def _charge_sums_below(node: jinja2.nodes.Node) -> None:
+    """Replaces what a node holds by what `_with_charged_sums` returns for it."""
     for field, value in node.iter_fields():
         if isinstance(value, list):
-            value[:] = [_metered_sum(item) for item in value]
+            value[:] = [_with_charged_sums(item) for item in value]
         else:
-            setattr(node, field, _metered_sum(value))
+            setattr(node, field, _with_charged_sums(value))
 
 
-def _metered_sum(value: Any) -> Any:
+def _with_charged_sums(value: Any) -> Any:
+    """Returns a node whose sums a + b + c and concatenations a ~ b are filters."""
     if not isinstance(value, jinja2.nodes.Node):
         return value
     terms = _terms(value)
     if len(terms) > 2:  # a + b goes through `call_binop`
-        return _filter(List([_metered_sum(term) for term in terms]), "add")
-    _replace_sums(value)
+        return _filter(List([_with_charged_sums(term) for term in terms]), "add")
+    _charge_sums_below(value)
     if isinstance(value, jinja2.nodes.Concat):
         return _filter(List(value.nodes), "concat")
     return value

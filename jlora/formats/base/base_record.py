@@ -30,7 +30,11 @@ _QUANTIZED_DTYPES = ("int8", "uint8", "float8_e4m3fn")
 
 @dataclass(frozen=True)
 class StoredTensor(Spec):
-    """A tensor of a base: shape, dtype, digest, and the checksum of each block of rows."""
+    """A tensor of a base: shape, dtype, digest, and the checksum of each block of rows.
+
+    The checksums are checked when rows are read. The digest is not: it says which values
+    the base holds, as a part of `content_digest`.
+    """
 
     sha256: str
     block_rows: int

@@ -55,7 +55,8 @@ class Adapter:
             for path, leaves in tensors.items()
             if "lora_A" in leaves
         }
-        every_module = replace(
+        # The tensors say which modules are adapted; the settings, their rank and scaling.
+        without_selection = replace(
             config,
             target_modules=list(ranks),
             exclude_modules=None,
@@ -64,7 +65,7 @@ class Adapter:
             modules_to_save=None,
         )
         try:
-            selected = select_targets(every_module, list(ranks), strict=False)
+            selected = select_targets(without_selection, list(ranks), strict=False)
         except UsageError as error:
             raise CorruptError(f"{location}: {error}") from error
         wrong = [

@@ -42,17 +42,23 @@ def read_config(document: dict[str, Any], where: str) -> LoraConfig:
         raise UnsupportedError(
             f"{where}: jlora does not support {listing(refused)}; {MERGE_FIRST}"
         )
-    kept = {item.name for item in fields(LoraConfig)}
-    known = LoraConfig.__dataclass_fields__
+    known = LoraConfig.__dataclass_fields__  # unlike `fields`, with init-only ones
     unknown = [
         f"{key}{nearest(key, known)}" for key in sorted(document) if key not in known
     ]
     if unknown:
         warn(f"{where}: unknown keys are ignored: {listing(unknown)}")
-    method = _initialisation(document.get("init_lora_weights"), where)
-    given = {key: document[key] for key in kept if document.get(key) is not None}
+    # A null stands for PEFT's default.
+    given: dict[str, Any] = {
+        item.name: document[item.name]
+        for item in fields(LoraConfig)
+        if document.get(item.name) is not None
+    }
+    given["init_lora_weights"] = _initialisation(
+        document.get("init_lora_weights"), where
+    )
     try:
-        return LoraConfig(**{**given, "init_lora_weights": method})
+        return LoraConfig(**given)
     except UsageError as error:
         raise CorruptError(f"{where}: {error}") from error
 
@@ -123,14 +129,14 @@ def config_to_write(adapter: Adapter, linears: list[str] | None) -> dict[str, An
         "rank_pattern": {
             re.escape(name): rank for name, rank in ranks.items() if rank != config.r
         },
-        "target_modules": _targets(config, sorted(ranks), linears),
+        "target_modules": _shortest_targets(config, sorted(ranks), linears),
         "revision": config.revision,
         "task_type": "CAUSAL_LM",
         **{key: value for key, value in newer.items() if value},
     }
 
 
-def _targets(
+def _shortest_targets(
     config: LoraConfig, names: list[str], linears: list[str] | None
 ) -> list[str]:
     """Returns sorted suffixes if they select the same modules, else sorted full names."""

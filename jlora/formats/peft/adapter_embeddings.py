@@ -41,7 +41,8 @@ def whole_embeddings(
                 "for input and output; save the adapter again"
             )
     if adapter.vocab_size not in (None, base_vocab):
-        # Only the trained copy is used then, so it may stand for the untrained weight.
+        # The model uses a trained copy, so the weight below it is not needed. Of a tied
+        # base that is only so if the head uses the copy too.
         if not tied or shared:
             found = _embeddings(adapter, "trained_") | found
         _check_complete(adapter, found, base_vocab, tied=tied)

@@ -1,8 +1,8 @@
 """The names of an adapter's tensors: PEFT key <-> (module, leaf).
 
 A key is `base_model.model.`, the module's HF name and an ending. Leaves are named as in
-`jlora.lora.adapter_tree`, except a whole `weight` or `bias`: that depends on
-the settings.
+`jlora.lora.adapter_tree`. `parse_key` has names of its own for whole weights and biases,
+because the settings say whether these were trained; `adapter_reader.py` decides that.
 
 Source: PEFT `utils/save_and_load.py`, `get_peft_model_state_dict`.
 """
@@ -19,6 +19,13 @@ PREFIX = "base_model.model."
 EXAMPLE = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 # Params path of the input embedding; that of the head is its HF name, `HEAD`.
 EMBEDDING_PATH = module_path(EMBEDDING)
+# Where a tied head shares the embedding's adapter, PEFT writes it under both names: leaf of
+# the head -> leaf of the embedding whose transpose it is.
+TIED_COPIES = {
+    "lora_A": "lora_B",
+    "lora_B": "lora_A",
+    "trained_kernel": "trained_embedding",
+}
 _ENDINGS = {
     "lora_A": r"lora_A(?:\.default)?\.weight",
     "lora_B": r"lora_B(?:\.default)?\.weight",

@@ -9,7 +9,12 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError, listing, nearest, warn
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import whole_embeddings
-from jlora.formats.peft.adapter_keys import EMBEDDING_PATH, adapter_key, is_transposed
+from jlora.formats.peft.adapter_keys import (
+    EMBEDDING_PATH,
+    TIED_COPIES,
+    adapter_key,
+    is_transposed,
+)
 from jlora.formats.tensor_names import all_names, module_name, module_path
 from jlora.lora.adapter_tree import HEAD, WEIGHT_LEAVES
 from jlora.lora.target_modules import Selection, select_trainable
@@ -122,7 +127,7 @@ def _optional(selection: Selection, shapes: _Shapes) -> _Shapes:
     return optional
 
 
-def _targets(adapter: Adapter) -> str:
+def _target_rule(adapter: Adapter) -> str:
     targets = adapter.config.target_modules
     rule = targets if isinstance(targets, str | None) else listing(targets)
     return f"target_modules={rule}"
@@ -136,7 +141,9 @@ def _missing(adapter: Adapter, expected: _Shapes) -> list[str]:
         missing = [leaf for leaf in leaves if leaf not in found]
         if missing[:2] == ["lora_A", "lora_B"]:
             name = module_name(path)
-            problems.append(f"{_targets(adapter)} selects {name}, which has no tensors")
+            problems.append(
+                f"{_target_rule(adapter)} selects {name}, which has no tensors"
+            )
         else:
             problems += [
                 f"{adapter_key(path, leaf, found)} is missing" for leaf in missing
@@ -156,7 +163,7 @@ def _surplus(
             problems.append(f"the model has no {name}{nearest(name, names)}")
             continue
         if "lora_A" in found and "lora_A" not in known:
-            problems.append(f"{_targets(adapter)} does not select {name}")
+            problems.append(f"{_target_rule(adapter)} does not select {name}")
             continue
         rank = found["lora_A"].shape[1] if "lora_A" in found else 0
         for leaf, array in found.items():
@@ -203,13 +210,8 @@ def _leaves(adapter: Adapter, selection: Selection) -> dict[str, dict[str, Any]]
 
 def _is_same(embedding: dict[str, Any], head: dict[str, Any]) -> bool:
     """Returns whether what the file has for the head is a copy of the embedding's."""
-    same_as = {
-        "lora_A": "lora_B",
-        "lora_B": "lora_A",
-        "trained_kernel": "trained_embedding",
-    }
     return all(
         np.array_equal(head[leaf].T, embedding[other])
-        for leaf, other in same_as.items()
+        for leaf, other in TIED_COPIES.items()
         if leaf in head and other in embedding
     )

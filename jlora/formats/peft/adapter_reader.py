@@ -76,7 +76,9 @@ def find_adapter(folder: str | Path) -> Path | None:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Reads a PEFT folder and checks every value; tensors become float32.
+    """Reads a PEFT folder and checks every value.
+
+    Tensors become float32, except whole untrained embeddings: those keep their dtype.
 
     Raises:
         UnsupportedError: a PEFT feature that jlora does not have.
@@ -209,21 +211,24 @@ def _read_leaves(
 def _tree_leaf(
     module: str, leaf: str, config: LoraConfig, siblings: Collection[str]
 ) -> str | None:
-    """Returns the leaf of the tree that a leaf of `parse_key` is; None if not explained."""
-    path = module_path(module)
-    saved = _is_saved(config, module)
-    if leaf.endswith("bias"):
-        return "trained_bias" if saved or config.bias != "none" else None
-    if leaf == "copy" and not (saved and "weight" in siblings):
-        return None  # PEFT writes it beside the weight, in a resized vocabulary
-    if leaf in ("weight", "copy"):
-        if not saved:
-            return _EMBEDDINGS.get(path)
-        other = "scale" if path.endswith("norm") else "kernel"
-        return f"trained_{_EMBEDDINGS.get(path, other)}"
-    if leaf == "base_weight":
-        return _EMBEDDINGS.get(path) if saved or "lora_A" in siblings else None
-    return leaf
+    """Returns the leaf of the tree that a leaf of `parse_key` is.
+
+    None if the settings do not explain why the file has it.
+    """
+    path, saved = module_path(module), _is_saved(config, module)
+    embedding = _EMBEDDINGS.get(path)  # no other untrained weight may be in the file
+    trained = f"trained_{embedding or ('scale' if path.endswith('norm') else 'kernel')}"
+    match leaf:
+        case "bias" | "base_bias":
+            return "trained_bias" if saved or config.bias != "none" else None
+        case "weight":
+            return trained if saved else embedding
+        case "copy":  # PEFT writes it beside the weight, in a resized vocabulary
+            return trained if saved and "weight" in siblings else None
+        case "base_weight":
+            return embedding if saved or "lora_A" in siblings else None
+        case _:
+            return leaf
 
 
 def _is_saved(config: LoraConfig, module: str) -> bool:

@@ -17,9 +17,14 @@ from jlora.formats.atomic_folder import atomic_folder
 from jlora.formats.hub import is_hub_id
 from jlora.formats.peft.adapter import Adapter, Tensors
 from jlora.formats.peft.adapter_config import config_to_write
-from jlora.formats.peft.adapter_keys import EMBEDDING_PATH, adapter_key, convert_layout
+from jlora.formats.peft.adapter_keys import (
+    EMBEDDING_PATH,
+    TIED_COPIES,
+    adapter_key,
+    convert_layout,
+)
 from jlora.formats.peft.adapter_reader import CONFIG, WEIGHTS
-from jlora.formats.peft.plain_lora import needs_residual_base, with_initial_factors
+from jlora.formats.peft.plain_lora import with_initial_factors
 from jlora.formats.safetensors_file import Spec, write_safetensors
 from jlora.formats.tensor_names import module_path
 from jlora.lora.adapter_tree import (
@@ -30,6 +35,7 @@ from jlora.lora.adapter_tree import (
     linear_modules,
     modules,
 )
+from jlora.lora.initialisation import needs_residual_base
 
 
 def save_adapter(
@@ -154,12 +160,11 @@ def _arrays(adapter: Adapter, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray
     """Returns {PEFT key: array in PEFT's layout}."""
     tensors = dict(adapter.tensors)
     if adapter.config.ensure_weight_tying and not tensors.get(HEAD):
-        # PEFT writes what embedding and head share under both names.
         embedding = tensors.get(EMBEDDING_PATH, {})
-        copies = {"lora_A": "lora_B", "lora_B": "lora_A"}
-        copies |= {"trained_kernel": "trained_embedding"}
         tensors[HEAD] = {
-            new: embedding[old].T for new, old in copies.items() if old in embedding
+            leaf: embedding[other].T
+            for leaf, other in TIED_COPIES.items()
+            if other in embedding
         }
     arrays = {}
     for path, leaves in tensors.items():

@@ -22,7 +22,7 @@ from jlora.formats.peft.plain_lora import initial_factors
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import Params, modules, weight_in, with_adapter
 from jlora.lora.initialisation import add_lora, norm_squared
-from jlora.lora.merging import without_initial_update
+from jlora.lora.merging import placed_like, without_initial_update
 
 # HF module name -> leaf -> array.
 _Modules = dict[str, dict[str, Any]]
@@ -77,7 +77,8 @@ def attach_adapter(
         config: its architecture.
         adapter: its tensors and settings.
         train: whether it will be trained further. A PiSSA or OLoRA adapter then gets
-            leaves lora_A0 and lora_B0; otherwise the kernels become residual ones.
+            leaves lora_A0 and lora_B0; otherwise its kernels become residual ones, and
+            only modules without a plain kernel get these leaves.
 
     Raises:
         UnsupportedError, CorruptError: as `place_adapter`; for training, also what jlora
@@ -139,17 +140,12 @@ def _replaced_embeddings(
     replaced: _Modules = {}
     for path, array in changed_embeddings(adapter, stored, found).items():
         module, leaf = path.split("/")
-        replaced[module_name(module)] = {leaf: _on_devices_of(found[path], array)}
+        replaced[module_name(module)] = {leaf: placed_like(array, found[path])}
     return replaced
 
 
 def _residual(kernel: Any, factors: dict[str, Any], scaling: float) -> Any:
     """Returns the kernel that PiSSA or OLoRA leave: without the initial update."""
     a, b = (np.asarray(factors[leaf]) for leaf in ("lora_A0", "lora_B0"))
-    return _on_devices_of(
-        kernel, without_initial_update(np.asarray(kernel), a, b, scaling)
-    )
-
-
-def _on_devices_of(like: Any, array: np.ndarray) -> Any:
-    return jax.device_put(array.astype(like.dtype), like.sharding)
+    residual = without_initial_update(np.asarray(kernel), a, b, scaling)
+    return placed_like(residual.astype(kernel.dtype), kernel)

@@ -7,7 +7,8 @@
 | `svd` | best approximation of the sum of w s A B | largest of the adapters', or `svd_rank` |
 
 w is the weight of an adapter and s its scaling; the scaling of the result is 1. `linear`
-mixes the adapters. PEFT's ties, dare and magnitude_prune are not supported.
+is not the sum of the updates: the product of its sums also has A of one adapter times B of
+another. PEFT's ties, dare and magnitude_prune are not supported.
 
 Source: PEFT 0.21 `tuners/lora/model.py`.
 """
@@ -90,12 +91,7 @@ def _largest_rank(config: LoraConfig) -> int:
 
 def _linear(parts: Sequence[_Part]) -> _Factors:
     """Returns the sums of A and of B by the roots of weight * scaling, its sign on A."""
-    ranks = sorted({a.shape[1] for a, *_ in parts})
-    if len(ranks) > 1:
-        raise UsageError(
-            f"linear adds A to A, and the ranks of a module differ: {listing(ranks)}; "
-            "use cat or svd"
-        )
+    _check_one_rank("the ranks of a module", [a.shape[1] for a, *_ in parts])
     scaled = []
     for a, b, weight, scaling in parts:
         root = np.float32(math.sqrt(abs(weight * scaling)))
@@ -108,23 +104,23 @@ def _linear(parts: Sequence[_Part]) -> _Factors:
 
 def _concatenated(parts: Sequence[_Part]) -> _Factors:
     """Returns all A, each times weight * scaling, side by side, and all B."""
-    scaled = [a * np.float32(weight) * np.float32(s) for a, _, weight, s in parts]
+    scaled = [a * np.float32(w) * np.float32(s) for a, _, w, s in parts]
     return np.concatenate(scaled, axis=1), np.concatenate([b for _, b, *_ in parts])
 
 
 def _svd(parts: Sequence[_Part], rank: int) -> _Factors:
-    """Returns U S and V of the sum of weight * scaling * A B, cut at `rank`.
+    """Returns U S and V of the sum of w s A B, cut at `rank`.
 
     The sum has at most as many singular values as the sum R of the ranks. So two QR
     decompositions and the SVD of an R x R matrix, in float64, are enough.
     """
-    scaled = [weight * s * a.astype(float) for a, _, weight, s in parts]
+    scaled = [w * s * a.astype(float) for a, _, w, s in parts]
     left, first = np.linalg.qr(np.concatenate(scaled, axis=1))
     stacked = np.concatenate([b for _, b, *_ in parts])
     right, second = np.linalg.qr(stacked.T.astype(float))
-    u, s, v = np.linalg.svd(first @ second.T)
-    rank = min(rank, len(s))
-    a, b = left @ u[:, :rank], s[:rank, None] * (v[:rank] @ right.T)
+    u, values, v = np.linalg.svd(first @ second.T)
+    rank = min(rank, len(values))
+    a, b = left @ u[:, :rank], values[:rank, None] * (v[:rank] @ right.T)
     return a.astype(np.float32), b.astype(np.float32)
 
 
@@ -160,11 +156,15 @@ def _check(
             "target_modules is a regular expression in some adapters and a list in "
             "others, which PEFT does not combine either; write them alike"
         )
-    ranks = [_largest_rank(adapter.config) for adapter in adapters]
-    if method == "linear" and len(set(ranks)) > 1:
+    if method == "linear":
+        ranks = [_largest_rank(adapter.config) for adapter in adapters]
+        _check_one_rank("the adapters' ranks", ranks)
+
+
+def _check_one_rank(what: str, ranks: Sequence[int]) -> None:
+    if len(set(ranks)) > 1:
         raise UsageError(
-            f"linear adds A to A, and the adapters' ranks differ: {listing(ranks)}; "
-            "use cat or svd"
+            f"linear adds A to A, and {what} differ: {listing(ranks)}; use cat or svd"
         )
 
 

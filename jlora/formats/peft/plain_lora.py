@@ -11,19 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlora.config.lora_config import LoraConfig
 from jlora.formats.open_model import open_model
 from jlora.formats.peft.adapter import Adapter, Tensors
 from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
 from jlora.formats.peft.named_base import open_named_base
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import HEAD
-from jlora.lora.initialisation import principal_factors
-
-
-def needs_residual_base(config: LoraConfig) -> bool:
-    """Returns whether these are the settings of PiSSA or OLoRA."""
-    return str(config.init_lora_weights).startswith(("pissa", "olora"))
+from jlora.lora.initialisation import needs_residual_base, principal_factors
 
 
 def initial_factors(adapter: Adapter, name: str, weight: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Both read one rank and one scaling for all modules. llama.cpp also ignores rsLoRA.
 """
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -23,8 +24,10 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _MERGE = "merge the adapter with jlora export and serve the merged model"
 
 
-def convert_for_serving(adapter: Adapter, reader: Reader) -> tuple[Adapter, str]:
-    """Returns the adapter in a form that `reader` understands, and how to load it there.
+def convert_for_serving(
+    adapter: Adapter, reader: Reader, out: Path
+) -> tuple[Adapter, str]:
+    """Returns the adapter in a form that `reader` understands, and how to load it from `out`.
 
     Raises:
         UnsupportedError: parts that the reader cannot load, or a rank above vLLM's limit.
@@ -36,7 +39,8 @@ def convert_for_serving(adapter: Adapter, reader: Reader) -> tuple[Adapter, str]
         adapter = with_one_rank(adapter)
     if reader == "gguf":
         base = adapter.config.base_model_name_or_path
-        return adapter, f"next: convert_lora_to_gguf.py OUT{_base_flag(base)}"
+        script = f"convert_lora_to_gguf.py {shlex.quote(str(out))}"
+        return adapter, f"next: {script}{_base_flag(base)}"
     rank = adapter.config.r
     if rank > VLLM_RANKS[-1]:
         raise UnsupportedError(

@@ -87,10 +87,10 @@ def wide_adapter(folder, rank):
 @pytest.mark.parametrize(
     ("base", "hint"),
     [
-        ("owner/name", "gguf.py OUT\n"),
-        ("_base/untied_fp32", "gguf.py OUT --base _base/untied_fp32\n"),
-        ("base.gguf", "gguf.py OUT --base FOLDER"),
-        (None, "gguf.py OUT --base FOLDER"),
+        ("owner/name", "my out'\n"),
+        ("_base/untied_fp32", "my out' --base _base/untied_fp32\n"),
+        ("base.gguf", "my out' --base FOLDER"),
+        (None, "my out' --base FOLDER"),
     ],
 )
 def test_the_command_for_llama_cpp_names_the_base(
@@ -99,7 +99,7 @@ def test_the_command_for_llama_cpp_names_the_base(
     monkeypatch.chdir(GOLDEN)
     settings = {"base_model_name_or_path": base}
     folder = changed_copy(tmp_path / "adapter", "basic", settings)
-    peft_for("gguf", folder, tmp_path / "out")
+    peft_for("gguf", folder, tmp_path / "my out")
     assert hint in capsys.readouterr().out
 
 
