@@ -26,12 +26,11 @@ def flops_per_token(params: Params, config: LlamaConfig, length: int) -> float:
     Recomputation does not count.
     """
     frozen = trained = 0
-    for name, leaves in modules(params).items():
+    for leaves in modules(params).values():
         sizes = {k: num_weights(leaf) for k, leaf in leaves.items() if k not in SCALES}
-        table = name.endswith("embed_tokens")
         if "trained_kernel" in sizes:
             sizes |= {"kernel": 0, "kernel_q": 0}
-        if table and "kernel" in params.get("lm_head", {}):
+        if "embedding" in sizes and "kernel" in params.get("lm_head", {}):
             sizes["embedding"] = 0  # looked up, not multiplied
         trained += sum(
             size

@@ -145,7 +145,7 @@ def _activation_bytes(work: Workload) -> int:
         "none": layers * ((8 * d + 2 * q + 2 * kv + 5 * f) * size + 8 * d),
     }[work.compute.remat]
     scores = 0
-    # Float32 scores and weights, of one layer or of all: more than blocks on a CPU keep.
+    # Float32 scores and weights, of one layer or of all; less on a CPU, which keeps blocks.
     if work.compute.attention == "xla":
         per_layer = 2 * 4 * c.num_attention_heads * work.length
         scores = per_layer * (layers if work.compute.remat == "none" else 1)
@@ -222,11 +222,13 @@ def memory_table(params: Params, work: Workload) -> list[str]:
     lines = [f"  {name:<24} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
     total, limit = sum(parts.values()) / 2**30, device_memory_bytes() / 2**30
     kept = jax.local_device_count() * host_bytes(work) / 2**30
-    on_host = f"{kept:.2f} GiB of {host_memory_bytes() / 2**30:.2f} GiB"
-    return [
+    lines = [
         "memory per device:",
         *lines,
         f"  {'sum (estimate)':<24} {total:8.2f} GiB of {limit:.2f} GiB: "
         + ("fits" if total <= USABLE_SHARE * limit else f"does not fit; {SAVERS}"),
-        *[f"layer inputs, on the host: {on_host}"] * bool(kept),
     ]
+    if kept:
+        host = host_memory_bytes() / 2**30
+        lines.append(f"layer inputs, on the host: {kept:.2f} GiB of {host:.2f} GiB")
+    return lines

@@ -34,7 +34,7 @@ from jlora.train.step import (
     compiler_options,
     step_function,
 )
-from jlora.train.sweep_file import check_same_parts
+from jlora.train.sweep_file import check_same_leaves
 from jlora.train.trainer import TrainedAdapter, Trainer
 
 
@@ -73,13 +73,13 @@ def make_sweep_trainer(
     Raises:
         UsageError: the adapters' trees have other leaves.
     """
-    check_same_parts({f"{i + 1}": (a.state, a.frozen) for i, a in enumerate(adapters)})
+    check_same_leaves({f"{i + 1}": (a.state, a.frozen) for i, a in enumerate(adapters)})
     shapes = [jax.tree.map(jax.typeof, adapter.state) for adapter in adapters]
     shardings = _with_axis(mesh, tree_shardings(mesh, adapters[0].state))
     stacked = jax.tree.map(stack_padded, *(a.state for a in adapters))
     state = jax.device_put(stacked, shardings)
     frozen, axes = _stack_frozen([a.frozen for a in adapters], mesh)
-    every = jax.vmap(
+    step_of_all = jax.vmap(
         _step_of_one(adapters, model, mesh, packed, grad_accum_steps),
         in_axes=(0, axes, 0, 0),
     )
@@ -91,7 +91,7 @@ def make_sweep_trainer(
         # Stacked even where all adapters see the same rows: the attention kernels need
         # the new axis in all of their operands.
         batch = jax.tree.map(lambda *parts: jnp.stack(parts), *chosen)
-        return every(state, frozen, batch, varied)
+        return step_of_all(state, frozen, batch, varied)
 
     replicated = NamedSharding(mesh, PartitionSpec())
     compiled: Any = jax.jit(

@@ -58,16 +58,17 @@ def read_sweep(args: A) -> dict[str, A]:
     if args.sweep is None:
         return {"": args}
     file = Path(args.sweep)
-    every = {
-        name: _one(args, name, changes or {}, file)
+    args_of = {
+        name: _changed(args, name, changes or {}, file)
         for name, changes in read_yaml(file).items()
     }
-    if not every:
+    if not args_of:
         raise UsageError(f"{file}: no adapters; expected NAME: {{KEY: VALUE}} lines")
-    return every
+    return args_of
 
 
-def _one(args: A, name: str, changes: Any, file: Path) -> A:
+def _changed(args: A, name: str, changes: Any, file: Path) -> A:
+    """Returns the arguments of the adapter `name`; raises UsageError, see `read_sweep`."""
     where = f"{file}: {name}"
     if not _NAME.fullmatch(name) or name in _RESERVED:
         raise UsageError(
@@ -110,9 +111,9 @@ def _paths(changes: dict[str, Any]) -> list[str]:
 def check_members(datasets: Sequence[Dataset], trees: Mapping[str, Any]) -> None:
     """Raises UsageError where data in other orders makes other rows or steps.
 
-    Also as `check_same_parts`, of the adapters' trees by name.
+    Also as `check_same_leaves`, of the adapters' trees by name.
     """
-    check_same_parts(trees)
+    check_same_leaves(trees)
     shapes = {(d.row_length, d.steps_per_epoch) for d in datasets}
     if len(shapes) > 1:
         raise UsageError(
@@ -122,7 +123,7 @@ def check_members(datasets: Sequence[Dataset], trees: Mapping[str, Any]) -> None
         )
 
 
-def check_same_parts(trees: Mapping[str, Any]) -> None:
+def check_same_leaves(trees: Mapping[str, Any]) -> None:
     """Raises UsageError if the trees, given by the adapters' names, have other leaves."""
     paths = {
         name: {
@@ -134,9 +135,9 @@ def check_same_parts(trees: Mapping[str, Any]) -> None:
     for name, own in paths.items():
         if other := sorted(own ^ paths[first]):
             raise UsageError(
-                f"the adapters {first} and {name} of the sweep have not the same parts "
-                f"({listing(other, 2)}): only ranks, numbers and starts that need none "
-                "of their own may differ, so pissa and olora go with each other only"
+                f"the adapters {first} and {name} of the sweep have different leaves "
+                f"({listing(other, 2)}): ranks, numbers and initial values may differ, "
+                "but pissa and olora have leaves of their own and go with each other only"
             )
 
 

@@ -206,5 +206,7 @@ def test_adapters_with_other_targets_are_refused():
         (LINEAR, LORA, 0, 0),
         (LINEAR, replace(LORA, target_modules=["o_proj"]), 0, 0),
     ]
-    with pytest.raises(UsageError, match="adapters 1 and 2 of the sweep have not"):
+    with pytest.raises(
+        UsageError, match="adapters 1 and 2 of the sweep have different"
+    ):
         make_sweep(case, mesh_of())
