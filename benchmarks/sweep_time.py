@@ -28,11 +28,9 @@ from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import make_mesh
 from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
-from jlora.train.optimizer import make_optimizer, make_schedule
-from jlora.train.step import TrainState, make_train_step
 from jlora.train.sweep import make_sweep_trainer
 from jlora.train.sweep_file import compute_for_adapters
-from jlora.train.trainer import TrainedAdapter
+from jlora.train.trainer import TrainedAdapter, Trainer, make_trainer
 
 STEPS, WARM_UP, TOTAL = 8, 3, 100
 BFLOAT16 = ComputeConfig(dtype="bfloat16")
@@ -48,11 +46,12 @@ WORKLOADS = {
 }
 
 
-def median_ms(step: Any, state: Any, frozen: Any, batch: Any) -> dict[str, Any]:
+def median_ms(trainer: Trainer, batches: list[Any]) -> dict[str, Any]:
     """Returns the median time of a step, the time to compile it and the last losses."""
+    state = trainer.state
     ends, losses, pending = [time.perf_counter()], [], None
     for _ in range(1 + WARM_UP + STEPS):
-        state, metrics = step(state, frozen, batch)
+        state, metrics = trainer.step(state, batches)
         if pending is not None:  # the loss is read one step late, as in a run
             losses.append(np.asarray(pending["loss"]).tolist())
             ends.append(time.perf_counter())
@@ -75,14 +74,13 @@ def measure(name: str) -> dict[str, Any]:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     base = random_base(config, jnp.dtype(compute.dtype))
     batches = [batch_of(config.vocab_size, rows, length, i) for i in range(count)]
-    members, settings = [], []
+    members = []
     for i in range(count):
         optim = OptimConfig(learning_rate=1e-4 * (i + 1))
-        optimizer = make_optimizer(optim, make_schedule(optim, TOTAL))
         params = jlora.add_lora(base, ALL, jax.random.key(i))
-        state, frozen = TrainState.create(params, optimizer, mesh)
-        members.append(TrainedAdapter(optim, i, 0.0, state, frozen))
-        settings.append(optimizer)
+        members.append(
+            TrainedAdapter.create(params, optim, mesh, seed=i, lora_dropout=0.0)
+        )
 
     def model_for(adapters: int) -> tuple[Llama, str]:
         work = plan_workload(
@@ -107,17 +105,10 @@ def measure(name: str) -> dict[str, Any]:
         packed=False,
     )
     model, remat_alone = model_for(1)
-    step = make_train_step(
-        model,
-        settings[0],
-        mesh,
-        state=members[0].state,
-        frozen=members[0].frozen,
-        packed=False,
-    )
-    alone = median_ms(step, members[0].state, members[0].frozen, batches[0])
+    one = make_trainer(members[0], model, mesh, total_steps=TOTAL, packed=False)
+    alone = median_ms(one, batches)
     peak_alone = peak_memory_bytes()
-    together = median_ms(sweep.step, sweep.state, batches)
+    together = median_ms(sweep, batches)
     return {
         "workload": name,
         "device": jax.devices()[0].device_kind,
