@@ -43,7 +43,7 @@ def allow_closed_output(run: Callable[P, int]) -> Callable[P, int]:
         except BrokenPipeError:
             # Python flushes what is left at exit, and would print a traceback then.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return status or 128 + signal.SIGPIPE  # as a shell reports it
+            status = status or 128 + signal.SIGPIPE  # as a shell reports it
         return status
 
     return run_and_flush

@@ -16,7 +16,7 @@ from jlora.formats.model_files import INDEX, SINGLE
 from jlora.formats.model_source import Dtype, ModelSource, stored_dtype
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import INPUT, changed_embeddings
-from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
+from jlora.formats.peft.adapter_keys import EMBED_PATH
 from jlora.formats.peft.adapter_placement import place_adapter
 from jlora.formats.peft.plain_lora import initial_factors
 from jlora.formats.safetensors_file import (
@@ -148,7 +148,7 @@ class MergedModel:
         """Returns the kernel of a tied head; None if it still equals the embedding."""
         embedding = self._read_base(INPUT)
         return merge_tied_head(
-            {"embedding": embedding, **self._adapter_leaves(EMBEDDING_PATH, embedding)},
+            {"embedding": embedding, **self._adapter_leaves(EMBED_PATH, embedding)},
             self._adapter_leaves(HEAD, embedding.T),
             stored_dtype(self._source.tensors[INPUT], self._dtype),
         )

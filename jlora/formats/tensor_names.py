@@ -24,7 +24,7 @@ class Name:
     @property
     def transposed(self) -> bool:
         """Whether jlora stores the transpose of HF's matrix."""
-        return self.path.endswith("/kernel")
+        return is_transposed(self.path.rpartition("/")[2])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -34,6 +34,11 @@ class Name:
     def to_params(self, array: np.ndarray) -> np.ndarray:
         """Converts a tensor from HF's layout to jlora's, or back."""
         return array.T if self.transposed else array
+
+
+def is_transposed(leaf: str) -> bool:
+    """Returns whether jlora stores the transpose of HF's or PEFT's matrix."""
+    return leaf in ("lora_A", "lora_B", "kernel", "trained_kernel")
 
 
 def all_names(config: LlamaConfig) -> list[Name]:

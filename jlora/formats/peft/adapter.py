@@ -7,7 +7,7 @@ import numpy as np
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import CorruptError, UsageError, listing
-from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
+from jlora.formats.peft.adapter_keys import EMBED_PATH
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import HEAD
 from jlora.lora.target_modules import select_targets
@@ -92,7 +92,7 @@ class Adapter:
         rows = [
             array.shape[axis]
             for path, weight, axis in (
-                (EMBEDDING_PATH, "embedding", 0),
+                (EMBED_PATH, "embedding", 0),
                 (HEAD, "kernel", 1),
             )
             for leaf, array in self.tensors.get(path, {}).items()

@@ -10,11 +10,11 @@ import numpy as np
 
 from jlora.errors import CorruptError, listing, warn
 from jlora.formats.peft.adapter import Adapter
-from jlora.formats.peft.adapter_keys import EMBEDDING_PATH, adapter_key
+from jlora.formats.peft.adapter_keys import EMBED_PATH, adapter_key
 from jlora.lora.adapter_tree import HEAD
 from jlora.parallel.processes import to_host
 
-INPUT, OUTPUT = f"{EMBEDDING_PATH}/embedding", f"{HEAD}/kernel"
+INPUT, OUTPUT = f"{EMBED_PATH}/embedding", f"{HEAD}/kernel"
 
 
 def whole_embeddings(

@@ -12,13 +12,13 @@ from collections.abc import Collection
 
 import numpy as np
 
-from jlora.formats.tensor_names import module_name, module_path
+from jlora.formats.tensor_names import is_transposed, module_name, module_path
 from jlora.lora.adapter_tree import EMBEDDING
 
 PREFIX = "base_model.model."
 EXAMPLE = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
 # Params path of the input embedding; that of the head is its HF name, `HEAD`.
-EMBEDDING_PATH = module_path(EMBEDDING)
+EMBED_PATH = module_path(EMBEDDING)
 # Where a tied head shares the embedding's adapter, PEFT writes it under both names: leaf of
 # the head -> leaf of the embedding whose transpose it is.
 TIED_COPIES = {
@@ -55,7 +55,7 @@ def parse_key(key: str) -> tuple[str, str] | None:
         return None
     module, leaf = match["module"], match.lastgroup
     if leaf.startswith("embedding_") or leaf in ("lora_A", "lora_B"):
-        is_embedding = module.rpartition(".")[2] == EMBEDDING_PATH
+        is_embedding = module.rpartition(".")[2] == EMBED_PATH
         if is_embedding != leaf.startswith("embedding_"):
             return None
         leaf = f"lora_{leaf[-1]}"
@@ -72,9 +72,7 @@ def adapter_key(path: str, leaf: str, siblings: Collection[str] = ()) -> str:
     """
     adapted = "lora_A" in siblings
     if leaf in ("lora_A", "lora_B"):
-        form = (
-            f"lora_embedding_{leaf[-1]}" if path == EMBEDDING_PATH else f"{leaf}.weight"
-        )
+        form = f"lora_embedding_{leaf[-1]}" if path == EMBED_PATH else f"{leaf}.weight"
     elif leaf == "trained_bias":
         form = "base_layer.bias" if adapted else "bias"
     elif leaf in ("embedding", "kernel"):
@@ -88,11 +86,6 @@ def adapter_key(path: str, leaf: str, siblings: Collection[str] = ()) -> str:
             "token_rows": "token_adapter.trainable_tokens_delta",
         }.get(leaf, "weight")
     return f"{PREFIX}{module_name(path)}.{form}"
-
-
-def is_transposed(leaf: str) -> bool:
-    """Returns whether jlora stores the transpose of PEFT's matrix."""
-    return leaf in ("lora_A", "lora_B", "kernel", "trained_kernel")
 
 
 def convert_layout(leaf: str, array: np.ndarray) -> np.ndarray:

@@ -9,13 +9,13 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UsageError, listing, nearest, warn
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import whole_embeddings
-from jlora.formats.peft.adapter_keys import (
-    EMBEDDING_PATH,
-    TIED_COPIES,
-    adapter_key,
+from jlora.formats.peft.adapter_keys import EMBED_PATH, TIED_COPIES, adapter_key
+from jlora.formats.tensor_names import (
+    all_names,
     is_transposed,
+    module_name,
+    module_path,
 )
-from jlora.formats.tensor_names import all_names, module_name, module_path
 from jlora.lora.adapter_tree import HEAD, WEIGHT_LEAVES
 from jlora.lora.target_modules import Selection, select_trainable
 
@@ -87,7 +87,7 @@ def _base_shapes(config: LlamaConfig) -> _Shapes:
 def _expected(adapter: Adapter, selection: Selection, shapes: _Shapes) -> _Shapes:
     """Returns the tensors that the settings require."""
     expected: _Shapes = {}
-    vocab, width = shapes[EMBEDDING_PATH]["embedding"]
+    vocab, width = shapes[EMBED_PATH]["embedding"]
     head = {"kernel": (width, vocab)}  # also of a tied base, which has no such tensor
     for name in selection.adapted:
         path = module_path(name)
@@ -113,9 +113,9 @@ def _expected(adapter: Adapter, selection: Selection, shapes: _Shapes) -> _Shape
 
 def _optional(selection: Selection, shapes: _Shapes) -> _Shapes:
     """Returns the tensors that may be there: embeddings, and the copy of a tied adapter."""
-    vocab, width = shapes[EMBEDDING_PATH]["embedding"]
+    vocab, width = shapes[EMBED_PATH]["embedding"]
     optional: _Shapes = {
-        EMBEDDING_PATH: {"embedding": (vocab, width)},
+        EMBED_PATH: {"embedding": (vocab, width)},
         HEAD: {"kernel": (width, vocab)},
     }
     if selection.shared:  # PEFT writes it under both names
@@ -127,7 +127,7 @@ def _optional(selection: Selection, shapes: _Shapes) -> _Shapes:
     return optional
 
 
-def _target_rule(adapter: Adapter) -> str:
+def _rule(adapter: Adapter) -> str:
     targets = adapter.config.target_modules
     rule = targets if isinstance(targets, str | None) else listing(targets)
     return f"target_modules={rule}"
@@ -141,9 +141,7 @@ def _missing(adapter: Adapter, expected: _Shapes) -> list[str]:
         missing = [leaf for leaf in leaves if leaf not in found]
         if missing[:2] == ["lora_A", "lora_B"]:
             name = module_name(path)
-            problems.append(
-                f"{_target_rule(adapter)} selects {name}, which has no tensors"
-            )
+            problems.append(f"{_rule(adapter)} selects {name}, which has no tensors")
         else:
             problems += [
                 f"{adapter_key(path, leaf, found)} is missing" for leaf in missing
@@ -163,7 +161,7 @@ def _surplus(
             problems.append(f"the model has no {name}{nearest(name, names)}")
             continue
         if "lora_A" in found and "lora_A" not in known:
-            problems.append(f"{_target_rule(adapter)} does not select {name}")
+            problems.append(f"{_rule(adapter)} does not select {name}")
             continue
         rank = found["lora_A"].shape[1] if "lora_A" in found else 0
         for leaf, array in found.items():
@@ -196,7 +194,7 @@ def _leaves(adapter: Adapter, selection: Selection) -> dict[str, dict[str, Any]]
         if leaves:
             added[name] = leaves
     if selection.shared:
-        embedding, head = added[module_name(EMBEDDING_PATH)], added.get(HEAD, {})
+        embedding, head = added[module_name(EMBED_PATH)], added.get(HEAD, {})
         if _is_same(embedding, head):
             added[HEAD] = {"lora_shared": np.ones((), np.float32)}
         else:

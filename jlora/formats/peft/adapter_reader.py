@@ -24,7 +24,7 @@ from jlora.formats.model_files import inside_folder, read_json
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_config import read_config
 from jlora.formats.peft.adapter_keys import (
-    EMBEDDING_PATH,
+    EMBED_PATH,
     EXAMPLE,
     adapter_key,
     convert_layout,
@@ -38,7 +38,7 @@ from jlora.lora.target_modules import is_saved
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_EMBEDDINGS = {EMBEDDING_PATH: "embedding", HEAD: "kernel"}
+_EMBEDDINGS = {EMBED_PATH: "embedding", HEAD: "kernel"}
 _DIMENSIONS = {"lora_magnitude": 1, "bias": 1, "base_bias": 1}
 # Leaf as `parse_key` names it -> (key, place in the file).
 _Entries = dict[str, tuple[str, Entry]]
@@ -234,7 +234,7 @@ def _tree_leaf(
 def _is_saved(config: LoraConfig, module: str) -> bool:
     # PEFT writes a head that is tied to a saved embedding under both names.
     tied = module_path(module) == HEAD and config.ensure_weight_tying
-    return is_saved(config, module) or (tied and is_saved(config, EMBEDDING_PATH))
+    return is_saved(config, module) or (tied and is_saved(config, EMBED_PATH))
 
 
 def _read(entry: Entry, where: str) -> np.ndarray:

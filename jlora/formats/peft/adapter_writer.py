@@ -18,7 +18,7 @@ from jlora.formats.hub import is_hub_id
 from jlora.formats.peft.adapter import Adapter, Tensors
 from jlora.formats.peft.adapter_config import config_to_write
 from jlora.formats.peft.adapter_keys import (
-    EMBEDDING_PATH,
+    EMBED_PATH,
     TIED_COPIES,
     adapter_key,
     convert_layout,
@@ -117,8 +117,8 @@ def _base_dtypes(params: Params) -> dict[str, Any]:
         for key, leaf in leaves.items()
         if key in (*WEIGHT_LEAVES, "scale")
     }
-    if EMBEDDING_PATH in dtypes:
-        dtypes.setdefault(HEAD, dtypes[EMBEDDING_PATH])
+    if EMBED_PATH in dtypes:
+        dtypes.setdefault(HEAD, dtypes[EMBED_PATH])
     return dtypes
 
 
@@ -160,7 +160,7 @@ def _arrays(adapter: Adapter, dtypes: Mapping[str, Any]) -> dict[str, np.ndarray
     """Returns {PEFT key: array in PEFT's layout}."""
     tensors = dict(adapter.tensors)
     if adapter.config.ensure_weight_tying and not tensors.get(HEAD):
-        embedding = tensors.get(EMBEDDING_PATH, {})
+        embedding = tensors.get(EMBED_PATH, {})
         tensors[HEAD] = {
             leaf: embedding[other].T
             for leaf, other in TIED_COPIES.items()

@@ -13,7 +13,7 @@ import numpy as np
 
 from jlora.formats.open_model import open_model
 from jlora.formats.peft.adapter import Adapter, Tensors
-from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
+from jlora.formats.peft.adapter_keys import EMBED_PATH
 from jlora.formats.peft.named_base import open_named_base
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import HEAD
@@ -27,11 +27,7 @@ def initial_factors(adapter: Adapter, name: str, weight: Any) -> dict[str, Any]:
     """
     path = module_path(name)
     is_adapted = "lora_A" in adapter.tensors.get(path, {})
-    if (
-        not needs_residual_base(adapter.config)
-        or not is_adapted
-        or path == EMBEDDING_PATH
-    ):
+    if not needs_residual_base(adapter.config) or not is_adapted or path == EMBED_PATH:
         return {}
     a, b = principal_factors(
         str(adapter.config.init_lora_weights),
@@ -56,10 +52,10 @@ def plain_lora(adapter: Adapter) -> Adapter:
     source = open_named_base(adapter, open_model, why)
     initial: Tensors = {}
     for path in adapter.pairs:
-        if path != EMBEDDING_PATH:
+        if path != EMBED_PATH:
             tied = path == HEAD and source.config.tie_word_embeddings
             weight = source.read(
-                f"{EMBEDDING_PATH}/embedding" if tied else f"{path}/kernel"
+                f"{EMBED_PATH}/embedding" if tied else f"{path}/kernel"
             )
             factors = initial_factors(
                 adapter, module_name(path), weight.T if tied else weight

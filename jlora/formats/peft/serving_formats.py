@@ -14,7 +14,7 @@ from jlora.errors import UnsupportedError, listing
 from jlora.formats.hub import is_hub_id
 from jlora.formats.open_model import open_config
 from jlora.formats.peft.adapter import Adapter, padded_pair
-from jlora.formats.peft.adapter_keys import EMBEDDING_PATH
+from jlora.formats.peft.adapter_keys import EMBED_PATH
 from jlora.formats.peft.named_base import open_named_base
 from jlora.lora.adapter_tree import HEAD
 
@@ -39,8 +39,8 @@ def convert_for_serving(
         adapter = with_one_rank(adapter)
     if reader == "gguf":
         base = adapter.config.base_model_name_or_path
-        script = f"convert_lora_to_gguf.py {shlex.quote(str(out))}"
-        return adapter, f"next: {script}{_base_flag(base)}"
+        target = shlex.quote(str(out))
+        return adapter, f"next: convert_lora_to_gguf.py {target}{_base_flag(base)}"
     rank = adapter.config.r
     if rank > VLLM_RANKS[-1]:
         raise UnsupportedError(
@@ -73,7 +73,7 @@ def _check_supported(adapter: Adapter, reader: Reader) -> None:
         "a resized vocabulary": adapter.has_own_embeddings,
     }
     found = [part for part, is_there in parts.items() if is_there]
-    on_embeddings = adapter.pairs.keys() & {EMBEDDING_PATH, HEAD}
+    on_embeddings = adapter.pairs.keys() & {EMBED_PATH, HEAD}
     if reader == "gguf" and on_embeddings and _is_tied(adapter):
         found.append("adapters on tied embeddings (embed_tokens or lm_head)")
     if found:
