@@ -50,7 +50,7 @@ class Encoded:
     ids: list[int]
     offsets: list[Span]
     shared: int = 0
-    """How many ids of a longer text these follow: only ids that differ from it are kept."""
+    """Of a prefix of a longer text: its ids are that text's first `shared` ids, then `ids`."""
 
     @cached_property
     def array(self) -> np.ndarray:
