@@ -72,7 +72,7 @@ def select_trainable(
         shared = False
         if config.ensure_weight_tying and EMBEDDING not in tokens:
             reason = "the embedding is not adapted" if tied else "the base is not tied"
-            text = f"lora.ensure_weight_tying has no effect, as {reason}"
+            text = f"lora.ensure_weight_tying has no effect, as {reason}; leave it out"
             _refuse_or_warn(text, strict=strict)
     if tied and EMBEDDING in tokens and HEAD in adapted:
         raise UnsupportedError(

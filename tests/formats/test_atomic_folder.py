@@ -92,7 +92,7 @@ def killed(what, hf, out, place, *more):
     [
         ("convert", ("jlora.formats.base.base_writer", "write_safetensors", "3")),
         ("convert", ("jlora.formats.atomic_folder", "_sync", "1")),
-        ("export", ("convert.to_hf", "_read_back", "1")),
+        ("export", ("jlora.formats.export_merged", "_read_back", "1")),
     ],
 )
 def test_a_killed_command_leaves_no_target_and_can_be_repeated(what, place, hf, out):

@@ -309,10 +309,7 @@ def test_the_plan_counts_the_weights_that_are_dequantised():
         rows=1,
         length=8,
         weight_shards=1,
-        dtype=jnp.bfloat16,
-        attention="xla",
-        remat="full",
-        kernels="xla",
+        compute=Compute("cpu", jnp.dtype(jnp.bfloat16), remat="full"),
     )
     layers = sum(
         2 * leaf.size
