@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import UnsupportedError, UsageError
+from jlora.errors import UnsupportedError, UsageError, listing
 from jlora.lora.adapter_tree import (
     EMBEDDING,
     HEAD,
@@ -42,7 +42,8 @@ def add_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> Param
     `rngs={"dropout": key}` is passed. train.py does this itself.
 
     Raises:
-        UsageError, UnsupportedError: as `select_trainable`, or there is an adapter already.
+        UsageError, UnsupportedError: as `select_trainable`; there is an adapter already, or
+            a rank is larger than PiSSA or OLoRA can take out of a weight.
     """
     if config.bias != "none":
         raise UnsupportedError(
@@ -59,6 +60,8 @@ def add_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> Param
         vocab_size=_shape(found, EMBEDDING)[0] if EMBEDDING in found else 0,
         strict=True,
     )
+    if needs_residual_base(config):
+        _check_ranks(config, found, selection.adapted)
     numbers = _key_numbers(list(found))
     new: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, (rank, scaling) in selection.adapted.items():
@@ -73,6 +76,23 @@ def add_lora(params: Mapping[str, Any], config: LoraConfig, key: Array) -> Param
     if selection.shared:
         new[HEAD] = {"lora_shared": jnp.float32(1)}
     return with_adapter(params, new)
+
+
+def _check_ranks(
+    config: LoraConfig, found: dict[str, Params], adapted: Mapping[str, Any]
+) -> None:
+    """Refuses ranks above what a matrix has: PiSSA and OLoRA take A and B out of it."""
+    wrong = [
+        f"rank {rank} of {name} {list(shape)}"
+        for name, (rank, _) in adapted.items()
+        if name != EMBEDDING and rank > min(shape := _shape(found, name))
+    ]
+    if wrong:
+        raise UsageError(
+            f"lora.init_lora_weights={config.init_lora_weights!r} takes its factors out of "
+            f"each weight, which has none left for {listing(wrong)}; lower lora.r, or use "
+            "lora.rank_pattern for these modules"
+        )
 
 
 def _key_numbers(names: list[str]) -> dict[str, int]:

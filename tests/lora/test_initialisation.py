@@ -196,3 +196,11 @@ def test_biases_are_not_trained():
         add_lora(
             random_params(llama_config()), LoraConfig(bias="all"), jax.random.key(0)
         )
+
+
+@pytest.mark.parametrize("method", ["pissa", "pissa_niter_4", "olora"])
+def test_a_rank_that_a_weight_does_not_have_is_refused(method):
+    message = rf"rank {OUT + 1} of {Q0} \[{IN}, {OUT}\]; lower lora.r"
+    with pytest.raises(UsageError, match=message):
+        one_kernel(q_only(r=OUT + 1, init_lora_weights=method))
+    assert one_kernel(q_only(r=OUT, init_lora_weights=method))["lora_A"].shape[1] == OUT
