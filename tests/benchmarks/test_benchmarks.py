@@ -1,10 +1,12 @@
 """Every benchmark runs on a toy size, in a process of its own as its users start it."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT
@@ -69,7 +71,7 @@ def test_table_has_a_row_for_each_workload_and_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import table
+    table: Any = importlib.import_module("table")
 
     line = {"workload": "A", "framework": "jlora", "device": "x", "step_ms": 2}
     (tmp_path / "lines").write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -95,7 +97,7 @@ def merged_kernel(kernel, a, b, scaling=0.7):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_merge_module_rounds_scale_and_sum_apart(dtype):
     kernel, a, b, product = merge_case(dtype)
-    scaling = np.float32(0.7)
+    scaling: Any = np.float32(0.7)
     expected = np.empty_like(kernel)
     for i, j in np.ndindex(kernel.shape):
         update = np.float32(product[i, j] * np.float64(scaling))

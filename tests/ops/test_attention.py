@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,12 +40,17 @@ def by_hand(q, k, v, *, segment_ids=None, offset=0):
     return out
 
 
+def attend_to(arrays: Any, compute: Compute, **settings: Any) -> Any:
+    q, k, v = arrays
+    return attend(q, k, v, compute, **settings)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
 @pytest.mark.parametrize("segment_ids", [None, SEGMENTS])
 def test_attention_equals_loops_over_heads(kv_heads, segment_ids):
     arrays = case(kv_heads=kv_heads)
     given = None if segment_ids is None else jnp.asarray(segment_ids)
-    found = attend(*map(jnp.asarray, arrays), CPU, segment_ids=given)
+    found = attend_to(map(jnp.asarray, arrays), CPU, segment_ids=given)
     expected = by_hand(*arrays, segment_ids=segment_ids)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
@@ -56,9 +63,9 @@ def test_blocks_of_queries_and_the_reference_elsewhere_equal_loops_over_heads(
     given = None if segment_ids is None else jnp.asarray(segment_ids)
     expected = by_hand(*arrays, segment_ids=segment_ids)
     monkeypatch.setattr("jlora.ops.attention_cpu._LEAST_QUERIES", 3)  # 3, 3 and 2 of 8
-    found = attend(*map(jnp.asarray, arrays), CPU, segment_ids=given)
+    found = attend_to(map(jnp.asarray, arrays), CPU, segment_ids=given)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-    found = attend(*map(jnp.asarray, arrays), GPU, segment_ids=given)
+    found = attend_to(map(jnp.asarray, arrays), GPU, segment_ids=given)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
@@ -72,8 +79,8 @@ def test_gradients_of_blocks_are_those_of_the_reference(
     d_out = jnp.asarray(random_heads(8, 6, 3), dtype)
     given = None if segment_ids is None else jnp.asarray(segment_ids)
     monkeypatch.setattr("jlora.ops.attention_cpu._LEAST_QUERIES", 3)  # 3, 3 and 2 of 8
-    found = jax.vjp(lambda *x: attend(*x, CPU, segment_ids=given), *arrays)[1](d_out)
-    pull = jax.vjp(lambda *x: attend(*x, GPU, segment_ids=given), *exact)[1]
+    found = jax.vjp(lambda *x: attend_to(x, CPU, segment_ids=given), *arrays)[1](d_out)
+    pull = jax.vjp(lambda *x: attend_to(x, GPU, segment_ids=given), *exact)[1]
     for ours, expected in zip(found, pull(d_out.astype(jnp.float32)), strict=True):
         assert ours.dtype == dtype
         error = jnp.linalg.norm(ours.astype(jnp.float32) - expected)
@@ -85,7 +92,7 @@ def test_queries_after_a_cache_see_what_lies_before_them(offset):
     q, k, v = case(queries=3)
     # What lies in the cache beyond the queries must not matter.
     k[:, offset + 3 :], v[:, offset + 3 :] = 1e3, 1e6
-    found = attend(*map(jnp.asarray, (q, k, v)), CPU, offset=jnp.int32(offset))
+    found = attend_to(map(jnp.asarray, (q, k, v)), CPU, offset=jnp.int32(offset))
     expected = by_hand(q, k, v, offset=offset)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
@@ -100,10 +107,10 @@ def test_scores_of_any_size_stay_finite():
 
 def test_bfloat16_scores_are_summed_in_float32():
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in case()]
-    blocks = str(jax.make_jaxpr(lambda *x: attend(*x, CPU))(*arrays))
+    blocks = str(jax.make_jaxpr(lambda *x: attend_to(x, CPU))(*arrays))
     assert blocks.count("dot_general[") == 2
     assert blocks.count("preferred_element_type=float32") == 2
-    jaxpr = jax.make_jaxpr(lambda *x: attend(*x, GPU))(*arrays)
+    jaxpr = jax.make_jaxpr(lambda *x: attend_to(x, GPU))(*arrays)
     scores, _ = (e for e in jaxpr.eqns if e.primitive.name == "dot_general")
     assert str(scores.outvars[0].aval.dtype) == "float32"  # type: ignore[attr-defined]
 
@@ -118,4 +125,4 @@ def test_bfloat16_scores_are_summed_in_float32():
 def test_cudnn_refuses_what_it_would_compute_wrongly(dtype, segment_ids, message):
     arrays = [jnp.asarray(x, dtype) for x in case()]
     with pytest.raises(UsageError, match=message):
-        attend(*arrays, Compute(attention="cudnn"), segment_ids=segment_ids)
+        attend_to(arrays, Compute(attention="cudnn"), segment_ids=segment_ids)

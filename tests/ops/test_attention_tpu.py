@@ -34,8 +34,8 @@ def with_gradients(attention: str, segment_ids: Any, kv_heads: int, head_dim: in
     @jax.jit
     def run(q, k, v, up):
         out, pull = jax.vjp(
-            lambda *x: attend(
-                *x, Compute(attention=attention), segment_ids=segment_ids
+            lambda q, k, v: attend(
+                q, k, v, Compute(attention=attention), segment_ids=segment_ids
             ),
             *(q, k, v),
         )
@@ -63,8 +63,8 @@ def test_splash_and_its_gradients_equal_the_reference(segment_ids, kv_heads, hea
 def test_changing_one_segment_leaves_the_others_bit_identical():
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 200, 2, 32)) for i in range(3))
     run = jax.jit(
-        lambda *x: attend(
-            *x, Compute(attention="splash"), segment_ids=jnp.asarray(SEGMENTS)
+        lambda q, k, v: attend(
+            q, k, v, Compute(attention="splash"), segment_ids=jnp.asarray(SEGMENTS)
         )
     )
     first = jnp.asarray(SEGMENTS == 1)[..., None, None]
