@@ -48,8 +48,9 @@ def assert_close(found, expected):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         scale = np.abs(b).max()
         assert scale > 0
-        # Other fusions: some units in the last place of the largest terms.
-        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=2e-6)
+        # Other fusions: some units in the last place of the largest terms; how many
+        # depends on the processor (up to 2.2e-6 seen).
+        np.testing.assert_allclose(a / scale, b / scale, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize(
