@@ -2,7 +2,7 @@
 
 PEFT on Transformers, with Liger's kernels if they are installed. As the padding-free
 collators of PyTorch trainers do, all documents of a batch go into one row without padding,
-and attention is told where each begins. It is flash-attn if that is installed, else
+and attention gets the start of each. It is flash-attn if that is installed, else
 PyTorch's own copy of the kernel. Where neither runs, the rows stay as they are and
 Transformers derives a block mask from the positions.
 """

@@ -20,7 +20,7 @@ _CUDNN_HEAD_MULTIPLE, _CUDNN_HEAD_LIMIT = 8, 128
 
 
 def default_platform() -> str:
-    """Returns cpu, gpu or tpu: where JAX computes unless it is told otherwise."""
+    """Returns cpu, gpu or tpu: the platform of JAX's default devices."""
     return jax.default_backend()
 
 

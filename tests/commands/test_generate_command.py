@@ -15,7 +15,7 @@ CHAT = ["--model", "hf", "--adapter", "chat_run", "--chat", "--max_new_tokens", 
 
 @pytest.fixture(scope="module")
 def _chat_run(workdir, compiled) -> None:
-    """A run that learnt one conversation by heart."""
+    """A run that was trained until it repeats one conversation."""
     with contextlib.chdir(workdir):
         write_rows(Path("talk.jsonl"), [chat(*TALK)])
         flags = train_flags("chat_run", "--data.train", "talk.jsonl")
