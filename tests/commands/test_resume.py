@@ -3,7 +3,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from helpers import ROOT
@@ -20,6 +20,7 @@ from helpers.commands import (
 )
 
 from jlora.loading import exported_adapter
+from jlora.train.run import Run
 
 pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
 
@@ -161,6 +162,22 @@ def test_a_stop_signal_during_the_loading_of_the_weights_is_obeyed(compiled, tmp
     status, _, err = finish(process)
     assert status == 75
     assert err == "stopped: step 1 is saved; run it again to go on\n"
+
+
+def test_an_evaluation_that_is_due_at_the_step_of_a_stop_is_made(tmp_path, monkeypatch):
+    take = Run.log
+
+    def log_and_stop(run: Run, step: int, *rest: Any) -> None:
+        take(run, step, *rest)
+        if step == 20:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "log", log_and_stop)
+    folder = tmp_path / "run"
+    evaluation = ("--data.eval", "eval.jsonl", "--train.eval_every", 20)
+    assert call("train", *train_flags(folder, *evaluation)).status == 75
+    assert [m["step"] for m in metrics(folder) if "eval_loss" in m] == [20]
+    assert (folder / "checkpoints" / "20").is_dir()
 
 
 def test_resume_never_refuses_a_folder_with_a_run(run):
