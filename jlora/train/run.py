@@ -20,6 +20,7 @@ from jlora.report.run_report import Report
 from jlora.train.checkpoint import RunCheckpoints
 from jlora.train.evaluation import evaluate
 from jlora.train.optimizer import make_schedule
+from jlora.train.resuming import EXPORTED, exported_step
 from jlora.train.step import TrainState
 from jlora.train.step_log import StepLog
 from jlora.train.trainer import TrainedAdapter
@@ -123,6 +124,9 @@ class Run:
             runs: all that are trained together; they share the first one's display.
         """
         write_settings(self.folder, self.meta["settings"])
+        if is_first() and exported_step(self.folder) is None:
+            # A run of an earlier version did not record it: at most these steps.
+            (self.folder / EXPORTED).write_text(str(steps_done))
         self.report = Report(
             self.folder,
             total_steps=total_steps,

@@ -13,6 +13,8 @@ from jlora.train.flops import peak_flops
 from jlora.train.memory_estimate import peak_memory_bytes
 
 MAX_SKIPPED_IN_A_ROW = 5
+# Below it a gradient may be exactly zero because every token has a probability of 1.
+LOSS_WITHOUT_GRADIENT = 1e-3
 NOT_FINITE = "loss or gradient is not finite"
 NO_TOKEN = "the batch has no supervised token"
 
@@ -97,8 +99,10 @@ class StepLog:
             self._reasons.add(reason)
             self._report.say(f"step {step}: {reason}; nothing was changed")
         # A and B are never both zero, so a gradient of exactly zero means that the loss no
-        # longer depends on the adapter: earlier updates were too large.
+        # longer depends on the adapter: earlier updates were too large. A loss of 0 has no
+        # gradient either, but then nothing is left to train.
         zero = finite and not in_a_row and metrics["grad_norm"] == 0
+        zero = zero and metrics["loss"] > LOSS_WITHOUT_GRADIENT
         self._zero_gradients = self._zero_gradients + 1 if zero else 0
         if self._zero_gradients == 1:
             self._report.say(

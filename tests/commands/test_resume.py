@@ -20,6 +20,7 @@ from helpers.commands import (
 )
 
 from jlora.loading import exported_adapter
+from jlora.train.resuming import EXPORTED
 from jlora.train.run import Run
 
 pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
@@ -126,11 +127,14 @@ def test_a_resumed_run_says_which_settings_changed(interrupted, tmp_path):
     assert "note: model" not in out
 
 
+@pytest.mark.parametrize("records_step", [True, False])
 def test_a_run_that_goes_on_and_is_stopped_keeps_its_adapter_and_uses_the_checkpoint(
-    interrupted, compiled, tmp_path
+    interrupted, compiled, records_step, tmp_path
 ):
     folder = tmp_path / "longer"
     shutil.copytree(interrupted.whole, folder)
+    if not records_step:  # as a run of an earlier version
+        (folder / EXPORTED).unlink()
     before = adapter_bytes(folder)
     process = start_train(compiled, *long_run(folder, 4000))
     assert send(process, signal.SIGTERM, after=201).status == 75

@@ -198,3 +198,12 @@ def test_a_gradient_that_stays_zero_ends_the_run():
     log.add(MAX_SKIPPED_IN_A_ROW, arrays(grad_norm=0.0), 0.0)
     with pytest.raises(DivergedError, match="exactly zero for 5 steps in a row"):
         log.flush()
+
+
+def test_a_loss_of_zero_needs_no_gradient():
+    listener = Listener()
+    log = make_log(listener)
+    for step in range(1, 2 * MAX_SKIPPED_IN_A_ROW):
+        log.add(step, arrays(grad_norm=0.0, loss=0.0), 0.0)
+    log.flush()
+    assert listener.messages == []
