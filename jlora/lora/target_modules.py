@@ -6,12 +6,13 @@ Source: PEFT `tuners/tuners_utils.py` (`check_target_module_exists`,
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError, listing, nearest, warn
 from jlora.lora.adapter_tree import EMBEDDING, HEAD
+from jlora.lora.name_matching import layer_index, matches, pattern_value
 
 DEFAULT_TARGETS: tuple[str, ...] = ("q_proj", "v_proj")
 # The two modules with a row, or a column, for each token.
@@ -128,8 +129,8 @@ def select_targets(
         _refuse_no_target(targets, endings)
     result = {}
     for name in selected:
-        rank = _pattern_value(config.rank_pattern, name, config.r, used, strict)
-        alpha = _pattern_value(
+        rank = pattern_value(config.rank_pattern, name, config.r, used, strict)
+        alpha = pattern_value(
             config.alpha_pattern, name, config.lora_alpha, used, strict
         )
         result[name] = (int(rank), config.scaling(int(rank), alpha))
@@ -208,65 +209,16 @@ def _matching_modules(
 ) -> list[str]:
     """Returns the names that are targets and not excluded; adds what matched to `used`."""
     layers = config.layer_indices
-    excluded = {x for x in names if _matches(config.exclude_modules, x, used)}
+    excluded = {x for x in names if matches(config.exclude_modules, x, used)}
     selected = []
     for name in names:
         # As in PEFT, layers_to_transform does not filter an exact name.
         is_filtered = layers and not isinstance(targets, str) and name not in targets
-        if is_filtered and _layer_index(name, config.layers_pattern) not in layers:
+        if is_filtered and layer_index(name, config.layers_pattern) not in layers:
             continue
-        if _matches(targets, name, used) and name not in excluded:
+        if matches(targets, name, used) and name not in excluded:
             selected.append(name)
     return selected
-
-
-def _matches(entries: list[str] | str | None, name: str, used: set[str]) -> bool:
-    """Returns whether a regular expression, or an entry of a list, matches the name."""
-    if isinstance(entries, str):
-        hits = {entries} if entries and _fullmatch(entries, name) else set()
-    else:
-        hits = {x for x in entries or [] if f".{name}".endswith(f".{x}")}
-    used |= hits
-    return bool(hits)
-
-
-def _fullmatch(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UsageError(
-            f"lora: {pattern!r} is not a regular expression ({error})"
-        ) from error
-
-
-def _layer_index(name: str, patterns: list[str] | str | None) -> int | None:
-    """Returns the index of the layer that a module is in, in the list of that name."""
-    if not patterns:
-        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-        return int(match.group(1)) if match else None
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if match:
-            return int(match.group(1))
-    return None
-
-
-def _pattern_value(
-    patterns: Mapping[str, float],
-    name: str,
-    default: float,
-    used: set[str],
-    strict: bool,
-) -> float:
-    """Returns the value of the first pattern that matches, in the dictionary's order."""
-    hits = [key for key in patterns if _fullmatch(rf"(.*\.)?({key})", name)]
-    used |= set(hits)
-    if strict and len({patterns[key] for key in hits}) > 1:
-        raise UsageError(
-            f"lora: the patterns {listing(hits)} give {name} different values; "
-            "make them exclude each other"
-        )
-    return patterns[hits[0]] if hits else default
 
 
 def _refuse_no_target(targets: list[str] | str, endings: set[str]) -> None:
@@ -300,7 +252,7 @@ def _report_unused(
         for entry in items
         if entry not in used
     ]
-    layers = {_layer_index(name, config.layers_pattern) for name in names}
+    layers = {layer_index(name, config.layers_pattern) for name in names}
     unused += [
         f"lora.layers_to_transform: {index} matches no layer"
         for index in config.layer_indices
