@@ -78,6 +78,7 @@ def test_success_is_status_0(capsys):
 
 LONG = """
 import sys
+sys.path[:0] = ['tests', '.']
 from helpers.flag_cases import Arguments
 from jlora.cli.command import run_command
 from jlora.cli.jlora_command import main
