@@ -186,9 +186,15 @@ def _flatten(
                 f"{listing(members)}"
             )
         if members or (isinstance(value, dict) and name not in flags):
-            result |= _flatten(value or {}, flags, where, f"{name}.")
+            inner = _flatten(value or {}, flags, where, f"{name}.")
         else:
-            result[name] = value
+            inner = {name: value}
+        if twice := sorted(result.keys() & inner.keys()):
+            raise UsageError(
+                f"{where}: {listing(twice)} is given twice, once below a key and once "
+                "with a dot; leave one out"
+            )
+        result |= inner
     return result
 
 

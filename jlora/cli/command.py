@@ -40,9 +40,15 @@ def allow_closed_output(run: Callable[P, int]) -> Callable[P, int]:
         try:
             status = run(*args, **kwargs)
             print(end="", flush=True)
-        except BrokenPipeError:
+        except OSError as error:
+            is_closed = isinstance(error, BrokenPipeError)
+            if not is_closed and (error.filename or error.errno != errno.ENOSPC):
+                raise
             # Python flushes what is left at exit, and would print a traceback then.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not is_closed:
+                full = "the output cannot be written: no space left on the disk"
+                return status or _fail(full, ResourceError.exit_status)
             status = status or 128 + signal.SIGPIPE  # as a shell reports it
         return status
 
@@ -104,7 +110,7 @@ def run_command(
 
 
 def _fail(message: str, status: int, label: str = "error") -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(end="", flush=True)
     print(f"{label}: {message}", file=sys.stderr)
     return status

@@ -40,10 +40,17 @@ def _from_word(word: str, kind: Any) -> Any:
     with contextlib.suppress(ValueError, yaml.YAMLError, RecursionError):
         if word:
             value = parse_yaml(word.lower() if is_bool else word)
+            # In one word # begins no comment: `--prompt "# Title"` is that text.
+            if not isinstance(value, list | dict) and _has_comment(word, value):
+                raise ValueError(word)
             return _first_match(value, [part for part in kinds if part is not str])
     if str in kinds or Any in kinds:
         return word
     raise ValueError(word)
+
+
+def _has_comment(word: str, value: Any) -> bool:
+    return "#" in word or (value is None and word not in ("null", "~"))
 
 
 def from_yaml(value: Any, kind: Any) -> Any:
@@ -59,7 +66,10 @@ def from_yaml(value: Any, kind: Any) -> Any:
         return [from_yaml(item, parts[0]) for item in value]
     if origin is dict and isinstance(value, dict):
         key_kind, kind = parts
-        return {from_yaml(k, key_kind): from_yaml(v, kind) for k, v in value.items()}
+        read = {from_yaml(k, key_kind): from_yaml(v, kind) for k, v in value.items()}
+        if len(read) != len(value):  # 1 and "1" are one name
+            raise ValueError(value)
+        return read
     if kind is Any or type(value) is kind or (origin is Literal and value in parts):
         return value
     if type(value) is int and kind in (float, str):

@@ -78,6 +78,10 @@ def _choose_export(words: Sequence[str]) -> list[str]:
     if target not in EXPORTS:
         known = listing([*EXPORTS])
         raise UsageError(f"--to is {target!r}; expected one of {known}")
+    if len(EXPORTS[target]) > 1 and any(w.split("=")[0] == "--for" for w in rest):
+        raise UsageError(
+            f"--to {target} says already what --for would say; leave it out"
+        )
     return [*EXPORTS[target], *rest]
 
 

@@ -38,7 +38,7 @@ class _StrictLoader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("null", r"null|~|", ["n", "~", ""]),
     ("bool", r"true|false", list("tf")),
-    ("int", r"[-+]?(0|[1-9][0-9]{0,99})", list("-+0123456789")),
+    ("int", r"0|-?[1-9][0-9]{0,99}", list("-0123456789")),
     (
         "float",
         r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?",
@@ -82,4 +82,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: nested too deeply") from error
     if not isinstance(document, dict):
         raise UsageError(f"{file}: expected keys and values, such as `seed: 1`")
-    return {str(key): value for key, value in document.items()}
+    named = {str(key): value for key, value in document.items()}
+    if len(named) != len(document):
+        raise UsageError(f"{file}: a key occurs twice, as a number and as text")
+    return named

@@ -70,13 +70,29 @@ def test_a_field_named_like_a_keyword_has_a_plain_flag():
     assert read("--for", "you").for_ == "you"
 
 
-@pytest.mark.parametrize("value", ["123", "a: b", "-1", "true", "", "[a", "- a"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "123",
+        "a: b",
+        "-1",
+        "true",
+        "",
+        "[a",
+        "- a",
+        "# Title",
+        " ",
+        "null # c",
+        "+49",
+    ],
+)
 def test_text_stays_text(value):
     assert read("--text", value).text == value
 
 
 def test_text_that_looks_like_a_flag_is_given_with_an_equals_sign():
     assert read("--text=--plan").text == "--plan"
+    assert read("--text=---").text == "---"
     assert "--text=VALUE" in message("--model", "m", "--text", "-x")
 
 
@@ -300,3 +316,21 @@ def test_a_field_of_peft_that_changes_nothing_is_taken(way, config):
     assert parse(train.Arguments, [*place, *given]) == parse(train.Arguments, place)
     with pytest.raises(UnsupportedError, match=r"task_type='SEQ_CLS' \(jlora has"):
         parse(train.Arguments, [*place, "--lora.task_type", "SEQ_CLS"])
+
+
+def test_a_number_with_a_comment_is_no_number():
+    assert "--group.rank is '5 # c'" in message("--model", "m", "--group.rank", "5 # c")
+
+
+@pytest.mark.parametrize(
+    "text", ["group: {rank: 4}\ngroup.rank: 5\n", "group.rank: 5\ngroup: {rank: 4}\n"]
+)
+def test_a_key_that_is_given_nested_and_dotted_is_refused(text, config):
+    assert "group.rank is given twice" in message(
+        "--model", "m", "--config", config(text)
+    )
+
+
+def test_names_that_are_one_as_text_are_refused():
+    words = ("--model", "m", "--group.ranks", '{1: 1, "1": 2}')
+    assert "--group.ranks is" in message(*words)

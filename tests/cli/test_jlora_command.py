@@ -1,4 +1,9 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from helpers import ROOT
 
 from jlora.cli.arguments import parse
 from jlora.cli.jlora_command import COMMANDS, main
@@ -64,3 +69,24 @@ def test_export_passes_on_for_whom_it_writes(monkeypatch):
 def test_an_export_for_an_unknown_reader_is_refused(words, capsys):
     assert main(["export", *words]) == 2
     assert "expected one of hf, peft, vllm, gguf\n" in capsys.readouterr().err
+
+
+def test_export_for_a_reader_takes_no_other_reader(capsys):
+    words = ["export", "--adapter", "run", "--to", "vllm", "--for", "peft", "out"]
+    assert main(words) == 2
+    assert "--to vllm says already what --for would say" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_is_full_is_one_message():
+    code = "import sys; from jlora.cli.jlora_command import main; sys.exit(main())"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    message = "error: the output cannot be written: no space left on the disk\n"
+    assert (done.returncode, done.stderr) == (5, message)
