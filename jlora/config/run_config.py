@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
+from jlora.config.json_fields import MAX_SIZE
 from jlora.errors import UsageError, listing, nearest
 
 # Groups of trained parameters, see `optimizer.group_of`. `embedding`: the LoRA factors of
@@ -245,5 +246,7 @@ def check_seed(seed: int) -> None:
 
 def _at_least(prefix: str, config: object, name: str, low: int) -> None:
     value = getattr(config, name)
-    if not low <= value < math.inf:  # NaN fails, too
+    if not low <= value:  # NaN fails, too
         raise UsageError(f"{prefix}.{name}={value!r}; expected at least {low}")
+    if value == math.inf or (isinstance(value, int) and value > MAX_SIZE):
+        raise UsageError(f"{prefix}.{name}={value!r}; expected at most {MAX_SIZE:,}")

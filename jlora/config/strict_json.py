@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from collections import Counter
 from typing import Any
 
 from jlora.errors import CorruptError
 
 MAX_JSON_BYTES = 1 << 20
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
@@ -36,12 +38,17 @@ def parse_json(data: bytes, where: str, max_bytes: int = MAX_JSON_BYTES) -> Any:
         return value
 
     try:
-        return json.loads(
+        document = json.loads(
             data.decode("utf-8-sig"),
             object_pairs_hook=unique,
             parse_float=finite,
             parse_constant=finite,
         )
+        if _SURROGATE.search(data):  # half of a character cannot be written again
+            json.dumps(document, ensure_ascii=False).encode()
+        return document
+    except UnicodeEncodeError as error:
+        raise CorruptError(f"{where}: a text holds half of a character") from error
     except UnicodeDecodeError as error:
         raise CorruptError(f"{where}: not UTF-8 text ({error})") from error
     except json.JSONDecodeError as error:
