@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from jlora.cli.command import run_command
 from jlora.cli.process_setup import keep_compiled, keep_freed_memory
+from jlora.config.json_fields import MAX_SIZE
 from jlora.config.run_config import (
     ComputeConfig,
     MeshConfig,
@@ -28,8 +29,10 @@ class Arguments(RowConfig, ModelConfig):
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         super().__post_init__()
-        if self.batch_size < 1:
-            raise UsageError(f"batch_size={self.batch_size}; expected at least 1")
+        if not 1 <= self.batch_size <= MAX_SIZE:
+            raise UsageError(
+                f"batch_size={self.batch_size}; expected 1 to {MAX_SIZE:,}"
+            )
 
 
 def main(args: Arguments) -> None:

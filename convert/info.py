@@ -29,12 +29,15 @@ def main(arguments: Arguments) -> None:
     from jlora.formats.model_source import hash_weights
     from jlora.formats.open_model import open_model
     from jlora.loading import exported_adapter, open_adapter
+    from jlora.train.checkpoint import saved_steps
 
     if is_adapter(Path(arguments.path)):
         if arguments.digest:
             raise UsageError("--digest is for models; an adapter has none")
         folder = Path(arguments.path)
-        lines = describe_adapter(open_adapter(folder), folder, exported_adapter(folder))
+        steps = sorted(saved_steps(folder / "checkpoints"))
+        adapter, found = open_adapter(folder), exported_adapter(folder)
+        lines = describe_adapter(adapter, folder, found, steps)
         print("\n".join(lines))
         return
     source = open_model(arguments.path)

@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"jlora.{_PLACES[name]}"), name)
         globals()[name] = value
         return value
-    if importlib.util.find_spec(f"jlora.{name}"):
+    if name.isidentifier() and importlib.util.find_spec(f"jlora.{name}"):
         return importlib.import_module(f"jlora.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

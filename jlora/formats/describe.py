@@ -1,6 +1,7 @@
 """What a model or an adapter is, as lines of text: one per fact."""
 
 from collections import Counter
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,16 @@ def describe_model(source: ModelSource) -> list[str]:
     return _lines(facts)
 
 
-def describe_adapter(adapter: Adapter, folder: Path, found: Path | None) -> list[str]:
+def describe_adapter(
+    adapter: Adapter, folder: Path, found: Path | None, steps: Sequence[int] = ()
+) -> list[str]:
     """Returns one line per fact of a PEFT adapter folder or of a run.
 
     Args:
         adapter: what was read.
         folder: what was asked about.
         found: the folder in PEFT's form that was read; None: the run's newest checkpoint.
+        steps: checkpoints of a run.
     """
     config = adapter.config
     leaves = [leaf for module in adapter.tensors.values() for leaf in module.values()]
@@ -95,8 +99,7 @@ def describe_adapter(adapter: Adapter, folder: Path, found: Path | None) -> list
     if form == "run":
         read_from = found or folder / "checkpoints"
         facts["read from"] = read_from.relative_to(folder).as_posix()
-        steps = [path.name for path in (folder / "checkpoints").glob("[0-9]*")]
-        facts["checkpoints"] = listing(sorted(steps, key=int)) or "none"
+        facts["checkpoints"] = listing(steps) or "none"
     return _lines(facts)
 
 

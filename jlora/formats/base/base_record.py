@@ -194,12 +194,14 @@ def _command(folder: Path, document: dict[str, Any]) -> str:
     source, revision = provenance.get("source", "SRC"), provenance.get("revision")
     words = [f"{source}@{revision}" if revision else str(source), str(folder)]
     dtypes = {
-        leaf.get("dtype")
+        leaf["dtype"]
         for path, leaf in leaves.items()
-        if not path.endswith(("/kernel_q", "/kernel_scale", "/kernel_absmax"))
+        if isinstance(leaf, dict)
+        and leaf.get("dtype") in _DTYPES
+        and not path.endswith(("/kernel_q", "/kernel_scale", "/kernel_absmax"))
     }
     if len(dtypes) == 1:
         words += ["--dtype", str(*dtypes)]
-    if document.get("quantize", "none") != "none":
-        words += ["--quantize", str(document["quantize"])]
+    if document.get("quantize") in ("fp8", "int8", "nf4"):
+        words += ["--quantize", document["quantize"]]
     return f"jlora convert {shlex.join(words)} --overwrite"

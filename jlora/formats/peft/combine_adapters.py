@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from jlora.config.lora_config import LoraConfig
+from jlora.config.lora_config import MAX_RANK, LoraConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.formats.peft.adapter import Adapter, padded_pair
 from jlora.formats.tensor_names import module_name
@@ -136,9 +136,10 @@ def _check(
         )
     if not all(map(math.isfinite, weights)):
         raise UsageError(f"weights={list(weights)}; expected finite numbers")
-    if svd_rank is not None and (method != "svd" or svd_rank < 1):
+    if svd_rank is not None and (method != "svd" or not 1 <= svd_rank <= MAX_RANK):
         raise UsageError(
-            f"svd_rank={svd_rank} with how={method}; expected at least 1, for svd only"
+            f"svd_rank={svd_rank} with how={method}; expected 1 to {MAX_RANK:,}, for svd "
+            "only"
         )
     for adapter in adapters:
         leaves = {leaf for pair in adapter.tensors.values() for leaf in pair}

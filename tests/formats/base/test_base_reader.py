@@ -199,6 +199,8 @@ OLD = {
             "'my models/a.gguf' {} --quantize nf4 --overwrite",
         ),
         ({"leaves": None}, "SRC OUT --overwrite"),
+        ({"leaves": {"a": 5, "b": {"dtype": [1]}}}, "owner/name@abc {} --overwrite"),
+        ({"quantize": ["q"], "leaves": {}}, "owner/name@abc {} --overwrite"),
     ],
 )
 def test_an_older_base_is_refused_with_the_command_that_converts_it(
