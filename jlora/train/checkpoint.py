@@ -97,7 +97,12 @@ def saved_steps(folder: Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted(
-        (int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True
+        (
+            int(p.name)
+            for p in folder.iterdir()
+            if p.name.isascii() and p.name.isdigit()
+        ),
+        reverse=True,
     )
 
 

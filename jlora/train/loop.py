@@ -20,7 +20,7 @@ from jlora.train.evaluation import make_eval_step
 from jlora.train.prefetch import Prefetch
 from jlora.train.resuming import EXPORTED, locked, resume_all
 from jlora.train.run import Run
-from jlora.train.step import Batch
+from jlora.train.step import Batch, TrainState
 from jlora.train.step_log import is_due
 from jlora.train.sweep import make_sweep_trainer
 from jlora.train.trainer import Trainer, make_trainer
@@ -75,18 +75,16 @@ def train_runs(
             for run in runs:
                 run.log(step, metrics, waited_s)
             stopping = is_asked() and step < total_steps
-            # Evaluated first, because a resumed run does not repeat it.
+            if stopping:  # saved at once: who asked to stop may not wait for long
+                _save(runs, trainer, state, step)
             if is_due(step, config.eval_every, total_steps):
                 for index, run in enumerate(runs):
-                    params = trainer.parameters(state, index)
-                    run.evaluate(eval_step, step, params, mesh)
-            if stopping or is_due(step, config.save_every, total_steps):
-                for run in runs:
-                    run.flush()
-                if not all(run.error for run in runs):
-                    # A diverged run is saved as well, so that all have the same steps.
-                    for index, run in enumerate(runs):
-                        run.save(step, trainer.adapter_state(state, index))
+                    if run.held_out is not None and not run.error:
+                        params = trainer.parameters(state, index)
+                        run.evaluate(eval_step, step, params, mesh)
+            # Saved after the evaluation, which a resumed run does not repeat.
+            if not stopping and is_due(step, config.save_every, total_steps):
+                _save(runs, trainer, state, step)
             if all(run.error for run in runs):
                 _raise_diverged(runs)
             if stopping:
@@ -167,6 +165,18 @@ def _batches(
 def _datasets(runs: Sequence[Run]) -> dict[int, Any]:
     """Returns the data sets by identity: runs with the same seed share one."""
     return {id(run.data): run.data for run in runs}
+
+
+def _save(runs: Sequence[Run], trainer: Trainer, state: TrainState, step: int) -> None:
+    """Writes a checkpoint of every run, unless all have diverged.
+
+    One that has diverged is saved as well, so that all have the same steps.
+    """
+    for run in runs:
+        run.flush()
+    if not all(run.error for run in runs):
+        for index, run in enumerate(runs):
+            run.save(step, trainer.adapter_state(state, index))
 
 
 def _raise_diverged(runs: Sequence[Run]) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import ComputeConfig
+from jlora.errors import UsageError
 from jlora.lora.adapter_tree import (
     Params,
     is_adapter,
@@ -80,7 +81,13 @@ def plan_workload(
     chosen = choose_compute(
         compute, mesh, head_dim=config.head_dim, max_segments=max_segments
     )
-    if not can_fuse_any(params, chosen.dtype):  # such as a quantised base
+    if chosen.kernels == "hopper" and not can_fuse_any(params, chosen.dtype):
+        if compute.kernels == "hopper":
+            raise UsageError(
+                "compute.kernels=hopper: no weight of this run is one that the fused "
+                "kernels take (quantised, float32, with biases, or sizes that do not "
+                "divide); use auto or xla"
+            )
         chosen = replace(chosen, kernels="xla")
     work = Workload(
         config=config,

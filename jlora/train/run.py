@@ -124,7 +124,7 @@ class Run:
             runs: all that are trained together; they share the first one's display.
         """
         write_settings(self.folder, self.meta["settings"])
-        if is_first() and exported_step(self.folder) is None:
+        if is_first() and (not steps_done or exported_step(self.folder) is None):
             # A run of an earlier version did not record it: at most these steps.
             (self.folder / EXPORTED).write_text(str(steps_done))
         self.report = Report(
@@ -134,6 +134,12 @@ class Run:
             name=self.name,
             beside=None if runs[0] is self else runs[0].report,
         )
+        if steps_done < total_steps and (self.folder / "adapter").is_dir():
+            self.report.say(
+                f"{self.folder / 'adapter'} stays that of step "
+                f"{exported_step(self.folder)} until the end; --adapter {self.folder} "
+                "takes the newest checkpoint"
+            )
         self._checkpoints = RunCheckpoints(self.folder / "checkpoints", config.keep)
         self._log = StepLog(
             self.report,
@@ -168,9 +174,10 @@ class Run:
                 self.report.say(str(error))
 
     def evaluate(self, eval_step: Any, step: int, params: Params, mesh: Mesh) -> None:
-        """Logs the loss on the held-out data, if there is any."""
+        """Logs the loss on the held-out data, which the run must have."""
+        assert self.held_out is not None
         self.flush()
-        if self.held_out is not None and not self.error:
+        if not self.error:
             loss, _ = evaluate(eval_step, params, self.held_out, mesh)
             self.report.log(step=step, eval_loss=loss)
 

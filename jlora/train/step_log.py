@@ -115,8 +115,8 @@ class StepLog:
                 f"{self._zero_gradients} steps in a row up to step {step}, at a loss of "
                 f"{metrics['loss']:.4f}. Lower optim.learning_rate"
             )
-        # One such step at the very end is like one before: the state is that of the last.
-        at_end = step == self._total_steps and in_a_row > 1
+        # One such step at the very end is like one before, if any step was good.
+        at_end = step == self._total_steps and (in_a_row > 1 or in_a_row == step)
         if in_a_row >= MAX_SKIPPED_IN_A_ROW or at_end:
             advice = "Lower optim.learning_rate, or look at the data"
             if self._reasons == {NO_TOKEN}:

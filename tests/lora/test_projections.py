@@ -11,6 +11,7 @@ from helpers.training_cases import llama_config
 
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import ComputeConfig
+from jlora.errors import UsageError
 from jlora.lora.initialisation import add_lora
 from jlora.lora.projections import can_fuse_any
 from jlora.ops.quantize import quantize_kernel
@@ -69,3 +70,15 @@ def test_a_plan_has_the_fused_kernels_only_for_weights_that_they_take(make, expe
         length=64,
     )
     assert work.compute.kernels == ("hopper" if expected else "xla")
+
+
+def test_fused_kernels_that_are_asked_for_and_take_no_weight_are_refused():
+    with pytest.raises(UsageError, match=r"compute\.kernels=hopper: no weight"):
+        plan_workload(
+            CONFIG,
+            quantised(),
+            mesh_of("gpu", capability="9.0"),
+            compute=ComputeConfig(remat="none", kernels="hopper"),
+            rows=1,
+            length=64,
+        )

@@ -53,6 +53,7 @@ def make_log(
     listener: Listener,
     log_every: int = 1,
     schedule: Any = lambda step: 0.1 * (step + 1),
+    total_steps: int = 100,
 ) -> StepLog:
     return StepLog(
         listener,
@@ -60,7 +61,7 @@ def make_log(
         flops_per_token=1.0,
         steps_per_epoch=4,
         log_every=log_every,
-        total_steps=100,
+        total_steps=total_steps,
     )
 
 
@@ -207,3 +208,10 @@ def test_a_loss_of_zero_needs_no_gradient():
         log.add(step, arrays(grad_norm=0.0, loss=0.0), 0.0)
     log.flush()
     assert listener.messages == []
+
+
+def test_a_run_whose_only_step_is_not_finite_has_diverged():
+    log = make_log(Listener(), total_steps=1)
+    log.add(1, arrays(loss=float("nan"), skipped=1, in_a_row=1), 0.0)
+    with pytest.raises(DivergedError, match="step 0 was the last good one"):
+        log.flush()
