@@ -82,7 +82,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     from jlora.train.flops import flops_per_token
     from jlora.train.loop import train_runs
     from jlora.train.memory_estimate import plan_workload
-    from jlora.train.resuming import check_run, locked
+    from jlora.train.resuming import check_run, locked, model_identity
     from jlora.train.run import Run, write_settings
     from jlora.train.summary import print_plan, print_summary
     from jlora.train.sweep_file import check_members, compute_for_adapters, read_sweep
@@ -145,7 +145,9 @@ def train(args: Arguments, stop: threading.Event) -> None:
     )
     model = Llama.with_compute(config, work.compute)
     shared = {
+        **model_identity(config),
         "base": fingerprint(base),
+        "init_adapter": fingerprint(continued.tensors) if continued else None,
         "tokenizer": tokenizer.fingerprint,
         "batch_size": args.train.batch_size,
         "data.packing": args.data.packing,

@@ -19,8 +19,9 @@ from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.formats.digests import flatten, leaf_digest
 from jlora.parallel.processes import to_host
 
-# 2: moments are of stacked layers. What is under "trainable" is the same as in 1.
-SCHEMA_VERSION = 2
+# 2: moments are of stacked layers. 3: the identity has the model's configuration and
+# jlora's version. What is under "trainable" is the same in all.
+SCHEMA_VERSION = 3
 Tree = dict[str, Any]
 
 
@@ -146,8 +147,8 @@ def _load(path: Path, step: int, schemas: Sequence[int]) -> Saved:
     if meta.get("schema") not in schemas:
         raise UnsupportedError(
             f"{path}: written with checkpoint schema {meta.get('schema')!r}; "
-            f"this jlora reads schema {max(schemas)}; use the jlora that wrote it, or begin "
-            "the run again in another output_dir"
+            f"this jlora reads schema {max(schemas)}; use the jlora that wrote it, or "
+            "another output_dir, where --init_adapter RUN continues the adapter of a run"
         )
     leaves = restore_tree(path / "state")
     digests = meta.get("sha256", {})
@@ -194,7 +195,7 @@ def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
         UsageError: the run has no checkpoint.
         CorruptError, UnsupportedError: as `load_newest`.
     """
-    saved, _ = load_newest(run / "checkpoints", (1, SCHEMA_VERSION))
+    saved, _ = load_newest(run / "checkpoints", range(1, SCHEMA_VERSION + 1))
     if saved is None:
         raise UsageError(f"{run}: neither an adapter/ folder nor a checkpoint in it")
     tree: Tree = {}

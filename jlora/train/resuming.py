@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UsageError, listing, warn
 from jlora.parallel.processes import is_first
@@ -20,8 +21,13 @@ from jlora.train.checkpoint import (
     saved_steps,
 )
 
-# Parts of a run's identity that are digests: messages leave out their values.
-DIGESTS = ("base", "tokenizer", "data")
+# Parts of a run's identity that are digests: messages name what they are of, not values.
+DIGESTS = {
+    "base": "the base",
+    "tokenizer": "the tokenizer or its chat template",
+    "data": "the data",
+    "init_adapter": "the adapter that it continues (init_adapter)",
+}
 # Where an adapter says that its base is found; training does not depend on it.
 LABELS = ("lora.base_model_name_or_path", "lora.revision")
 # Settings that decide where a run is and what it does first, not what it computes.
@@ -170,27 +176,39 @@ def _check_first_save(
             )
 
 
+def model_identity(config: LlamaConfig) -> dict[str, Any]:
+    """Returns the model's configuration as a part of a run's identity."""
+    fields = asdict(config)
+    return {"rope_parameters": fields.pop("rope_parameters"), "config": fields}
+
+
 def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
-    """Raises UsageError if a run continues with other data, weights or settings.
+    """Raises UsageError if a run continues with another model, data, settings or jlora.
 
     The message names every key that differs.
     """
     # A field that did not exist when the run began had its default.
     defaults = _by_name({"lora": asdict(LoraConfig())})
+    # As text, because a tuple comes back from a checkpoint as a list.
     before, now = (
-        defaults | _by_name(x) for x in (saved.meta.get("identity", {}), identity)
+        {
+            name: json.dumps(value, sort_keys=True)
+            for name, value in (defaults | _by_name(x)).items()
+        }
+        for x in (saved.meta.get("identity", {}), identity)
     )
     differing = [
-        f"the {name} differs"
+        f"{DIGESTS[name]} differs"
         if name in DIGESTS
-        else f"{name} is {json.dumps(now.get(name))}, was {json.dumps(before.get(name))}"
+        else f"{name} is {now.get(name, 'null')}, was {before.get(name, 'null')}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and name not in LABELS
     ]
     if differing:
         raise UsageError(
             f"{run}: cannot resume from step {saved.step}: {listing(differing)}; give what "
-            "the run began with, or another output_dir"
+            "the run began with, or another output_dir, where "
+            f"--init_adapter {run} continues its adapter"
         )
 
 

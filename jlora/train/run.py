@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,12 @@ class Run:
             flops_per_token: of the model with this adapter.
         """
         data, held_out = splits
-        own = {"data": data.fingerprint, "lora": asdict(lora), "seed": settings.seed}
+        own = {
+            "jlora": _jlora_version(),
+            "data": data.fingerprint,
+            "lora": asdict(lora),
+            "seed": settings.seed,
+        }
         return cls(
             name=name,
             folder=Path(settings.output_dir),
@@ -194,6 +199,13 @@ class Run:
             lambda path, leaf: to_host(leaf) if is_adapter(path[-1]) else leaf,
             join(state.trainable, self.adapter.frozen),
         )
+
+
+def _jlora_version() -> str:
+    try:
+        return version("jlora")
+    except PackageNotFoundError:  # a checkout that is used without being installed
+        return "unknown"
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:

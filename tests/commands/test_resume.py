@@ -1,4 +1,5 @@
 import contextlib
+import json
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from helpers.commands import (
     succeed,
     train_flags,
 )
+from helpers.data_cases import write_rows
+from helpers.tiny import CONFIG, tensors
 
 from jlora.loading import exported_adapter
 from jlora.train.resuming import EXPORTED
@@ -212,4 +215,123 @@ def test_a_run_is_resumed_only_with_what_it_began_with(run, more, message):
     done = call("train", *train_flags(run, *more))
     assert done.status == 2
     assert message in done.err
-    assert len(done.err) < 300
+    assert len(done.err) < 400
+
+
+@pytest.fixture
+def finished(run, tmp_path) -> Path:
+    """A copy of a finished run, and of its model as `hf` in the working directory."""
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "rope_theta",
+            5e5,
+            "rope_parameters.rope_theta is 500000.0, was 10000.0",
+        ),
+        ("rms_norm_eps", 1e-6, "config.rms_norm_eps is 1e-06, was 1e-05"),
+        (
+            "rope_scaling",
+            {"rope_type": "linear", "factor": 2.0},
+            'rope_parameters.factor is 2.0, was 1.0, rope_parameters.rope_type is "linear"',
+        ),
+    ],
+)
+def test_a_run_whose_model_has_another_configuration_is_not_resumed(
+    finished, workdir, key, value, message, tmp_path
+):
+    shutil.copytree(workdir / "hf", tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    succeed("convert.from_hf", tmp_path / "hf", tmp_path / "base")
+    for model in ("hf", "base"):
+        flags = train_flags(finished, "--train.max_steps", STEPS)
+        flags[1] = tmp_path / model
+        done = call("train", *flags)
+        assert done.status == 2
+        assert message in done.err
+        assert f"--init_adapter {finished} continues its adapter" in done.err
+
+
+def test_a_run_whose_model_has_other_heads_is_not_resumed(finished, workdir, tmp_path):
+    shutil.copytree(workdir / "hf", tmp_path / "hf")
+    file = tmp_path / "hf" / "config.json"
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | heads))
+    flags = train_flags(finished)
+    flags[1] = tmp_path / "hf"
+    done = call("train", *flags)
+    assert done.status == 2
+    for name, (new, old) in {
+        "head_dim": (4, 8),
+        "num_attention_heads": (8, 4),
+        "num_key_value_heads": (4, 2),
+    }.items():
+        assert f"config.{name} is {new}, was {old}" in done.err
+
+
+def test_a_run_whose_gguf_has_another_configuration_is_not_resumed(tmp_path):
+    gguf_files = pytest.importorskip("helpers.gguf_files")
+    write_rows(tmp_path / "data.jsonl", [{"text": "hello 12"}])
+
+    def start(theta: float) -> Done:
+        model = tmp_path / f"{theta}.gguf"
+        changes = {"llama.rope.freq_base": theta}
+        gguf_files.write_gguf(model, tensors(CONFIG), changes)
+        flags = ("--model", model, "--output_dir", tmp_path / "run", "--data.train")
+        return call("train", *flags, tmp_path / "data.jsonl", "--train.max_steps", 1)
+
+    assert start(10000.0).status == 0
+    done = start(20000.0)
+    assert done.status == 2
+    assert "rope_parameters.rope_theta is 20000.0, was 10000.0" in done.err
+
+
+def test_a_run_with_another_chat_template_is_not_resumed(finished, workdir, tmp_path):
+    shutil.copytree(workdir / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    flags = train_flags(finished)
+    flags[1] = tmp_path / "hf"
+    done = call("train", *flags)
+    assert done.status == 2
+    assert "the tokenizer or its chat template differs" in done.err
+
+
+def test_a_run_of_another_jlora_is_not_resumed_but_its_adapter_is_continued(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("jlora.train.run._jlora_version", lambda: "9.9.9")
+    done = call("train", *train_flags(finished))
+    assert done.status == 2
+    assert 'jlora is "9.9.9", was "' in done.err
+    flags = train_flags(tmp_path / "new", "--init_adapter", finished)
+    succeed("train", *flags, "--train.max_steps", 1)
+
+
+def test_a_run_that_recorded_no_configuration_is_refused_with_a_way_out(
+    finished, tmp_path
+):
+    for file in finished.glob("checkpoints/*/meta/metadata"):
+        meta = json.loads(file.read_text())
+        for key in ("config", "rope_parameters", "jlora", "init_adapter"):
+            del meta["identity"][key]
+        file.write_text(json.dumps(meta | {"schema": 2}))
+    done = call("train", *train_flags(finished))
+    assert done.status == 3
+    assert "another output_dir, where --init_adapter RUN continues" in done.err
+    flags = train_flags(tmp_path / "new", "--init_adapter", finished)
+    succeed("train", *flags, "--train.max_steps", 1)
+
+
+def test_a_run_that_continues_another_adapter_is_not_resumed(finished, tmp_path):
+    flags = train_flags(tmp_path / "new", "--train.max_steps", 1, "--init_adapter")
+    succeed("train", *flags, finished)
+    other = tmp_path / "new" / "adapter"
+    for given in ([*flags, other], flags[:-1]):
+        done = call("train", *given)
+        assert done.status == 2
+        assert "the adapter that it continues (init_adapter) differs" in done.err

@@ -5,7 +5,7 @@ Source: PEFT 0.21 `tuners/lora/layer.py`.
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax.core import Tracer
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import UnsupportedError
+from jlora.errors import UnsupportedError, listing
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import changed_embeddings
 from jlora.formats.peft.adapter_placement import adapted_config, place_adapter
@@ -89,6 +89,10 @@ def attach_adapter(
     placement = place_adapter(adapter, config)
     base = {name: dict(leaves) for name, leaves in modules(params).items()}
     added = _replaced_embeddings(adapter, placement.embeddings, base)
+    if train and added:
+        _refuse_training(
+            adapter, f"its copies of {listing(list(added))} differ from the base's"
+        )
     for name, leaves in added.items():
         base[name] |= leaves
     for name, arrays in placement.leaves.items():
@@ -110,20 +114,22 @@ def _check_trainable(adapter: Adapter, config: LlamaConfig) -> None:
     """Refuses adapters that jlora can use but not train."""
     tokens = adapted_config(adapter, config).vocab_size
     if adapter.config.bias != "none":
-        why = (
+        _refuse_training(
+            adapter,
             f"bias={adapter.config.bias!r}; jlora uses trained biases but does not train "
-            "them"
+            "them",
         )
-    elif tokens != config.vocab_size:
-        why = (
-            f"has embeddings for {tokens} tokens, the base has {config.vocab_size}; "
-            "training writes an adapter for the base as it is"
+    if tokens != config.vocab_size:
+        _refuse_training(
+            adapter,
+            f"has embeddings for {tokens} tokens, the base has {config.vocab_size}",
         )
-    else:
-        return
+
+
+def _refuse_training(adapter: Adapter, why: str) -> NoReturn:
     raise UnsupportedError(
-        f"{adapter.location}: {why}, so merge this one first (jlora export) and train on "
-        "the merged model"
+        f"{adapter.location}: {why}; training writes an adapter for the base as it is, so "
+        "merge this one first (jlora export) and train on the merged model"
     )
 
 

@@ -38,3 +38,13 @@ def test_different_adapters_of_tied_embeddings_are_both_used(folder, capsys):
     found = attach_adapter(base, model.config, read_adapter(folder))
     assert "lora_shared" not in found["lm_head"]
     assert "both are used" in capsys.readouterr().err
+
+
+def test_an_adapter_with_other_embeddings_than_the_bases_is_not_trained_on(folder):
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    changed_copy(folder, "embed", arrays=with_value(key, lambda e: 2 * e))
+    model, base, _ = golden("embed").load()
+    with pytest.raises(
+        UnsupportedError, match=r"copies of model\.embed_tokens differ.*jlora export"
+    ):
+        attach_adapter(base, model.config, read_adapter(folder), train=True)
