@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, UInt32
 from jlora.lora.adapter_tree import weight_of
 from jlora.ops.compute_choices import Compute
 from jlora.ops.dropout import drop_by, seeds
+from jlora.ops.elementwise import plus_trained
 from jlora.ops.hopper.fused_projections import PRODUCT_NAME, Leaves
 from jlora.ops.matmul import matmul, matmul_float32
 from jlora.ops.quantize import is_quantized, quantized_matmul
@@ -102,8 +103,9 @@ def linear(
             update = _lora_product(x if dropped is None else dropped, leaves, compute)
             y = y + (update - _initial_product(x, leaves, compute))
         y = scale_columns(y, leaves, save_output=save_output)
-    bias = leaves.get("trained_bias", leaves.get("bias"))
-    return y if bias is None else y + bias.astype(compute.dtype)
+    if "trained_bias" in leaves:
+        return plus_trained(y, leaves["trained_bias"])
+    return y + leaves["bias"].astype(compute.dtype) if "bias" in leaves else y
 
 
 def _base_product(x: Array, leaves: Leaves, compute: Compute) -> Array:

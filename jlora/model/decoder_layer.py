@@ -26,6 +26,7 @@ from jlora.model.kv_cache import KeysValues, write_at
 from jlora.model.rotary import apply_rope
 from jlora.ops.attention import attend
 from jlora.ops.compute_choices import Compute
+from jlora.ops.elementwise import times_trained
 from jlora.ops.hopper.fused_projections import DOWN_NAME, PRODUCT_NAME
 
 # What remat "minimal" saves for the backward pass, besides the inputs and outputs of a
@@ -62,10 +63,12 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Returns the normalised input in its own dtype."""
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
-        scale = self.variables["params"].get("trained_scale", scale)
         wide = x.astype(jnp.float32)
         mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(mean + self.eps)).astype(x.dtype)
+        leaves = self.variables["params"]
+        if "trained_scale" in leaves:
+            return times_trained(normed, leaves["trained_scale"])
         return normed * scale.astype(x.dtype)
 
 

@@ -1,7 +1,11 @@
-"""SwiGLU's activation and the log-likelihood, with gradients written by hand for a CPU.
+"""Elementwise operations whose gradients are written by hand, and why each is.
 
-There XLA would store and reload each array that autodiff saves. On other platforms it fuses
-these operations with their neighbours, and autodiff is as fast.
+SwiGLU's activation and the log-likelihood on a CPU: there XLA would store and reload each
+array that autodiff saves. On other platforms it fuses these operations with their
+neighbours, and autodiff is as fast.
+
+Products and sums with a trained vector, everywhere: autodiff would sum the vector's gradient
+over all tokens in the dtype of the activations. In bfloat16 that is wrong by a percent.
 """
 
 from typing import Any
@@ -27,6 +31,46 @@ def negative_log_likelihood(
     if platform == "cpu":
         return _negative_log_likelihood(logits, targets)
     return jax.nn.logsumexp(logits, axis=-1) - _target_logits(logits, targets)
+
+
+@jax.custom_vjp
+def times_trained(x: Float[Array, "... D"], scale: Float[Array, " D"]) -> Array:
+    """Returns x * scale in the dtype of x; scale's gradient is summed in float32."""
+    return x * scale.astype(x.dtype)
+
+
+def _times_forward(x: Array, scale: Array) -> tuple[Array, Any]:
+    return times_trained(x, scale), (x, scale)
+
+
+def _times_backward(residuals: Any, d_out: Array) -> tuple[Array, Array]:
+    x, scale = residuals
+    product = x.astype(jnp.float32) * d_out.astype(jnp.float32)
+    return d_out * scale.astype(x.dtype), _sum_over_tokens(product, scale.dtype)
+
+
+times_trained.defvjp(_times_forward, _times_backward)
+
+
+@jax.custom_vjp
+def plus_trained(x: Float[Array, "... D"], bias: Float[Array, " D"]) -> Array:
+    """Returns x + bias in the dtype of x; bias' gradient is summed in float32."""
+    return x + bias.astype(x.dtype)
+
+
+def _plus_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return plus_trained(x, bias), bias
+
+
+def _plus_backward(bias: Array, d_out: Array) -> tuple[Array, Array]:
+    return d_out, _sum_over_tokens(d_out.astype(jnp.float32), bias.dtype)
+
+
+plus_trained.defvjp(_plus_forward, _plus_backward)
+
+
+def _sum_over_tokens(x: Array, dtype: Any) -> Array:
+    return jnp.sum(x, axis=tuple(range(x.ndim - 1))).astype(dtype)
 
 
 @jax.custom_vjp

@@ -182,3 +182,18 @@ def test_no_gradient_flows_through_column_norms():
         leaves["lora_A"]
     )
     assert not gradient.any()
+
+
+def test_the_gradient_of_a_trained_bias_is_exact_over_many_tokens():
+    x, kernel = (jnp.asarray(random_input(shape)) for shape in ((16_384, 8), (8, 5)))
+    d_out = jnp.abs(jnp.asarray(random_input((16_384, 5)))).astype(jnp.bfloat16)
+    compute = Compute(dtype=jnp.dtype("bfloat16"))
+
+    def output(bias, name="trained_bias"):
+        return linear(x, {"kernel": kernel, name: bias}, compute)
+
+    bias = jnp.asarray(random_input(5))
+    out, pull = jax.vjp(output, bias)
+    np.testing.assert_array_equal(out, output(bias, "bias"))
+    exact = np.asarray(d_out, np.float64).sum(0)
+    np.testing.assert_allclose(pull(d_out)[0], exact, rtol=1e-5)

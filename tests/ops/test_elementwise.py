@@ -5,7 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.ops.elementwise import gated, negative_log_likelihood
+from jlora.ops.elementwise import (
+    gated,
+    negative_log_likelihood,
+    plus_trained,
+    times_trained,
+)
 
 
 def drawn(shape, dtype, seed):
@@ -74,3 +79,29 @@ def test_gradients_by_hand_can_be_differentiated_again():
     scale = jnp.abs(expected := along("gpu")).max()
     for ours in found:
         assert_close(ours / scale, expected / scale, 1e-5)
+
+
+TOKENS = 16_384
+
+
+@pytest.mark.parametrize("operation", [times_trained, plus_trained])
+def test_the_gradient_of_a_trained_vector_is_summed_in_float32(operation):
+    vector = 1 + drawn((8,), jnp.float32, 0) / 8
+    # All of one sign: a sum in bfloat16 stops growing where its terms are too small.
+    x, d_out = (jnp.abs(drawn((4, TOKENS // 4, 8), jnp.bfloat16, i)) for i in (1, 2))
+    out, pull = jax.vjp(operation, x, vector)
+    plain = {times_trained: jnp.multiply, plus_trained: jnp.add}[operation]
+    expected, plain_pull = jax.vjp(plain, x, vector.astype(jnp.bfloat16))
+    np.testing.assert_array_equal(out, expected)
+    d_x, d_vector = pull(d_out)
+    np.testing.assert_array_equal(d_x, plain_pull(d_out)[0])
+    exact = np.asarray(d_out, np.float64)
+    if operation is times_trained:
+        exact = exact * np.asarray(x, np.float64)
+    exact = exact.sum((0, 1))
+    assert d_vector.dtype == jnp.float32
+    np.testing.assert_allclose(d_vector, exact, rtol=1e-5)
+    with pytest.raises(AssertionError):
+        np.testing.assert_allclose(
+            np.asarray(plain_pull(d_out)[1], np.float64), exact, rtol=1e-3
+        )
