@@ -15,7 +15,7 @@ from jlora.formats.peft.adapter_writer import save_adapter
 from jlora.loading import open_adapter
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.parallel.sharding import make_mesh
-from jlora.train.checkpoint import RunCheckpoints
+from jlora.train.checkpoint import save_checkpoint
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -34,9 +34,13 @@ def test_a_run_folder_gives_its_adapter_or_newest_checkpoint(tmp_path, finished)
             "alpha_pattern": dict(expected.config.alpha_pattern),
         },
     }
-    checkpoints = RunCheckpoints(tmp_path / "checkpoints", 1)
-    checkpoints.save(3, {"trainable": trainable}, {"settings": settings})
-    checkpoints.close()
+    save_checkpoint(
+        tmp_path / "checkpoints",
+        3,
+        {"trainable": trainable},
+        {"settings": settings},
+        keep=1,
+    )
     if finished:
         save_adapter(trainable, expected.config, tmp_path / "adapter", "base")
     adapter = open_adapter(tmp_path)

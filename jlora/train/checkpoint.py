@@ -1,12 +1,16 @@
-"""Saving and restoring through Orbax, with digests: what comes back is what was written.
+"""Checkpoints of a run: the trainable state through Orbax, and what is needed beside it.
 
-Orbax checks no array data (a flipped byte is restored as a wrong number), so the sha256
-of every leaf is kept beside the arrays and compared on the way back.
+Orbax checks no array data (a flipped byte is restored as a wrong number), and damage
+that it does notice shows as errors of many classes, some printed by other threads. So a
+checkpoint has the sha256 of its files, which are compared before Orbax reads them, and
+that of every array.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +19,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
+from jlora.data.cache.token_store import file_sha256
+from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, warn
+from jlora.formats.atomic_folder import atomic_folder
 from jlora.formats.digests import flatten, leaf_digest
-from jlora.parallel.processes import to_host
+from jlora.parallel.processes import is_first, to_host
 
 # 2: moments are of stacked layers. 3: the identity has the model's configuration and
-# jlora's version. What is under "trainable" is the same in all.
+# jlora's version, and files and settings have digests. What is under "trainable" is the
+# same in all.
 SCHEMA_VERSION = 3
 Tree = dict[str, Any]
-
-
-def restore_tree(path: Path) -> Tree:
-    """Returns the tree saved at `path` as NumPy arrays.
-
-    Raises:
-        CorruptError: the checkpoint is incomplete or damaged.
-    """
-    handler: Any = ocp.PyTreeCheckpointHandler()  # it types paths as its own class
-    try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            metadata = handler.metadata(path.absolute())
-            how: Any = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
-            )
-            arguments = ocp.args.PyTreeRestore(restore_args=how)
-            return checkpointer.restore(path.absolute(), args=arguments)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        first = " ".join(str(error).split())[:200]
-        raise CorruptError(f"{path}: not a complete checkpoint ({first})") from error
 
 
 @dataclass(frozen=True)
@@ -54,57 +41,89 @@ class Saved:
     meta: dict[str, Any]
 
 
-class RunCheckpoints:
-    """The `checkpoints/` folder of a run, which has the trainable state of some steps."""
+def save_checkpoint(
+    folder: Path, step: int, state: Any, meta: dict[str, Any], *, keep: int
+) -> None:
+    """Writes the state as step `step`, and `meta` (JSON) beside it.
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        """Creates the folder, or opens it and deletes what an interrupted save left."""
-        self._folder = folder.absolute()
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                enable_async_checkpointing=False,
-                cleanup_tmp_directories=True,
-            ),
-        )
+    The step appears whole or not at all. Of several processes all have to call this; only
+    the first writes.
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-        """Writes the state as step `step`, and `meta` beside it.
+    Args:
+        folder: `checkpoints/` of a run. Later steps in it are deleted: they exist only if
+            the run resumed from an earlier one because they were damaged.
+        step: number of steps done.
+        state: tree of arrays.
+        meta: what `Saved.meta` is to be.
+        keep: how many steps stay, the newest.
 
-        Later steps are deleted first: they exist only if the run resumed from an earlier
-        one because they were damaged, and Orbax refuses a step before its newest.
-        """
-        # Orbax's own list, as all processes must take part in a deletion, and the list on
-        # disk changes while they get here.
-        for damaged in self._manager.all_steps():
-            if damaged >= step:
-                self._manager.delete(damaged)
-        leaves = {path: to_host(leaf) for path, leaf in flatten(state).items()}
+    Raises:
+        ResourceError: the disk is full; earlier steps are still there.
+    """
+    leaves = {path: to_host(leaf) for path, leaf in flatten(state).items()}
+    if not is_first():
+        return
+    for left in folder.glob(".*.partial"):  # by a save that was killed
+        _delete(left)
+    for damaged in saved_steps(folder):
+        if damaged >= step:
+            _delete(folder / str(damaged))
+    with atomic_folder(folder / str(step), overwrite=False) as new:
+        with ocp.Checkpointer(_handler(), **_alone()) as checkpointer:
+            checkpointer.save(new / "state", args=ocp.args.PyTreeSave(leaves))
         digests = {path: leaf_digest(leaf) for path, leaf in leaves.items()}
-        meta = {"schema": SCHEMA_VERSION, "sha256": digests, **meta}
-        arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(leaves), meta=ocp.args.JsonSave(meta)
-        )
-        self._manager.save(step, args=arguments)
+        facts = {"sha256": digests, "files": _file_digests(new / "state"), **meta}
+        # As it is read back: lists instead of tuples.
+        facts = json.loads(json.dumps({"schema": SCHEMA_VERSION, **facts}))
+        (new / "meta").mkdir()
+        text = json.dumps({**facts, "digest": _digest(facts)})
+        (new / "meta" / "metadata").write_text(text, "utf-8")
+    for old in saved_steps(folder)[keep:]:
+        _delete(folder / str(old))
 
-    def close(self) -> None:
-        """Closes Orbax's manager."""
-        self._manager.close()
+
+def _alone() -> dict[str, Any]:
+    """Returns Orbax's options for a process that waits for no other one."""
+    index = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"process_{index}",
+    )
+    return {"multiprocessing_options": options}
+
+
+def _handler() -> Any:  # it types paths as its own class
+    return ocp.PyTreeCheckpointHandler(**_alone())
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Returns the steps that have a folder, valid or not, newest first."""
+    """Returns the steps that are in a folder, valid or not, newest first."""
     if not folder.is_dir():
         return []
-    return sorted(
-        (
-            int(p.name)
-            for p in folder.iterdir()
-            if p.name.isascii() and p.name.isdigit()
-        ),
-        reverse=True,
-    )
+    names = {path.name for path in folder.iterdir()}
+    # isdigit() alone accepts digits that int() does not, and those of other scripts.
+    numbers = {int(name) for name in names if name.isascii() and name.isdigit()}
+    return sorted((n for n in numbers if str(n) in names), reverse=True)
 
 
 def load_newest(
@@ -140,24 +159,60 @@ def load_newest_common(
 
 def _load(path: Path, step: int, schemas: Sequence[int]) -> Saved:
     try:
-        text = (path / "meta" / "metadata").read_text("utf-8")
-        meta = json.loads(text)
-    except (OSError, ValueError) as error:
+        meta = _read_meta(path, schemas)
+        expected = meta["files"] if meta["schema"] > 2 else {}
+        wrong = expected.items() - _file_digests(path / "state").items()
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptError(f"{path}: the checkpoint is incomplete") from error
-    if meta.get("schema") not in schemas:
-        raise UnsupportedError(
-            f"{path}: written with checkpoint schema {meta.get('schema')!r}; "
-            f"this jlora reads schema {max(schemas)}; use the jlora that wrote it, or "
-            "another output_dir, where --init_adapter RUN continues the adapter of a run"
-        )
-    leaves = restore_tree(path / "state")
-    digests = meta.get("sha256", {})
+    if wrong:
+        names = sorted(name for name, _ in wrong)
+        raise CorruptError(f"{path}: damaged or missing files: {listing(names, 3)}")
+    leaves = _restore(path / "state")
+    digests = meta["sha256"]
     if leaves.keys() != digests.keys():
         raise CorruptError(f"{path}: arrays and their digests do not belong together")
     damaged = [name for name in leaves if leaf_digest(leaves[name]) != digests[name]]
     if damaged:
         raise CorruptError(f"{path}: damaged arrays: {listing(damaged)}")
     return Saved(step=step, leaves=leaves, meta=meta)
+
+
+def _read_meta(path: Path, schemas: Sequence[int]) -> dict[str, Any]:
+    meta = json.loads((path / "meta" / "metadata").read_text("utf-8"))
+    schema = meta.get("schema") if isinstance(meta, dict) else None
+    if type(schema) is not int:
+        raise CorruptError(f"{path}: no record of a checkpoint")
+    digest = meta.pop("digest", None)
+    if digest != (_digest(meta) if schema > 2 else None):
+        raise CorruptError(f"{path}: its settings are damaged")
+    if schema not in schemas:
+        raise UnsupportedError(
+            f"{path}: written with checkpoint schema {schema}; this jlora reads schema "
+            f"{max(schemas)}; use the jlora that wrote it, or another output_dir, where "
+            "--init_adapter RUN continues the adapter of a run"
+        )
+    groups = [meta.get(name, {}) for name in ("identity", "settings", "versions")]
+    if not all(isinstance(group, dict) for group in (meta.get("sha256"), *groups)):
+        raise CorruptError(f"{path}: its settings are damaged")
+    return meta
+
+
+def _restore(path: Path) -> Tree:
+    """Returns the tree that Orbax saved at `path`, as NumPy arrays."""
+    handler = _handler()
+    try:
+        with ocp.Checkpointer(handler, **_alone()) as checkpointer:
+            metadata = handler.metadata(path.absolute())
+            how: Any = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.tree
+            )
+            arguments = ocp.args.PyTreeRestore(restore_args=how)
+            return checkpointer.restore(path.absolute(), args=arguments)
+    except MemoryError:
+        raise
+    except Exception as error:  # of many classes, from several libraries
+        first = " ".join(str(error).split())[:200]
+        raise CorruptError(f"{path}: not a complete checkpoint ({first})") from error
 
 
 def restore_into(state: Any, saved: Saved) -> Any:
@@ -195,7 +250,8 @@ def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
         UsageError: the run has no checkpoint.
         CorruptError, UnsupportedError: as `load_newest`.
     """
-    saved, _ = load_newest(run / "checkpoints", range(1, SCHEMA_VERSION + 1))
+    saved, problems = load_newest(run / "checkpoints", range(1, SCHEMA_VERSION + 1))
+    warn_skipped(problems)
     if saved is None:
         raise UsageError(f"{run}: neither an adapter/ folder nor a checkpoint in it")
     tree: Tree = {}
@@ -206,4 +262,16 @@ def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
             for part in parts[:-1]:
                 node = node.setdefault(part, {})
             node[parts[-1]] = leaf
-    return LoraConfig(**saved.meta["settings"]["lora"]), tree, saved.meta
+    try:
+        lora = LoraConfig(**saved.meta["settings"]["lora"])
+    except (KeyError, TypeError) as error:
+        raise CorruptError(
+            f"{run}: checkpoint step {saved.step} has no settings of an adapter"
+        ) from error
+    return lora, tree, saved.meta
+
+
+def warn_skipped(problems: Sequence[str]) -> None:
+    """Warns of the checkpoints that `load_newest` found damaged."""
+    for problem in problems if is_first() else ():
+        warn(f"skipped a damaged checkpoint: {problem}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import UsageError, listing, warn
+from jlora.errors import UsageError, listing
 from jlora.parallel.processes import is_first
 from jlora.train.checkpoint import (
     Saved,
@@ -19,6 +19,7 @@ from jlora.train.checkpoint import (
     load_newest_common,
     restore_into,
     saved_steps,
+    warn_skipped,
 )
 
 # Parts of a run's identity that are digests: messages name what they are of, not values.
@@ -147,8 +148,7 @@ def resume_all(
     begun = _check_mode(runs, mode)
     folders = [run / "checkpoints" for run in runs]
     saved, problems = load_newest_common(folders)
-    for problem in problems if is_first() else ():
-        warn(f"skipped a damaged checkpoint: {problem}")
+    warn_skipped(problems)
     if not saved:
         _check_first_save(begun, folders, metas[0])
         return list(states)

@@ -17,7 +17,7 @@ from jlora.errors import DivergedError
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.parallel.processes import is_first, to_host
 from jlora.report.run_report import Report
-from jlora.train.checkpoint import RunCheckpoints
+from jlora.train.checkpoint import save_checkpoint
 from jlora.train.evaluation import evaluate
 from jlora.train.optimizer import make_schedule
 from jlora.train.resuming import EXPORTED, exported_step
@@ -53,7 +53,7 @@ class Run:
     error: DivergedError | None = None
     report: Report = field(init=False)
     _log: StepLog = field(init=False)
-    _checkpoints: RunCheckpoints = field(init=False)
+    _keep: int = field(init=False)
 
     @classmethod
     def create(
@@ -120,7 +120,7 @@ class Run:
         total_steps: int,
         runs: Sequence["Run"],
     ) -> Iterator[None]:
-        """Writes config.yaml and keeps the log and the checkpoints open.
+        """Writes config.yaml and keeps the log open.
 
         Args:
             config: how often to log, and how many checkpoints to keep.
@@ -145,7 +145,7 @@ class Run:
                 f"{exported_step(self.folder)} until the end; --adapter {self.folder} "
                 "takes the newest checkpoint"
             )
-        self._checkpoints = RunCheckpoints(self.folder / "checkpoints", config.keep)
+        self._keep = config.keep
         self._log = StepLog(
             self.report,
             make_schedule(self.adapter.optim, total_steps),
@@ -155,11 +155,8 @@ class Run:
             total_steps=total_steps,
             index=next(i for i, run in enumerate(runs) if run is self),
         )
-        try:
-            with self.report:
-                yield
-        finally:
-            self._checkpoints.close()
+        with self.report:
+            yield
 
     def log(self, step: int, metrics: dict[str, Any], waited_s: float) -> None:
         """Logs the step before and keeps this one; see `StepLog.add`."""
@@ -188,7 +185,8 @@ class Run:
 
     def save(self, step: int, state: TrainState) -> None:
         """Writes a checkpoint."""
-        self._checkpoints.save(step, state, self.meta)
+        folder = self.folder / "checkpoints"
+        save_checkpoint(folder, step, state, self.meta, keep=self._keep)
 
     def trained_params(self, state: TrainState) -> Params:
         """Returns the whole tree, the adapter's leaves as NumPy arrays.

@@ -12,7 +12,7 @@ from helpers.training_cases import Run, ragged_batch
 from jlora.config.run_config import MeshConfig
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.llama import Llama
-from jlora.train.checkpoint import RunCheckpoints, load_newest, restore_into
+from jlora.train.checkpoint import load_newest, restore_into, save_checkpoint
 from jlora.train.step import summed_loss
 
 
@@ -83,9 +83,7 @@ def test_the_head_has_dropout_in_training_as_every_adapter_has(method):
 def test_every_kind_of_leaf_is_saved_and_restored(method, tmp_path):
     config, params, _ = trained_adapter(method)
     run = Run(config=config, params=params)
-    checkpoints = RunCheckpoints(tmp_path, keep=1)
-    checkpoints.save(1, run.state, {"settings": {}})
-    checkpoints.close()
+    save_checkpoint(tmp_path, 1, run.state, {"settings": {}}, keep=1)
     saved, _ = load_newest(tmp_path)
     assert saved is not None
     fresh = Run(config=config, params=jax.tree.map(jnp.zeros_like, params))

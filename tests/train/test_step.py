@@ -28,10 +28,10 @@ from jlora.lora.embedding_and_head import head_parameters
 from jlora.model.loss import cross_entropy
 from jlora.ops.compute_choices import Compute
 from jlora.train.checkpoint import (
-    RunCheckpoints,
     load_newest,
     newest_adapter,
     restore_into,
+    save_checkpoint,
 )
 from jlora.train.evaluation import make_eval_step
 from jlora.train.optimizer import make_schedule
@@ -255,9 +255,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     whole.train(6)
     first = Run(lora_dropout=0.2)
     first.train(3)
-    checkpoints = RunCheckpoints(tmp_path / "checkpoints", keep=2)
-    checkpoints.save(3, first.state, META)
-    checkpoints.close()
+    save_checkpoint(tmp_path / "checkpoints", 3, first.state, META, keep=2)
     second = Run(lora_dropout=0.2)
     [second.state] = resume_all([tmp_path], [second.state], [META], mode="must")
     second.train(3)
@@ -268,9 +266,7 @@ def test_a_run_goes_on_from_one_device_to_eight(tmp_path):
     whole, first = Run(), Run()
     expected = whole.train(4)[-1]["loss"]
     first.train(2)
-    checkpoints = RunCheckpoints(tmp_path / "checkpoints", keep=2)
-    checkpoints.save(2, first.state, META)
-    checkpoints.close()
+    save_checkpoint(tmp_path / "checkpoints", 2, first.state, META, keep=2)
     second = Run(MeshConfig(data=2, fsdp=2, tensor=2))
     [second.state] = resume_all([tmp_path], [second.state], [META], mode="auto")
     assert second.train(2)[-1]["loss"] == pytest.approx(expected, abs=1e-6)
@@ -279,11 +275,9 @@ def test_a_run_goes_on_from_one_device_to_eight(tmp_path):
 @pytest.fixture
 def saved_run(tmp_path):
     run = Run()
-    checkpoints = RunCheckpoints(tmp_path / "checkpoints", keep=2)
     for step in (1, 2):
         run.train(1)
-        checkpoints.save(step, run.state, META)
-    checkpoints.close()
+        save_checkpoint(tmp_path / "checkpoints", step, run.state, META, keep=2)
     return tmp_path
 
 
@@ -310,9 +304,7 @@ def test_a_run_that_fell_back_saves_over_the_damaged_steps(saved_run, step):
     run = Run()
     [run.state] = resume_all([saved_run], [run.state], [META], mode="must")
     run.train(step - 1)
-    checkpoints = RunCheckpoints(folder, keep=2)
-    checkpoints.save(step, run.state, META)
-    checkpoints.close()
+    save_checkpoint(folder, step, run.state, META, keep=2)
     saved, _ = load_newest(folder)
     assert saved is not None
     assert saved.step == step

@@ -21,7 +21,7 @@ from jlora.loading import open_adapter
 from jlora.lora.adapter_tree import module_at, split, trainable_mask
 from jlora.lora.merging import merge_module
 from jlora.model.llama import Llama
-from jlora.train.checkpoint import RunCheckpoints
+from jlora.train.checkpoint import save_checkpoint
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -75,9 +75,13 @@ def test_pissa_of_a_run_without_its_adapter_folder_is_computed_again(tmp_path):
     trainable, _ = split(params, trainable_mask(params))
     settings: dict[str, Any] = {"model": str(case.base), "lora": lora, "seed": 4}
     settings["compute"] = {"base_dtype": "keep"}
-    checkpoints = RunCheckpoints(tmp_path / "checkpoints", 1)
-    checkpoints.save(3, {"trainable": trainable}, {"settings": settings})
-    checkpoints.close()
+    save_checkpoint(
+        tmp_path / "checkpoints",
+        3,
+        {"trainable": trainable},
+        {"settings": settings},
+        keep=1,
+    )
     found = merge_module(
         {
             **jax.tree.map(np.asarray, module_at(base, Q0)),
