@@ -72,8 +72,9 @@ def run_command(
         program: what --help calls the command; None finds out how it was started.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    # Orbax logs tracebacks of failures that end in one message here.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and TensorStore log tracebacks of failures that end in one message here.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if {"-h", "--help"} & set(words):
         print(help_page(program or _program(), arguments_class))
         return 0

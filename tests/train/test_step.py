@@ -320,18 +320,12 @@ def test_without_a_valid_checkpoint_nothing_is_deleted(saved_run):
     assert sorted(saved_run.rglob("*")) == before
 
 
-def test_a_checkpoint_of_another_schema_is_refused_with_both_numbers(saved_run):
-    file = saved_run / "checkpoints" / "2" / "meta" / "metadata"
-    file.write_text(file.read_text().replace('"schema": 3', '"schema": 7'))
-    with pytest.raises(UnsupportedError, match=r"schema 7.*schema 3; use the"):
-        load_newest(saved_run / "checkpoints")
-
-
 @pytest.mark.parametrize("schema", [1, 2])
 def test_the_adapter_of_a_run_of_a_schema_before_can_be_read(saved_run, schema):
     file = saved_run / "checkpoints" / "2" / "meta" / "metadata"
     meta = json.loads(file.read_text())
     lora = asdict(LoraConfig(r=2))
+    del meta["digest"]  # which schema 3 added
     file.write_text(json.dumps(meta | {"schema": schema, "settings": {"lora": lora}}))
     run = Run()
     run.train(2)
