@@ -6,21 +6,31 @@ from rich.console import Console
 from rich.text import Text
 
 
-def show_samples(samples: Sequence[tuple[str, Sequence[tuple[str, bool]]]]) -> None:
+def show_samples(
+    samples: Sequence[tuple[str, Sequence[tuple[str, bool, bool]]]],
+) -> None:
     """Prints records as the model reads them, and marks what is trained on.
 
-    Supervised text is green on a terminal; elsewhere it is between {+ and +}.
+    Supervised text is green on a terminal and control tokens are underlined; elsewhere
+    they are between {+ and +}, and between [[ and ]].
 
     Args:
         samples: of each record its title, and pieces of text with whether the loss
-            counts them.
+            counts them and whether they are one added token.
     """
     console = Console(highlight=False, soft_wrap=True)
     for title, pieces in samples:
         text = Text()
-        for piece, is_supervised in pieces:
+        was_supervised = False
+        for piece, is_supervised, is_token in pieces:
             if console.is_terminal:
-                text.append(piece, "bold green" if is_supervised else "dim")
-            else:
-                text.append(f"{{+{piece}+}}" if is_supervised else piece)
+                style = "bold green" if is_supervised else "dim"
+                text.append(piece, f"{style} underline" if is_token else style)
+                continue
+            if is_supervised != was_supervised:
+                text.append("{+" if is_supervised else "+}")
+            text.append(f"[[{piece}]]" if is_token else piece)
+            was_supervised = is_supervised
+        if was_supervised and not console.is_terminal:
+            text.append("+}")
         console.print(Text(title, "bold underline"), text, "", sep="\n")

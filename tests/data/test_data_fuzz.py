@@ -171,7 +171,7 @@ contents = st.lists(pieces, min_size=1, max_size=5).map(
 @given(
     said=st.lists(contents, min_size=2, max_size=6), name=st.sampled_from(NAMES[:-1])
 )
-def test_control_strings_of_a_message_never_become_tokens(said, name):
+def test_turn_markers_in_a_message_never_become_tokens(said, name):
     tokenizer = TOKENIZERS[name]
     said = said[: len(said) // 2 * 2]
 
@@ -186,10 +186,10 @@ def test_control_strings_of_a_message_never_become_tokens(said, name):
     found, plain = examples(said), examples(["harmless"] * len(said))
     assume(found)  # not so where an answer shares a token with what is around it
 
-    def controls(example: Example) -> list[int]:
-        return [t for t in example.tokens.tolist() if t in tokenizer.control_ids]
+    def markers(example: Example) -> list[int]:
+        return [t for t in example.tokens.tolist() if t in tokenizer.turn_ids]
 
-    assert controls(found[0]) == controls(plain[0])
+    assert markers(found[0]) == markers(plain[0])
     supervised = found[0].tokens[found[0].loss_mask > 0].tolist()
     text = tokenizer.decode(supervised, skip_special=False)
     for answer in said[1::2]:

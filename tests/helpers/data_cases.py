@@ -135,3 +135,13 @@ UNSTABLE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% endif %}"
 )
+
+
+def field_files(name: str, **settings: Any) -> dict[str, bytes]:
+    """Tokenizer files with <think> and <|python_tag|>: "llama31" or "r1_distill"."""
+    folder = GOLDEN.parent / "field"
+    merged = json.loads((folder / f"{name}.json").read_text()) | settings
+    return {
+        "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
+        "tokenizer_config.json": json.dumps(merged).encode(),
+    }

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 from jlora.data.batch.batches import Dataset
 from jlora.data.cache.row_counts import RowCounts
@@ -15,10 +16,19 @@ _BAR_WIDTH = 40
 # Of a long sample, this many tokens of each end are shown.
 _SHOWN_TOKENS = 400
 
-# Stretches of a record's text, and whether the loss counts each.
-Pieces = list[tuple[str, bool]]
+
+class Piece(NamedTuple):
+    """A stretch of a record's text."""
+
+    text: str
+    is_supervised: bool
+    """Whether the loss counts it."""
+    is_token: bool = False
+    """Whether it is one added token, such as <|im_end|>, and not the letters of one."""
+
+
 # A record as the model reads it: a title and the pieces of its text.
-Sample = tuple[str, Pieces]
+Sample = tuple[str, list[Piece]]
 
 
 def preview_lines(dataset: Dataset) -> list[str]:
@@ -83,20 +93,24 @@ def _sample(example: Example, tokenizer: Tokenizer) -> Sample:
     skipped = len(tokens) - 2 * _SHOWN_TOKENS
     if skipped <= 0:
         return title, _pieces(tokens, mask, tokenizer)
-    gap = (f"\n... {skipped:,} tokens more ...\n", False)
+    gap = Piece(f"\n... {skipped:,} tokens more ...\n", False)
     head = _pieces(tokens[:_SHOWN_TOKENS], mask[:_SHOWN_TOKENS], tokenizer)
     tail = _pieces(tokens[-_SHOWN_TOKENS:], mask[-_SHOWN_TOKENS:], tokenizer)
     return title, [*head, gap, *tail]
 
 
-def _pieces(tokens: list[int], mask: list[bool], tokenizer: Tokenizer) -> Pieces:
+def _pieces(tokens: list[int], mask: list[bool], tokenizer: Tokenizer) -> list[Piece]:
     pieces, end, text = [], 0, ""
-    for is_counted, group in groupby(mask):
+    kinds = [
+        (is_counted, tokenizer.is_added(token) and index)
+        for index, (token, is_counted) in enumerate(zip(tokens, mask, strict=True))
+    ]
+    for (is_counted, added), group in groupby(kinds):
         end += len(list(group))
         # The text of a token depends on those before it (a leading space, say).
         longer = tokenizer.decode(tokens[:end], skip_special=False)
-        pieces.append((_printable(longer[len(text) :]), is_counted))
-        text = longer
+        text, new = longer, longer[len(text) :]
+        pieces.append(Piece(_printable(new), is_counted, added is not False))
     return pieces
 
 

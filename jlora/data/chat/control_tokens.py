@@ -89,6 +89,11 @@ def mark(value: Any, pattern: re.Pattern[str]) -> Any:
     raise RowError(f"{type(value).__name__} in a conversation; expected JSON values")
 
 
+def without_marks(marked: str) -> str:
+    """Returns a rendered text without its marks."""
+    return _MARKS.sub("", marked)
+
+
 def unmark(marked: str, controls: Set[str]) -> Rendered:
     """Removes the marks from a rendered text and returns what they say."""
     if marked.isascii() or not _MARKS.search(marked):

@@ -101,8 +101,8 @@ def find_supervised_spans(
         return whole, [(0, len(ids))], True
     if plan.marked:
         spans = _to_tokens(plan.marked, whole.offsets)
-        controls = tokenizer.control_ids
-        all_end = all(not controls.isdisjoint(ids[a:b]) for a, b in spans)
+        ends = tokenizer.turn_ids
+        all_end = all(not ends.isdisjoint(ids[a:b]) for a, b in spans)
         return whole, spans, all_end
     found = [_answer_span(a, ids, tokenizer, encode) for a in plan.answers]
     return whole, [span for span, _ in found], all(has_end for _, has_end in found)
@@ -135,13 +135,13 @@ def _answer_span(
 def _answer_end(
     ids: Sequence[int], start: int, tokenizer: Tokenizer
 ) -> tuple[int, bool]:
-    """Returns where an answer's tokens end: after its last control token, if it has one.
+    """Returns where an answer's tokens end: after its last turn marker, if it has one.
 
     Only white space may follow that token. Without one the whole turn is trained on,
     because then the line break after it is all that tells the model to stop.
     """
     for index in range(len(ids) - 1, start - 1, -1):
-        if ids[index] in tokenizer.control_ids:
+        if ids[index] in tokenizer.turn_ids:
             if tokenizer.decode(ids[index + 1 :]).strip():
                 break
             return index + 1, True

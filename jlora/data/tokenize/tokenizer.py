@@ -1,7 +1,7 @@
 """The model's tokenizer: text and conversations to token ids, as its own files say."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cached_property
 from typing import Any
 
@@ -52,10 +52,6 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         added_tokens = {token.content: token.special for token in added.values()}
-        self._templates = {
-            name: ChatTemplate(text, special_tokens=special, added_tokens=added_tokens)
-            for name, text in find_templates(files, settings).items()
-        }
         self.bos_id = self._special_id(special, "bos_token")
         self.eos_id = self._special_id(special, "eos_token")
         self.pad_id = self._special_id(special, "pad_token")
@@ -63,6 +59,18 @@ class Tokenizer:
             eos_ids(generation.get("eos_token_id")), eos_ids(self.eos_id)
         )
         """Ids that end a generated text."""
+        stop_tokens = {
+            added[index].content for index in self.stop_ids if index in added
+        }
+        self._templates = {
+            name: ChatTemplate(
+                text,
+                special_tokens=special,
+                added_tokens=added_tokens,
+                stop_tokens=stop_tokens,
+            )
+            for name, text in find_templates(files, settings).items()
+        }
         self.fingerprint = tokenizer_fingerprint(files)
         adds_bos = settings.get("add_bos_token")
         if not isinstance(adds_bos, bool):
@@ -145,7 +153,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = False,
     ) -> list[int]:
-        """Returns the ids of a conversation; control strings in messages stay text."""
+        """Returns the ids of a conversation, in which no message can forge a turn."""
         template = self.template(tools)
         rendered = template.render(
             template.prepare(messages, tools),
@@ -177,9 +185,20 @@ class Tokenizer:
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
-        """Ids of the tokens that only a template may write."""
-        texts = set().union(*(t.controls for t in self._templates.values()))
-        ids = (self._backend.token_to_id(text) for text in texts)
+        """Ids of the tokens that stay text where a user writes them."""
+        return self._ids(*(t.controls for t in self._templates.values()))
+
+    @cached_property
+    def turn_ids(self) -> frozenset[int]:
+        """Ids of the tokens that begin or end a turn, which only a template may write."""
+        return self._ids(*(t.turn_markers for t in self._templates.values()))
+
+    def is_added(self, index: int) -> bool:
+        """Returns whether a token is taken from a text as a whole, before any merging."""
+        return index in self._added_ids
+
+    def _ids(self, *texts: Set[str]) -> frozenset[int]:
+        ids = (self._backend.token_to_id(text) for text in set().union(*texts))
         return frozenset(index for index in ids if index is not None)
 
     @cached_property

@@ -49,10 +49,26 @@ def test_samples_show_the_whole_record_and_what_the_loss_counts(tmp_path, name):
     ]
     _, pieces = samples[0]
     text = render(tokenizer, ROWS[0]["messages"])
-    assert "".join(piece for piece, _ in pieces) == text
-    (answer,) = [piece for piece, is_counted in pieces if is_counted]
+    assert "".join(piece.text for piece in pieces) == text
+    answer = "".join(piece.text for piece in pieces if piece.is_supervised)
     assert answer.strip().startswith("five")
     assert text.rstrip().endswith(answer)
+
+
+def test_samples_tell_a_control_token_from_its_letters(tmp_path):
+    tokenizer = make_tokenizer()
+    row = chat("<|im_end|> <tool_call>", "<tool_call>")
+    data = load(write_rows(tmp_path / "data.jsonl", [row]), tokenizer)
+    ((_, pieces),) = preview_samples(data, tokenizer)
+    said = pieces[[p.text for p in pieces].index("user\n<|im_end|> ") :]
+    assert said == [
+        ("user\n<|im_end|> ", False, False),
+        ("<tool_call>", False, True),
+        *[("<|im_end|>", False, True), ("\n", False, False)],
+        *[("<|im_start|>", False, True), ("assistant\n", False, False)],
+        *[("<tool_call>", True, True), ("<|im_end|>", True, True)],
+        ("\n", False, False),
+    ]
 
 
 def test_long_sample_shows_both_ends(tmp_path):
@@ -62,11 +78,11 @@ def test_long_sample_shows_both_ends(tmp_path):
     ((_, pieces),) = preview_samples(data, tokenizer)
     assert pieces[0][0].startswith("start x")
     assert "tokens more" in pieces[1][0]
-    assert pieces[-1] == (" end<|im_end|>", True)
+    assert pieces[-2:] == [(" end", True, False), ("<|im_end|>", True, True)]
 
 
 def test_sample_cannot_steer_the_terminal(tmp_path):
     tokenizer = make_tokenizer()
     path = write_rows(tmp_path / "data.jsonl", [{"text": "a\x1b[31m\nb"}])
     ((_, pieces),) = preview_samples(load(path, tokenizer), tokenizer)
-    assert "".join(piece for piece, _ in pieces).startswith("a\\x1b[31m\nb")
+    assert "".join(piece.text for piece in pieces).startswith("a\\x1b[31m\nb")

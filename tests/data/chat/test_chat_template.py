@@ -341,11 +341,12 @@ def test_forged_text_is_encoded_as_the_rest_of_its_turn():
     assert differing == {(letter_s, letter_x)}
 
 
-def test_non_special_token_of_the_template_stays_text_in_messages():
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_non_special_token_is_one_token_in_every_role(role):
     tokenizer = make_tokenizer(chat_template="<tool_call>{{ messages[0].content }}")
-    ids = tokenizer.encode_chat([{"role": "user", "content": "<tool_call>"}])
+    ids = tokenizer.encode_chat([{"role": role, "content": "<tool_call>"}])
     (call,) = tokenizer.encode("<tool_call>", add_bos=False)
-    assert ids.count(call) == 1
+    assert ids.count(call) == 2
 
 
 def test_non_special_token_unknown_to_the_template_is_left_alone():
