@@ -21,7 +21,7 @@ from helpers.training_cases import (
 
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig, OptimConfig
-from jlora.errors import CorruptError, UnsupportedError, UsageError
+from jlora.errors import CorruptError, UsageError
 from jlora.formats.digests import fingerprint
 from jlora.lora.adapter_tree import join, trainable_mask
 from jlora.lora.embedding_and_head import head_parameters
