@@ -1,6 +1,7 @@
 """Failures by exit status, warnings, and phrases that messages share."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -69,6 +70,24 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """Returns a hint such as "; did you mean 'q_proj'?", or an empty string."""
     close = closest(str(name), known, 0.6)
     return f"; did you mean {close!r}?" if close is not None else ""
+
+
+def nearest_path(path: str) -> str:
+    """Returns a hint with the existing path that is most like `path`, or an empty string."""
+    found = "/" if path.startswith("/") else ""
+    for part in filter(None, path.split("/")):
+        step = os.path.join(found, part)
+        if not os.path.exists(step):
+            try:
+                names = [n for n in os.listdir(found or ".") if not n.startswith(".")]
+            except OSError:  # a file, or not readable
+                return ""
+            close = closest(part, names, 0.6)
+            if close is None:
+                return ""
+            step = os.path.join(found, close)
+        found = step
+    return f"; did you mean {found!r}?"
 
 
 def counted(number: int, noun: str) -> str:

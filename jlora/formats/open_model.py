@@ -7,7 +7,7 @@ from jlora.errors import UsageError
 from jlora.formats.base.base_reader import open_base
 from jlora.formats.gguf.gguf_model import open_gguf
 from jlora.formats.hf.hf_folder import open_hf, read_config
-from jlora.formats.hub import hub_folder, is_hub_id
+from jlora.formats.hub import hub_folder, is_hub_id, nothing_there
 from jlora.formats.model_source import ModelSource
 from jlora.formats.refusals import refuse_other_file
 
@@ -30,12 +30,9 @@ def open_model(path: str) -> ModelSource:
         if (location / "jlora.json").is_file():
             return open_base(location)
         return open_hf(location, {"format": "hf", "source": path})
-    if not is_hub_id(path) or location.exists():
-        raise UsageError(
-            f"{path}: no such file or folder; give an HF folder, a converted base, "
-            "a .gguf file or a hub id (owner/name)"
-        )
-    return _open_hub(path)
+    if is_hub_id(path):
+        return _open_hub(path)
+    raise nothing_there(path, "an HF folder, a converted base, a .gguf file")
 
 
 def open_config(path: str) -> LlamaConfig:
@@ -44,9 +41,9 @@ def open_config(path: str) -> LlamaConfig:
     Raises:
         UsageError, UnsupportedError, CorruptError: as `open_model`.
     """
-    if Path(path).exists() or not is_hub_id(path):
-        return open_model(path).config
-    return read_config(hub_folder(path, ["config.json"]))[1]
+    if is_hub_id(path):
+        return read_config(hub_folder(path, ["config.json"]))[1]
+    return open_model(path).config
 
 
 def _open_file(path: Path) -> ModelSource:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import socket
 
 import pytest
 from helpers.commands import call, train_flags
@@ -86,7 +87,7 @@ TRAIN_MISTAKES = [
     ("{} --output_dir train.jsonl", 2, "train.jsonl: exists and is not a folder"),
     ("{} --output_dir /dev/null/run", 2, "/dev/null/run: "),
     ("{} --init_adapter empty", 2, "neither adapter_config.json"),
-    ("{} --init_adapter nowhere", 2, "nowhere: no such folder"),
+    ("{} --init_adapter nowhere", 2, "nowhere: no such file or folder"),
     ("{} --init_adapter new_run", 2, "nor a checkpoint"),
 ]
 
@@ -164,3 +165,60 @@ def test_a_mistake_is_one_message_and_its_status(
     assert "Traceback" not in done.err
     assert not (workdir / "x").exists()
     assert not (workdir / "new" / "checkpoints").exists()
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """Makes everything that asks the network fail the test."""
+
+    def refuse(*words: object, **_: object) -> None:
+        pytest.fail(f"the network was asked: {words}")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("convert.from_hf", "demo/bse x"),
+        ("convert.info", "demo/bse"),
+        ("convert.to_hf", "x --model demo/bse --adapter run"),
+        ("convert.to_hf", "x --model hf --adapter demo/bse"),
+        ("convert.to_peft", "x --adapter demo/bse"),
+        ("convert.combine", "x --adapters [demo/bse,run] --weights [1,1]"),
+        ("generate", "--model demo/bse --prompt a"),
+        ("generate", "--model hf --adapter demo/bse --prompt a"),
+        ("evaluate", "--model demo/bse --data eval.jsonl"),
+        ("evaluate", "--model hf --data demo/bse"),
+        ("train", "--model demo/bse --output_dir new --data.train train.jsonl"),
+        ("train", "--model hf --output_dir new --data.train demo/bse"),
+        (
+            "train",
+            "--model hf --output_dir new --data.train train.jsonl --init_adapter demo/bse",
+        ),
+    ],
+)
+def test_a_mistyped_path_is_not_asked_for_at_the_hub(command, flags, workdir, run):
+    (workdir / "demo" / "base").mkdir(parents=True, exist_ok=True)
+    done = call(command, *flags.split())
+    assert done.status == 2
+    assert "demo/bse: no such file" in done.err
+    assert "did you mean 'demo/base'?" in done.err
+
+
+@pytest.mark.usefixtures("offline")
+def test_the_mistyped_base_of_an_adapter_is_not_asked_for_at_the_hub(
+    run, workdir, tmp_path
+):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    (workdir / "demo").mkdir(exist_ok=True)
+    changes = {"base_model_name_or_path": "demo/bse", "init_lora_weights": "pissa"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    done = call("convert.to_peft", tmp_path / "out", "--adapter", tmp_path / "adapter")
+    assert (done.status, "demo/bse: no such file" in done.err) == (2, True)

@@ -196,7 +196,8 @@ def test_zero_matrix_is_a_warning(folder, capsys):
 )
 def test_weight_map_with_a_bad_file_name_opens_nothing(folder, name):
     write_sharded(folder, CONFIG, [tensors(CONFIG)], {EMBEDDING: name})
-    with pytest.raises(CorruptError, match=r"not plain \.safetensors file names"):
+    expected = r"not plain \.safetensors file names|half of a character"
+    with pytest.raises(CorruptError, match=expected):
         open_model(str(folder))
 
 

@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config.strict_json import parse_json_object
-from jlora.errors import CorruptError, UnsupportedError, UsageError, listing, nearest
+from jlora.errors import (
+    CorruptError,
+    UnsupportedError,
+    UsageError,
+    listing,
+    nearest_path,
+)
 
 _JSON_ENDINGS = tuple(
     name + compression
@@ -70,9 +76,7 @@ def _find_source(name: str, weight: float) -> DataSource:
             raise UsageError(f"{name}: no file matches")
         return DataSource(name, files, weight)
     if not path.exists():
-        folder = path.parent
-        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-        raise UsageError(f"{path}: no such file{nearest(path.name, names)}")
+        raise UsageError(f"{path}: no such file{nearest_path(name)}")
     if not path.is_file():
         raise UsageError(
             f"{path}: no records; it is a device or a pipe, and jlora reads files "

@@ -19,7 +19,7 @@ from jlora.errors import (
     nearest,
     warn,
 )
-from jlora.formats.hub import hub_folder, is_hub_id
+from jlora.formats.hub import hub_folder, is_hub_id, nothing_there
 from jlora.formats.model_files import inside_folder, read_json
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_config import read_config
@@ -63,13 +63,10 @@ def find_adapter(folder: str | Path) -> Path | None:
             return candidate
     if (folder / "checkpoints").is_dir():
         return None
-    if not folder.exists() and is_hub_id(name):
+    if is_hub_id(name):
         return find_adapter(hub_folder(name, ["adapter_*", "*/adapter_*"]))
     if not folder.is_dir():
-        raise UsageError(
-            f"{folder}: no such folder; give an adapter or run folder, or a hub id "
-            "(owner/name)"
-        )
+        raise nothing_there(name, "an adapter folder, a run folder")
     named = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = f"; did you mean its subfolder {listing(named)}?" if named else ""
     raise UsageError(f"{folder}: neither {CONFIG} nor a run's checkpoints in it{hint}")

@@ -104,7 +104,7 @@ def adapter_of(
 def _with_base(config: LoraConfig, name: str) -> LoraConfig:
     """Returns the settings with the base's name; PEFT keeps a revision apart from it."""
     repository, _, revision = name.partition("@")
-    if revision and is_hub_id(name) and not Path(name).exists():
+    if revision and is_hub_id(name):
         return replace(config, base_model_name_or_path=repository, revision=revision)
     return replace(config, base_model_name_or_path=name)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 from jlora.errors import JloraError, UsageError, warn
@@ -34,8 +33,7 @@ def open_named_base(
             "base_model_name_or_path in its adapter_config.json to a model's folder or "
             "hub id"
         )
-    on_hub = is_hub_id(name) and not Path(name).exists()
-    if revision and on_hub and "@" not in name:
+    if revision and is_hub_id(name) and "@" not in name:
         name = f"{name}@{revision}"
     try:
         return open_base(name)

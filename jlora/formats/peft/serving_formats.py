@@ -55,7 +55,7 @@ def _base_flag(base: str | None) -> str:
     """Returns the flag of llama.cpp's script for the base; it finds a hub id by itself."""
     if base and (Path(base) / "config.json").is_file():
         return f" --base {base}"
-    if base and is_hub_id(base) and not Path(base).exists():
+    if base and is_hub_id(base):
         return ""
     return " --base FOLDER (any with the base's config.json)"
 

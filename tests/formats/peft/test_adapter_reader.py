@@ -66,7 +66,7 @@ def test_a_pickled_adapter_is_refused_unopened(folder):
 @pytest.mark.parametrize(
     ("prepare", "error", "message"),
     [
-        (lambda f: None, UsageError, "no such folder"),
+        (lambda f: None, UsageError, "no such file or folder"),
         (lambda f: f.mkdir(), UsageError, "neither adapter_config.json nor"),
         (lambda f: (f / "checkpoints").mkdir(parents=True), UsageError, "checkpoint"),
         (lambda f: changed_copy(f / "en", "basic"), UsageError, "its subfolder en"),
