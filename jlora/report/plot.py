@@ -1,5 +1,7 @@
 """The plot of a run, written when it ends."""
 
+import os
+import warnings
 from pathlib import Path
 
 from jlora.report.metrics_file import read_metrics
@@ -26,7 +28,9 @@ def plot_run(run: Path) -> Path | None:
             "o-",
             label="held out",
         )
-    axes.set(xlabel="step", ylabel="loss (nats per supervised token)", title=run.name)
+    axes.set(xlabel="step", ylabel="loss (nats per supervised token)")
+    title = os.fsencode(run.name).decode("utf-8", "replace")
+    axes.set_title(title, parse_math=False)  # a name may hold dollar signs
     axes.legend(loc="upper right")
     rates = axes.twinx()
     rates.plot(
@@ -34,6 +38,8 @@ def plot_run(run: Path) -> Path | None:
     )
     rates.set_ylabel("learning rate (grey)")
     target = run / "report.png"
-    figure.savefig(target, dpi=120, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # characters without a shape
+        figure.savefig(target, dpi=120, metadata={"Software": None})
     pyplot.close(figure)
     return target

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from jlora.report.metrics_file import read_metrics
+from jlora.report.plot import plot_run
 from jlora.report.run_report import Report
 
 LINE = {"loss": 2.0, "learning_rate": 1e-4}
@@ -50,13 +51,56 @@ def test_a_new_run_in_the_folder_drops_all_lines(tmp_path):
     assert steps_in(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("rest", ['{"step": 3, "lo', "\x00\x00", "{}x", "[1]", "3"])
-def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path, rest):
+DAMAGED = {
+    "cut": b'{"step": 3, "lo',
+    "not JSON": b"{}x",
+    "zeros": b"\0\0",
+    "a flipped byte": b'{"step": 3, "loss": 2.0, "le\xe1rning_rate": 0.0001}',
+    "a list": b"[1]",
+    "a number": b"3",
+    "no step": b'{"loss": 2.0, "learning_rate": 0.1}',
+    "a step in quotes": b'{"step": "3", "loss": 2.0, "learning_rate": 0.1}',
+    "a step that is true": b'{"step": true, "loss": 2.0, "learning_rate": 0.1}',
+    "no rate": b'{"step": 3, "loss": 2.0}',
+    "a loss in quotes": b'{"step": 3, "loss": "2.0", "learning_rate": 0.1}',
+    "an infinite loss": b'{"step": 3, "loss": 1e999, "learning_rate": 0.1}',
+    "a loss in a list": b'{"step": 3, "eval_loss": [1]}',
+    "nothing but a step": b'{"step": 3}',
+    "nested deeply": b'{"step": ' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("line", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_kept_aside_and_the_run_goes_on(
+    tmp_path, capsys, line, place
+):
     write(tmp_path, 1, 2)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(rest)
+    file = tmp_path / "metrics.jsonl"
+    lines = file.read_bytes().splitlines()
+    lines.insert(place, line)
+    file.write_bytes(b"\n".join(lines))
+    assert plot_run(tmp_path) is not None
+    capsys.readouterr()
     write(tmp_path, 3, start_step=2)
     assert steps_in(tmp_path) == [1, 2, 3]
+    assert (tmp_path / "metrics.damaged").read_bytes() == line + b"\n"
+    assert capsys.readouterr().err == (
+        f"warning: {file}: 1 damaged line moved to metrics.damaged; the run goes on\n"
+    )
+    write(tmp_path, start_step=3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_log_without_damage_stays_as_it_is(tmp_path):
+    write(tmp_path, 1, 2)
+    with Report(tmp_path, total_steps=9, start_step=1) as report:
+        report.log(step=2, loss=float("nan"), learning_rate=0.1)
+        report.log(step=2, eval_loss=1.5)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    write(tmp_path, start_step=2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert not (tmp_path / "metrics.damaged").exists()
 
 
 def test_without_a_terminal_a_step_is_a_plain_line(tmp_path, capsys):
