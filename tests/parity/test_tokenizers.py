@@ -1,5 +1,6 @@
 """Token ids of what people's tokenizers and conversations hold, compared with Transformers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,84 @@ def test_ids_of_reasoning_and_tool_markers(tmp_path, name, said):
     messages = [{"role": role, "content": text} for role, text in said]
     expected = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert ours.encode_chat(messages) == expected
+
+
+def token(content: str, **flags: bool) -> dict[str, object]:
+    return {"content": content, **flags}
+
+
+def with_eos(map_eos: str, config_eos: str, **settings: object) -> dict[str, bytes]:
+    """Files in which the two places name another EOS."""
+    files = field_files(
+        "llama31", eos_token=config_eos, pad_token=config_eos, **settings
+    )
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": map_eos}
+    return files | {"special_tokens_map.json": json.dumps(special).encode()}
+
+
+DECODER = {"475": token("<|eot_id|>", special=True)}
+EOS_FILES = {
+    "map decides": with_eos("<|eom_id|>", "<|eot_id|>"),
+    "map decides, the other way": with_eos("<|eot_id|>", "<|eom_id|>"),
+    "decoder": with_eos("<|eom_id|>", "<|eot_id|>", added_tokens_decoder=DECODER),
+    "empty decoder": with_eos("<|eom_id|>", "<|eot_id|>", added_tokens_decoder={}),
+    "only in config": field_files("llama31", eos_token="<|eom_id|>"),
+}
+
+
+@pytest.mark.parametrize("case", EOS_FILES)
+def test_eos_is_that_of_transformers(tmp_path, case):
+    ours, theirs = both(tmp_path / "model", EOS_FILES[case])
+    assert (ours.eos_id, ours.bos_id) == (theirs.eos_token_id, theirs.bos_token_id)
+
+
+def added(settings: dict[str, object], **others: object) -> dict[str, bytes]:
+    files = field_files("llama31", **settings)
+    return files | {f"{n}.json": json.dumps(x).encode() for n, x in others.items()}
+
+
+NEW = {
+    "484": token("<tool>", special=False, normalized=False),
+    "486": token("<b>", special=True, normalized=False),
+    "485": token("<a>", special=False, normalized=True, lstrip=True),
+    "482": token("<think>", special=True),  # with other flags than tokenizer.json
+}
+SPECIAL = {"additional_special_tokens": ["<x>", "<|python_tag|>"]}
+ADDED = {
+    "decoder": added({"added_tokens_decoder": NEW}),
+    "decoder and lists": added(
+        {"added_tokens_decoder": NEW, "additional_special_tokens": ["<y>", "<tool>"]},
+        special_tokens_map=SPECIAL,
+        added_tokens={"<z>": 490},
+    ),
+    "added_tokens.json": added({}, added_tokens={"<z>": 485, "<y>": 484, "no": 482}),
+    "added_tokens.json, special": added(
+        {"additional_special_tokens": ["<y>"]}, added_tokens={"<z>": 485, "<y>": 484}
+    ),
+    "special_tokens_map": added({}, special_tokens_map=SPECIAL),
+    "a pad of their own": added({"pad_token": "<pad>", "unk_token": "<unk>"}),
+    "a pad that is only a word": added({"pad_token": "a"}),
+}
+TEXTS = [
+    "<tool> <a>b<b>c <y><z> <x> <think>a</think><pad>",
+    "x<y> z<z><a> <tool><unk><|python_tag|> no",
+]
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_tokens_that_tokenizer_json_lacks(tmp_path, case):
+    ours, theirs = both(tmp_path / "model", ADDED[case])
+    for text in TEXTS:
+        assert (
+            ours.encode(text, add_bos=False)
+            == theirs(text, add_special_tokens=False)["input_ids"]
+        )
+    pad = theirs.pad_token_id
+    assert ours.pad_id == (pad if pad < 484 else None)  # else it has no embedding
+    messages = [
+        {"role": "user", "content": "<tool>"},
+        {"role": "assistant", "content": TEXTS[1]},
+    ]
+    if case.startswith("decoder"):  # elsewhere it is special and stays text
+        expected = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
+        assert ours.encode_chat(messages) == expected

@@ -19,8 +19,10 @@ from jlora.data.chat.control_tokens import (
     encode_data_as_text,
     encode_guarded,
 )
+from jlora.data.tokenize.added_tokens import add_missing_tokens
 from jlora.data.tokenize.tokenizer_settings import (
     eos_ids,
+    find_additional_tokens,
     find_special_tokens,
     find_templates,
     read_settings,
@@ -48,13 +50,27 @@ class Tokenizer:
         settings = read_settings(files, "tokenizer_config.json")
         generation = read_settings(files, "generation_config.json")
         special_map = read_settings(files, "special_tokens_map.json")
-        special = find_special_tokens([settings, special_map], backend, config)
+        # As in Transformers, where added_tokens_decoder makes the older file obsolete.
+        sources = [special_map, settings]
+        if "added_tokens_decoder" in settings:
+            sources.reverse()
+        special = find_special_tokens(sources, backend, config)
+        has_pad = backend.token_to_id(special.get("pad_token", "")) is not None
+        add_missing_tokens(
+            backend,
+            settings,
+            read_settings(files, "added_tokens.json"),
+            special,
+            find_additional_tokens(settings, special_map),
+        )
         added = backend.get_added_tokens_decoder()
         self._added_ids = frozenset(added)
         added_tokens = {token.content: token.special for token in added.values()}
         self.bos_id = self._special_id(special, "bos_token")
         self.eos_id = self._special_id(special, "eos_token")
         self.pad_id = self._special_id(special, "pad_token")
+        if self.pad_id is not None and not has_pad and self.pad_id >= config.vocab_size:
+            self.pad_id = None  # new, without an embedding, and of no use in training
         self.stop_ids = frozenset(config.eos_token_id).union(
             eos_ids(generation.get("eos_token_id")), eos_ids(self.eos_id)
         )
@@ -223,15 +239,7 @@ class Tokenizer:
 
     def _special_id(self, special_tokens: Mapping[str, str], name: str) -> int | None:
         text = special_tokens.get(name)
-        if text is None:
-            return None
-        index = self._backend.token_to_id(text)
-        if index is None:
-            raise CorruptError(
-                f"tokenizer_config.json: {name} is {text!r}, which tokenizer.json "
-                "does not have"
-            )
-        return index
+        return None if text is None else self._backend.token_to_id(text)
 
 
 def _load_backend(files: Mapping[str, bytes]) -> tokenizers.Tokenizer:

@@ -17,6 +17,7 @@ _FINGERPRINTED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -62,6 +63,27 @@ def find_special_tokens(
         elif value is not None:
             raise CorruptError(f"tokenizer_config.json: {name} is {value!r}")
     return result
+
+
+def find_additional_tokens(
+    settings: Mapping[str, Any], special_map: Mapping[str, Any]
+) -> list[str]:
+    """Returns the texts of the special tokens that have no name."""
+    names = ("additional_special_tokens", "extra_special_tokens")
+    values = [settings.get(name) for name in names]
+    if "added_tokens_decoder" not in settings:
+        values.append(special_map.get(names[0]))
+    texts = [
+        entry.get("content") if isinstance(entry, dict) else entry
+        for entries in values
+        if isinstance(entries, list)
+        for entry in entries
+    ]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise CorruptError(
+            f"tokenizer_config.json: additional_special_tokens holds {wrong[0]!r}"
+        )
+    return texts
 
 
 def find_templates(
