@@ -107,12 +107,30 @@ def test_shards_give_the_same_params_as_one_file(folder, tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
 
 
-def test_index_wins_over_a_single_file(folder):
+@pytest.mark.parametrize("shards_left", [0, 1, 2])
+def test_single_file_wins_over_an_older_index(folder, capsys, shards_left):
     arrays = tensors(CONFIG)
-    write_hf(folder, CONFIG, {key: 0 * array for key, array in arrays.items()})
-    write_sharded(folder, CONFIG, halves(arrays))
-    params = load_params(open_model(str(folder)))
+    old = {key: 0 * array for key, array in arrays.items()}
+    write_sharded(folder, CONFIG, halves(old))
+    for shard in sorted(folder.glob("model-*"))[shards_left:]:
+        shard.unlink()
+    write_hf(folder, CONFIG, arrays)
+    source = open_model(str(folder))
+    assert [file.name for file in source.weights] == ["model.safetensors"]
+    params = load_params(source)
     assert np.array_equal(params["embed_tokens"]["embedding"], arrays[EMBEDDING])
+    said = capsys.readouterr().err
+    assert said.count("holds two models: model.safetensors was read") == (
+        shards_left > 0
+    )
+    assert said.count("\n") == (shards_left > 0)
+
+
+def test_index_that_is_not_read_may_be_damaged(folder, capsys):
+    write_hf(folder, CONFIG, tensors(CONFIG))
+    (folder / "model.safetensors.index.json").write_text("{")
+    open_model(str(folder))
+    assert capsys.readouterr().err == ""
 
 
 def test_biases_are_read(folder):

@@ -1,6 +1,6 @@
 """Finds the tensors of a Hugging Face folder, in one file or in shards with an index.
 
-Only files that the index names are opened, or model.safetensors if there is no index.
+Only model.safetensors is opened, or the files that the index names if there is none.
 """
 
 import itertools
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jlora.config.json_fields import joined
-from jlora.errors import CorruptError, UsageError, listing, warn
+from jlora.errors import CorruptError, JloraError, UsageError, listing, warn
 from jlora.formats.model_files import INDEX, SINGLE, inside_folder, read_json
 from jlora.formats.refusals import (
     refuse_other_models,
@@ -25,10 +25,11 @@ _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 def find_tensors(folder: Path) -> dict[str, Entry]:
     """Returns {HF key: tensor} of all the files with weights."""
+    if (folder / SINGLE).exists():  # which Transformers takes before an index
+        _warn_of_second_model(folder)
+        return read_header(inside_folder(folder, SINGLE))
     if (folder / INDEX).exists():
         return _read_index(folder)
-    if (folder / SINGLE).exists():
-        return read_header(inside_folder(folder, SINGLE))
     files = sorted(path.name for path in folder.iterdir())
     if any(_SHARD.fullmatch(name) for name in files):
         raise CorruptError(
@@ -38,13 +39,25 @@ def find_tensors(folder: Path) -> dict[str, Entry]:
     raise UsageError(f"{folder}: holds no weights; expected {SINGLE} or {INDEX}")
 
 
-def _read_index(folder: Path) -> dict[str, Entry]:
+def _warn_of_second_model(folder: Path) -> None:
+    """Says so if shards of an index are there as well, such as of a model saved earlier."""
+    try:
+        shards = sorted(set(_parse_index(folder)["weight_map"].values()))
+    except JloraError:  # no index, or a damaged one, which nobody needs
+        return
+    if others := [name for name in _existing(folder, shards) if name != SINGLE]:
+        warn(
+            f"{folder} holds two models: {SINGLE} was read, as Transformers does; "
+            f"{INDEX} and {listing(others, 2)} were ignored"
+        )
+
+
+def _parse_index(folder: Path) -> dict[str, Any]:
+    """Returns the index, whose weight_map has only plain file names."""
     index = read_json(folder, INDEX, MAX_INDEX_BYTES)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptError(f"{folder / INDEX}: expected a non-empty weight_map")
-    refuse_quantised(f"{folder / INDEX}", weight_map)
-    refuse_other_models(f"{folder / INDEX}", weight_map)
     bad = sorted(
         {repr(name) for name in weight_map.values() if not _is_plain_name(name)}
     )
@@ -52,6 +65,14 @@ def _read_index(folder: Path) -> dict[str, Entry]:
         raise CorruptError(
             f"{folder / INDEX}: not plain .safetensors file names: {listing(bad)}"
         )
+    return index
+
+
+def _read_index(folder: Path) -> dict[str, Entry]:
+    index = _parse_index(folder)
+    weight_map = index["weight_map"]
+    refuse_quantised(f"{folder / INDEX}", weight_map)
+    refuse_other_models(f"{folder / INDEX}", weight_map)
     shards = sorted(set(weight_map.values()))
     problems = []
     missing = sorted({*shards} - set(_existing(folder, shards)) | _gaps(shards))

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Mapping
 
 import pytest
 from helpers.data_cases import CONFIG, field_files
@@ -10,7 +11,7 @@ from jlora.errors import CorruptError
 END, EOM, LAST = 475, 474, 483
 
 
-def tokenizer(settings: dict[str, object], **others: object) -> Tokenizer:
+def tokenizer(settings: Mapping[str, object], **others: object) -> Tokenizer:
     files = field_files("llama31", **settings)
     files |= {f"{name}.json": json.dumps(x).encode() for name, x in others.items()}
     return Tokenizer(files, CONFIG)
@@ -20,7 +21,7 @@ def token(content: str, **flags: object) -> dict[str, object]:
     return {"content": content, **flags}
 
 
-def ids(settings: dict[str, object], text: str, **others: object) -> list[int]:
+def ids(settings: Mapping[str, object], text: str, **others: object) -> list[int]:
     return tokenizer(settings, **others).encode(text, add_bos=False)
 
 
