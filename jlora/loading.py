@@ -22,7 +22,7 @@ from jlora.lora.initialisation import add_lora, needs_residual_base
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import parameter_sharding, tree_shardings
 from jlora.train.checkpoint import newest_adapter, saved_steps
-from jlora.train.resuming import exported_step
+from jlora.train.resuming import is_newest_export
 
 
 def load(
@@ -86,13 +86,12 @@ def load(
 def exported_adapter(folder: str | Path) -> Path | None:
     """Returns the PEFT folder that `open_adapter` reads; see `find_adapter`.
 
-    None for a run without one, or with checkpoints that are newer than its own.
+    None for a run without one, or whose newest checkpoint is not what it holds.
     """
     found, run = find_adapter(folder), Path(folder)
-    step = exported_step(run)
-    newest = max(saved_steps(run / "checkpoints"), default=0)
-    is_own = found == run / "adapter"
-    return None if is_own and step is not None and step < newest else found
+    if found != run / "adapter" or not saved_steps(run / "checkpoints"):
+        return found
+    return found if is_newest_export(run) else None
 
 
 def open_adapter(folder: str | Path) -> Adapter:

@@ -18,7 +18,7 @@ from jlora.model.llama import Llama
 from jlora.parallel.processes import check_agreement, is_first, stop_vote
 from jlora.train.evaluation import make_eval_step
 from jlora.train.prefetch import Prefetch
-from jlora.train.resuming import EXPORTED, locked, resume_all
+from jlora.train.resuming import locked, record_export, resume_all
 from jlora.train.run import Run
 from jlora.train.step import Batch, TrainState
 from jlora.train.step_log import is_due
@@ -94,7 +94,7 @@ def train_runs(
                 params = run.trained_params(trainer.adapter_state(state, index))
                 if is_first():
                     export(run, params)
-                    (run.folder / EXPORTED).write_text(str(total_steps))
+                    record_export(run.folder, total_steps)
     _raise_diverged(runs)
 
 

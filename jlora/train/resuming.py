@@ -11,7 +11,8 @@ from typing import Any
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import UsageError, listing
+from jlora.data.cache.token_store import file_sha256
+from jlora.errors import UsageError, listing, warn
 from jlora.parallel.processes import is_first
 from jlora.train.checkpoint import (
     Saved,
@@ -35,8 +36,7 @@ LABELS = ("lora.base_model_name_or_path", "lora.revision")
 PLACES = ("model", "output_dir", "resume", "plan", "sweep")
 # What a run writes into `adapter/`.
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-# The file of a run folder with the step that `adapter/` was exported at. If a checkpoint is
-# newer, the exported adapter is out of date and readers take the checkpoint's.
+# The file of a run folder with the step that `adapter/` was exported at, and its digest.
 EXPORTED = ".adapter_step"
 
 
@@ -72,12 +72,36 @@ def _check_adapter(run: Path) -> None:
         )
 
 
-def exported_step(run: Path) -> int | None:
-    """Returns the step of a run's adapter/ folder, or None where that is not recorded."""
+def record_export(run: Path, step: int) -> None:
+    """Records that a run's adapter/ folder, as it is now, was exported at a step."""
+    temporary = run / f"{EXPORTED}.partial"
+    temporary.write_text(_export_record(run, step))
+    temporary.replace(run / EXPORTED)
+
+
+def is_newest_export(run: Path) -> bool:
+    """Returns whether adapter/ is what was exported at the newest checkpoint's step.
+
+    If not, as in a run that goes on, readers take the newest checkpoint. A folder that was
+    changed since its export is warned of.
+    """
+    step = max(saved_steps(run / "checkpoints"), default=0)
     try:
-        return int((run / EXPORTED).read_text())
+        record = (run / EXPORTED).read_text()
+        found = _export_record(run, step)
     except (OSError, ValueError):
-        return None
+        return False
+    if record != found and record.split()[:1] == [str(step)]:
+        warn(
+            f"{run / 'adapter'}: not as it was exported; the newest checkpoint is used "
+            "instead; to use the folder as it is, give its own path"
+        )
+    return record == found
+
+
+def _export_record(run: Path, step: int) -> str:
+    digests = [file_sha256(run / "adapter" / name) for name in ADAPTER_FILES]
+    return " ".join([str(step), *digests])
 
 
 def _check_mode(runs: Sequence[Path], mode: str) -> list[Path]:

@@ -20,7 +20,6 @@ from jlora.report.run_report import Report
 from jlora.train.checkpoint import save_checkpoint
 from jlora.train.evaluation import evaluate
 from jlora.train.optimizer import make_schedule
-from jlora.train.resuming import EXPORTED, exported_step
 from jlora.train.step import TrainState
 from jlora.train.step_log import StepLog
 from jlora.train.trainer import TrainedAdapter
@@ -129,9 +128,6 @@ class Run:
             runs: all that are trained together; they share the first one's display.
         """
         write_settings(self.folder, self.meta["settings"])
-        if is_first() and (not steps_done or exported_step(self.folder) is None):
-            # A run of an earlier version did not record it: at most these steps.
-            (self.folder / EXPORTED).write_text(str(steps_done))
         self.report = Report(
             self.folder,
             total_steps=total_steps,
@@ -141,9 +137,8 @@ class Run:
         )
         if steps_done < total_steps and (self.folder / "adapter").is_dir():
             self.report.say(
-                f"{self.folder / 'adapter'} stays that of step "
-                f"{exported_step(self.folder)} until the end; --adapter {self.folder} "
-                "takes the newest checkpoint"
+                f"{self.folder / 'adapter'} stays as it is until the end; --adapter "
+                f"{self.folder} takes the newest checkpoint"
             )
         self._keep = config.keep
         self._log = StepLog(

@@ -6,6 +6,8 @@ import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import pytest
 from helpers import ROOT
 from helpers.commands import (
@@ -22,8 +24,8 @@ from helpers.commands import (
 from helpers.data_cases import write_rows
 from helpers.tiny import CONFIG, tensors
 
-from jlora.loading import exported_adapter
-from jlora.train.resuming import EXPORTED
+from jlora.loading import exported_adapter, open_adapter
+from jlora.train.resuming import ADAPTER_FILES, EXPORTED
 from jlora.train.run import Run
 
 pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
@@ -144,6 +146,21 @@ def test_a_run_that_goes_on_and_is_stopped_keeps_its_adapter_and_uses_the_checkp
     assert adapter_bytes(folder) == before
     assert exported_adapter(folder) is None
     assert exported_adapter(interrupted.whole) == interrupted.whole / "adapter"
+
+
+@pytest.mark.parametrize("name", [*ADAPTER_FILES, EXPORTED])
+def test_an_adapter_that_was_changed_since_its_export_is_not_used(
+    finished, name, capsys
+):
+    expected = open_adapter(finished)
+    file = next(finished.rglob(name))
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    found = open_adapter(finished)
+    assert "not as it was exported; the newest checkpoint" in capsys.readouterr().err
+    assert found.scalings == expected.scalings
+    jax.tree.map(np.testing.assert_array_equal, found.tensors, expected.tensors)
 
 
 @pytest.mark.parametrize("with_run", [False, True])
