@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up: a module may import modules of its own package and of those before.
 PACKAGES = (
     "jlora.errors",
+    "jlora.limited_process",
     "jlora.config",
     "jlora.cli",
     "jlora.parallel",

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jlora.data.chat.control_tokens import Rendered
 from jlora.data.read.records import ChatRecord
-from jlora.data.tokenize.assistant_masks import find_supervised_spans, plan_mask
+from jlora.data.tokenize.assistant_masks import find_supervised_spans, plan_masks
 
 WORDS = [
     *("the", "sum", "of", "five", "café", "\U0001f600", "naïve", "x<y", '"q"', "&amp;"),
@@ -99,7 +99,7 @@ def test_mask_is_what_transformers_renders_between_two_prefixes(name):
             if tokens[i] in ("Ċ", "\n") and whole[i - 1] in ours.control_ids:
                 expected[i] = 0
         record = ChatRecord(1, messages, None, 0)
-        plan = plan_mask(record, ours, train_on="assistant", where="here")
+        (plan,) = plan_masks([record], ours, train_on="assistant", where=str)
 
         def encoded(rendered: Rendered):
             return ours.encode_rendered([rendered], with_offsets=True)[0]
@@ -120,7 +120,7 @@ def test_mask_of_generation_blocks_equals_transformers():
             messages, return_dict=True, return_assistant_tokens_mask=True
         )
         record = ChatRecord(1, messages, None, 0)
-        plan = plan_mask(record, ours, train_on="assistant", where="here")
+        (plan,) = plan_masks([record], ours, train_on="assistant", where=str)
         whole = ours.encode_rendered([plan.whole], with_offsets=True)[0]
         _, spans, _ = find_supervised_spans(plan, ours, {plan.whole: whole}.__getitem__)
         mask = np.zeros(len(whole.ids), int)

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from jlora.data.chat.jinja_sandbox import CLOSE_GENERATION, OPEN_GENERATION
 from jlora.data.read.bad_rows import RowError
 
-OPEN_GENERATION, CLOSE_GENERATION = "\udc03", "\udc04"
 _START, _END = "\udc01", "\udc02"
 _MARKS = re.compile("([\udc01-\udc04])")
+_MAX_BITS = 14_000  # Python converts about as many to text
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Unicode noncharacters, which are reserved for use inside a program.
 _GUARD = "\ufdd0\ufdd1\ufdd0"
@@ -84,6 +85,8 @@ def mark(value: Any, pattern: re.Pattern[str]) -> Any:
         return {str(key): mark(item, pattern) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [mark(item, pattern) for item in value]
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise RowError(f"an integer of {value.bit_length():,} bits in a conversation")
     if value is None or isinstance(value, bool | int | float):
         return value
     raise RowError(f"{type(value).__name__} in a conversation; expected JSON values")

@@ -1,9 +1,15 @@
-"""The jinja2 environment for chat templates: Transformers' own, with limits on its work."""
+"""Chat templates as Transformers' own jinja2 environment renders them.
 
-import importlib.metadata
+`chat_template` calls these functions in a limited process, which is what keeps a template
+from running for ever; the sandbox keeps it from reaching Python. So this module imports
+little.
+"""
+
+import functools
 import json
-import re
-from collections.abc import Callable
+import traceback
+import types
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -16,38 +22,94 @@ import jinja2.sandbox
 import jinja2.utils
 from jinja2.exceptions import SecurityError, TemplateError
 
-from jlora.data.chat.control_tokens import CLOSE_GENERATION, OPEN_GENERATION
-from jlora.data.chat.template_budget import (
-    Budget,
-    charge_call,
-    metered_filter,
-    node_filters,
-    rewrite,
-)
-from jlora.errors import UnsupportedError
-
+# Lone surrogates, as no valid text has them.
+OPEN_GENERATION, CLOSE_GENERATION = "\udc03", "\udc04"
 # "Today" for templates that print the date: the fallback of Llama 3.2's own template.
 # Pinned, so that neither the data nor a resumed run depends on the clock.
 PINNED_DATE = datetime(2024, 7, 26)
-_MIN_JINJA2 = (3, 1, 6)
 # Bounds the cache of `is_safe_attribute`, as a template may ask for any name.
 _MAX_CACHED = 1000
 _LOOP_ATTRIBUTES = frozenset({"first", "last", "index", "index0"})
-# Random, or made for web pages, and their output has no known bound.
-_REMOVED_FILTERS = ("random", "pprint", "urlize", "wordwrap", "xmlattr")
+# Types whose text holds a memory address.
+_FUNCTIONS = frozenset(
+    {
+        types.FunctionType,
+        types.MethodType,
+        types.BuiltinMethodType,
+        jinja2.runtime.BlockReference,
+    }
+)
 
 
-def make_environment() -> "_Sandbox":
-    """Returns the environment of transformers' `_compile_jinja_template`, with limits.
+def find_literals(source: str) -> list[str]:
+    """Returns every string that a template's code holds, except the empty one.
 
     Raises:
-        UnsupportedError: a jinja2 whose sandbox has known escapes.
+        TemplateError: a syntax error; the message begins with its line.
     """
-    version = importlib.metadata.version("jinja2")
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:3]) < _MIN_JINJA2:
-        raise UnsupportedError(
-            f"jinja2 {version} has known sandbox escapes; install jinja2>=3.1.6"
-        )
+    try:
+        _compiled(source)
+        tree = _environment().parse(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"line {error.lineno}: {error}") from error
+    values = [node.value for node in tree.find_all(jinja2.nodes.Const)]
+    return [value for value in values if value and isinstance(value, str)]
+
+
+def render(
+    sources: Sequence[str],
+    index: int,
+    variables: Mapping[str, Any],
+    cuts: Sequence[tuple[int | None, bool]],
+) -> list[str | int | dict[str, str]]:
+    """Returns the text that template `index` makes of a conversation for each of `cuts`.
+
+    A cut is how many of the messages are rendered (None: all), and whether the beginning
+    of an answer follows. A text with which the first one begins is its length only; of
+    what the template refuses the reason is returned, as {"refused": reason}.
+
+    Raises:
+        SecurityError, OverflowError, RecursionError: the template broke a rule.
+    """
+    template, messages = _compiled(sources[index]), variables["messages"]
+    results: list[str | int | dict[str, str]] = []
+    for count, add_generation_prompt in cuts:
+        prefix = {
+            **variables,
+            "messages": messages[:count],
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = "".join(template.root_render_func(template.new_context(prefix)))
+        except (SecurityError, OverflowError, MemoryError, RecursionError):
+            raise
+        except Exception as error:  # whatever the template's own code raises
+            results.append({"refused": _reason(template, error)})
+            continue
+        whole = results[0] if results else None
+        is_prefix = isinstance(whole, str) and whole.startswith(text)
+        results.append(len(text) if is_prefix else text)
+    return results
+
+
+def _reason(template: jinja2.Template, error: Exception) -> str:
+    frames = traceback.walk_tb(error.__traceback__)
+    own = [n for f, n in frames if f.f_code.co_filename == "<template>"]
+    line = template.get_corresponding_lineno(own[-1])
+    return f"line {line}, {type(error).__name__}: {error}"
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    template = _environment().from_string(source)
+    # A dictionary, because each rendering copies it and a ChainMap is slow.
+    template.globals = dict(template.globals)
+    return template
+
+
+@functools.cache
+def _environment() -> "_Sandbox":
+    """Returns the environment of transformers' `_compile_jinja_template`."""
     return _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -71,27 +133,21 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Transformers' sandbox; unsafe attributes raise at once, a budget limits the work."""
-
-    intercepted_binops = frozenset({"+", "-", "*", "**", "%"})
+    """Transformers' sandbox; what is unsafe, or differs from run to run, raises at once."""
 
     def __init__(self, **options: Any) -> None:
         """Sets up the filters and globals that chat templates expect."""
-        self.budget = Budget()
         self._is_safe: dict[tuple[type, str], bool] = {}
-        super().__init__(**options, finalize=self.budget.finalize)
+        super().__init__(**options)
         self.filters["tojson"] = _tojson
-        self.filters = {
-            name: metered_filter(self.budget, name, filter)
-            for name, filter in self.filters.items()
-            if name not in _REMOVED_FILTERS
-        } | node_filters(self.budget)
+        del self.filters["random"]
+        self.filters = {k: _without_address(f) for k, f in self.filters.items()}
         self.globals = {
             "dict": _TemplateDict(),
             "namespace": _TemplateNamespace,
-            "range": self.globals["range"],
-            "raise_exception": _raise_exception,
-            "strftime_now": PINNED_DATE.strftime,
+            "range": _Function(self.globals["range"]),
+            "raise_exception": _Function(_raise_exception),
+            "strftime_now": _Function(PINNED_DATE.strftime),
         }
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
@@ -102,7 +158,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is jinja2.runtime.LoopContext and attribute in _LOOP_ATTRIBUTES:
             return getattr(obj, attribute)  # most frequent, and always safe
-        return super().getattr(obj, attribute)
+        inner = obj._value if isinstance(obj, _Unprintable) else obj
+        value = super().getattr(inner, attribute)
+        return _Function(value) if type(value) in _FUNCTIONS else value
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        value = super().getitem(obj, argument)
+        return _Function(value) if type(value) in _FUNCTIONS else value
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         key = type(obj), attr  # jinja2's answer depends on nothing else
@@ -112,30 +174,40 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self._is_safe[key] = super().is_safe_attribute(obj, attr, value)
         return self._is_safe[key]
 
-    def call_binop(
-        self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any
-    ) -> Any:
-        if operator == "+" and type(left) is type(right) is str:  # the usual case
-            self.budget.spend(len(left) + len(right))
-            return left + right
-        self.budget.binop(operator, left, right)
-        return super().call_binop(context, operator, left, right)
 
-    def call(
-        __self,  # a template may pass a keyword argument named `self`
-        __context: jinja2.runtime.Context,
-        __obj: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        args = charge_call(__self.budget, __obj, args, kwargs)
-        result = super().call(__context, __obj, *args, **kwargs)
-        return __self.budget.charge_result(result)
+class _Unprintable:
+    """Something whose text would be a memory address, which differs from run to run."""
 
-    def _generate(
-        self, source: jinja2.nodes.Template, *args: Any, **kwargs: Any
-    ) -> str:
-        return super()._generate(rewrite(source), *args, **kwargs)
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        raise SecurityError("the text of a function or an iterator is an address")
+
+
+class _Function(_Unprintable):
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._value(*args, **kwargs)
+
+
+class _Iterator(_Unprintable):
+    __slots__ = ()
+
+    def __iter__(self) -> Any:
+        return iter(self._value)
+
+
+def _without_address(filter: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(filter)  # also copies what jinja2 notes on the function
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = filter(*args, **kwargs)
+        return _Iterator(result) if hasattr(result, "__next__") else result
+
+    return wrapped
 
 
 def _tojson(
@@ -154,8 +226,8 @@ def _tojson(
     )
 
 
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
+def _raise_exception(message: Any) -> NoReturn:
+    raise TemplateError(str(message))
 
 
 class _TemplateDict:
@@ -163,6 +235,9 @@ class _TemplateDict:
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(dict)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
         return dict.fromkeys(*args)

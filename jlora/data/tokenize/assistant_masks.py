@@ -8,8 +8,9 @@ answer. Templates that change earlier turns are refused.
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
+from jlora.data.chat.chat_template import Cut, Prefixes, render_prefixes
 from jlora.data.chat.control_tokens import Encoded, Rendered, Span
 from jlora.data.read.bad_rows import RowError
 from jlora.data.read.records import ChatRecord
@@ -19,10 +20,7 @@ from jlora.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Answer:
-    """Message `index` of a conversation, rendered up to its content and to its end.
-
-    Of a message that is to be masked where all else counts, up to its header.
-    """
+    """Message `index` of a conversation, rendered up to its content and to its end."""
 
     index: int
     before: Rendered
@@ -39,44 +37,91 @@ class MaskPlan:
     marked: tuple[Span, ...] = ()
     """Characters to train on, where the template marks them."""
     everything: bool = False
-    """Whether all counts but the `answers`."""
 
     def texts(self) -> list[Rendered]:
         """Returns all texts whose ids `find_supervised_spans` needs."""
         return [self.whole, *(x for a in self.answers for x in (a.before, a.upto))]
 
 
-def plan_mask(
-    record: ChatRecord, tokenizer: Tokenizer, *, train_on: str, where: str
-) -> MaskPlan:
-    """Renders a conversation and the texts whose tokens decide its mask.
+@dataclass(frozen=True)
+class _Conversation:
+    record: ChatRecord
+    answers: list[int]
+    """The messages to train on."""
+    prefixes: Prefixes
+    """What to render."""
 
-    Raises RowError if the template refuses the conversation, and UnsupportedError if it
-    changes earlier turns; `where` names the record.
+
+def plan_masks(
+    records: Sequence[ChatRecord],
+    tokenizer: Tokenizer,
+    *,
+    train_on: str,
+    where: Callable[[int], str],
+) -> list[MaskPlan | RowError]:
+    """Renders conversations and the texts whose tokens decide their masks.
+
+    A RowError is in place of a conversation that cannot be used. Raises UnsupportedError
+    for a template that changes earlier turns; `where` names a record by its number.
     """
+    plans: list[Any] = [_prepare(record, tokenizer, train_on) for record in records]
+    chosen = [i for i, c in enumerate(plans) if isinstance(c, _Conversation)]
+    renders = render_prefixes([plans[i].prefixes for i in chosen])
+    for index, render in zip(chosen, renders, strict=True):
+        conversation = plans[index]
+        place = where(conversation.record.number)
+        try:
+            plans[index] = _plan_mask(conversation, render, train_on, place)
+        except RowError as error:
+            plans[index] = error
+    return plans
+
+
+def _prepare(
+    record: ChatRecord, tokenizer: Tokenizer, train_on: str
+) -> _Conversation | RowError:
     template = tokenizer.template(record.tools)
     messages = record.messages
-    template.check_roles(messages)
-    render = partial(template.render, template.prepare(messages, record.tools))
-    whole = render()
-    if train_on == "all":
-        turns = [_render_turn(i, render, where) for i in sorted(record.untrained)]
-        return MaskPlan(record.number, whole, tuple(turns), everything=True)
-    assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    answers = assistant
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if train_on == "completion" and record.num_prompt:
         answers = [i for i in answers if i >= record.num_prompt]
     elif train_on != "assistant":
         # Without a column for the prompt, the completion is the last answer.
         answers = answers[-1:]
-    answers = [i for i in answers if i not in record.untrained]
+    cuts: list[Cut] = [(None, False)]
+    if template.has_generation:
+        cuts += [(first, False) for first in answers[:1]]
+    elif train_on != "all":
+        cuts += [(i, True) for i in answers]
+        cuts += [(i + 1, False) for i in answers if i + 1 < len(messages)]
+    try:
+        template.check_roles(messages)
+        variables = template.prepare(messages, record.tools)
+    except RowError as error:
+        return error
+    return _Conversation(record, answers, Prefixes(template, variables, cuts))
+
+
+def _plan_mask(
+    conversation: _Conversation,
+    render: Callable[..., Rendered],
+    train_on: str,
+    where: str,
+) -> MaskPlan:
+    record, answers = conversation.record, conversation.answers
+    messages = record.messages
+    whole = render()
+    if train_on == "all":
+        return MaskPlan(record.number, whole, everything=True)
     if not answers:
         return MaskPlan(record.number, whole)
-    if template.has_generation:
-        if record.untrained:
-            marked = _choose_marked(whole, assistant, answers)
-        else:
-            marked = _marked_from(answers[0], whole, assistant, render, where)
+    if conversation.prefixes.template.has_generation:
+        first = answers[0]
+        has_earlier = any(m["role"] == "assistant" for m in messages[:first])
+        earlier = render(first).generated if has_earlier else ()
+        if whole.generated[: len(earlier)] != earlier:
+            raise _unstable_template(where, first)
+        marked = whole.generated[len(earlier) :]
         return MaskPlan(record.number, whole, marked=marked)
     rendered = []
     for index in answers:
@@ -86,42 +131,6 @@ def plan_mask(
             raise _unstable_template(where, index)
         rendered.append(answer)
     return MaskPlan(record.number, whole, tuple(rendered))
-
-
-def _marked_from(
-    first: int,
-    whole: Rendered,
-    assistant: Sequence[int],
-    render: Callable[..., Rendered],
-    where: str,
-) -> tuple[Span, ...]:
-    """Returns what the template marks of message `first` and later ones."""
-    earlier = render(first).generated if assistant[0] < first else ()
-    if whole.generated[: len(earlier)] != earlier:
-        raise _unstable_template(where, first)
-    return whole.generated[len(earlier) :]
-
-
-def _choose_marked(
-    whole: Rendered, assistant: Sequence[int], answers: Sequence[int]
-) -> tuple[Span, ...]:
-    """Returns what the template marks of the answers alone."""
-    if len(whole.generated) != len(assistant):
-        raise RowError(
-            f"the chat template marks {len(whole.generated)} texts of {len(assistant)} "
-            "assistant turns, so it is not known which of them has which weight"
-        )
-    blocks = zip(assistant, whole.generated, strict=True)
-    return tuple(block for index, block in blocks if index in answers)
-
-
-def _render_turn(index: int, render: Callable[..., Rendered], where: str) -> Answer:
-    """Renders up to the start and up to the end of a whole message, with its header."""
-    before = render(index) if index else Rendered("")
-    upto = render(index + 1)
-    if not upto.text.startswith(before.text):
-        raise _unstable_template(where, index)
-    return Answer(index, before, upto)
 
 
 def find_supervised_spans(
@@ -139,10 +148,7 @@ def find_supervised_spans(
     if tokenizer.begins_with_two_bos(ids):
         raise RowError("the chat template writes the BOS token twice")
     if plan.everything:
-        turns = [_answer_span(a, ids, tokenizer, encode)[0] for a in plan.answers]
-        ends = [0, *(end for _, end in turns)]
-        starts = [*(start for start, _ in turns), len(ids)]
-        return whole, list(zip(ends, starts, strict=True)), True
+        return whole, [(0, len(ids))], True
     if plan.marked:
         spans = _to_tokens(plan.marked, whole.offsets)
         ends = tokenizer.turn_ids

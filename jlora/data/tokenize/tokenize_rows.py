@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from jlora.data.read.row_formats import RowFormat
 from jlora.data.tokenize.assistant_masks import (
     MaskPlan,
     find_supervised_spans,
-    plan_mask,
+    plan_masks,
 )
 from jlora.data.tokenize.prefix_ids import encode_prefixes
 from jlora.data.tokenize.tokenizer import Tokenizer
@@ -142,12 +143,13 @@ def _tokenize_chats(
     result: TokenizedRows,
 ) -> None:
     plans = []
-    for record in records:
-        where = row_location(result.path, record.number)
-        try:
-            plans.append(plan_mask(record, tokenizer, train_on=train_on, where=where))
-        except RowError as error:
-            result.add_bad(record.number, error)
+    where = partial(row_location, result.path)
+    planned = plan_masks(records, tokenizer, train_on=train_on, where=where)
+    for record, plan in zip(records, planned, strict=True):
+        if isinstance(plan, RowError):
+            result.add_bad(record.number, plan)
+        else:
+            plans.append(plan)
     encoded = _encode_all(plans, tokenizer)
 
     def encode(rendered: Rendered) -> Encoded:

@@ -84,8 +84,9 @@ class Tokenizer:
                 special_tokens=special,
                 added_tokens=added_tokens,
                 stop_tokens=stop_tokens,
+                name=f"chat template of {file}",
             )
-            for name, text in find_templates(files, settings).items()
+            for name, (file, text) in find_templates(files, settings).items()
         }
         self.fingerprint = tokenizer_fingerprint(files)
         adds_bos = settings.get("add_bos_token")

@@ -88,8 +88,8 @@ def find_additional_tokens(
 
 def find_templates(
     files: Mapping[str, bytes], settings: Mapping[str, Any]
-) -> dict[str, str]:
-    """Returns {name: chat template} of the first place that has any.
+) -> dict[str, tuple[str, str]]:
+    """Returns {name: (file, chat template)} of the first place that has any.
 
     These are chat_template.jinja with additional_chat_templates/NAME.jinja, then
     tokenizer_config.json (`settings`), then chat_template.json.
@@ -100,25 +100,28 @@ def find_templates(
         if additional or file == "chat_template.jinja":
             name = additional[1] if additional else "default"
             try:
-                templates[name] = files[file].decode("utf-8-sig")
+                templates[name] = file, files[file].decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 raise CorruptError(f"{file}: not UTF-8 ({error})") from error
     if templates:
         return templates
-    found = settings.get("chat_template")
+    file, found = "tokenizer_config.json", settings.get("chat_template")
     if found is None:
-        found = read_settings(files, "chat_template.json").get("chat_template")
+        file = "chat_template.json"
+        found = read_settings(files, file).get("chat_template")
     if found is None:
         return {}
-    if isinstance(found, str):
-        return {"default": found}
     try:
-        return {str(entry["name"]): entry["template"] for entry in found}
+        entries = (
+            [("default", found)]
+            if isinstance(found, str)
+            else [(str(entry["name"]), str(entry["template"])) for entry in found]
+        )
     except (TypeError, KeyError) as error:
         raise CorruptError(
-            "tokenizer_config.json: chat_template is neither a string nor a list of "
-            "{name, template}"
+            f"{file}: chat_template is neither a string nor a list of {{name, template}}"
         ) from error
+    return {name: (file, template) for name, template in entries}
 
 
 def eos_ids(value: object) -> frozenset[int]:

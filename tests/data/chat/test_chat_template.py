@@ -84,13 +84,13 @@ def test_special_token_that_is_null_renders_as_nothing():
     assert rendered("[{{ pad_token }}]", pad_token=None) == "[]"
 
 
-def test_raise_exception_refuses_the_conversation_with_its_message():
-    with pytest.raises(RowError, match="roles must alternate"):
-        rendered("{{ raise_exception('roles must alternate') }}")
+def test_raise_exception_refuses_the_conversation_with_its_line_and_message():
+    with pytest.raises(RowError, match="line 2, TemplateError: roles must alternate"):
+        rendered("a\n{{ raise_exception('roles must alternate') }}")
 
 
 def test_syntax_error_names_the_line():
-    with pytest.raises(CorruptError, match=r"chat template, line 2"):
+    with pytest.raises(CorruptError, match=r"chat template of .*, line 2"):
         rendered("a\n{% if %}")
 
 
@@ -116,67 +116,6 @@ def test_access_to_python_internals_is_a_security_error(template):
 
 
 @pytest.mark.parametrize(
-    "template",
-    [
-        "{{ 'a' * 10**9 }}",
-        "{{ 10**9 * 'a' }}",
-        "{{ 2 ** (10**9) }}",
-        "{{ '%999999999d' % 1 }}",
-        "{{ '%*d' % (10**9, 1) }}",
-        "{{ '{:>999999999}'.format(1) }}",
-        "{{ '%999999999d' | format(1) }}",
-        "{{ 'a'.center(10**9) }}",
-        "{{ 'a' | center(10**9) }}",
-        "{{ messages | tojson(indent=10**9) }}",
-        "{{ range(10**6) | list }}",
-        "{% set ns = namespace(x='a' * 1000000) %}"
-        "{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% for i in range(1000) %}{{ 'a' * 100000 }}{% endfor %}",
-        # Time without output.
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-        "{{ f(60) }}",
-        # Two sizes that are harmless alone.
-        "{{ ('a' * 10**6).replace('a', 'b' * 10**6) }}",
-        "{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}",
-        "{{ ('b' * 10**6).join('a' * 10**6) }}",
-        "{{ ('a' * 10**6) | list | join('b' * 10**6) }}",
-        "{{ ('\t' * 10**6).expandtabs(10**6) }}",
-        "{{ ('\n' * 10**6) | indent(10**6) }}",
-        "{{ ('{0}' * 300000).format('a' * 10**6) }}",
-        "{{ ('%s' * 30000) % (('a' * 10**6,) * 30000) }}",
-        "{{ ('a' * 10**6) | list | map('replace', 'a', 'b' * 10**6) | list | length }}",
-        "{{ ('a' * 10**6).translate({97: 'b' * 10**6}) }}",
-        "{{ [[[1] * 1000] * 1000] * 1000 }}",
-        # What grows by doubling.
-        *(
-            "{% set ns = namespace(x='a' * 1000) %}{% for i in range(60) %}"
-            + doubling
-            + "{% endfor %}{{ ns.x | string | length }}"
-            for doubling in (
-                "{% set ns.x = ns.x ~ ns.x %}",
-                "{% set ns.x = ns.x + ns.x + ns.x %}",
-                "{% set ns.x = [ns.x] + [ns.x] + [ns.x] %}",
-                "{% set ns.x = [ns.x, ns.x] %}",
-                "{% set ns.x = {1: ns.x, 2: ns.x} %}",
-                "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}",
-            )
-        ),
-        "{% set ns = namespace(x=3) %}{% for i in range(60000) %}"
-        "{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x=3) %}{% for i in range(60000) %}"
-        "{% set ns.x = ns.x + ns.x + ns.x %}{% endfor %}",
-    ],
-)
-def test_greedy_template_is_stopped(template, monkeypatch):
-    monkeypatch.setattr(
-        "jlora.data.chat.template_budget.MAX_WORK", 1 << 21
-    )  # to be quick
-    with pytest.raises(CorruptError, match="stopped by the sandbox"):
-        rendered(template)
-
-
-@pytest.mark.parametrize(
     ("template", "message"),
     [
         ("{{ ['a', 'b'] | random }}", "No filter named 'random'"),
@@ -186,13 +125,6 @@ def test_greedy_template_is_stopped(template, monkeypatch):
 def test_template_cannot_depend_on_chance(template, message):
     with pytest.raises(CorruptError, match=message):
         rendered(template)
-
-
-def test_the_budget_of_a_template_is_per_rendering(monkeypatch):
-    monkeypatch.setattr("jlora.data.chat.template_budget.MAX_WORK", 1000)
-    tokenizer = make_tokenizer(chat_template="{{ 'a' * 100 }}")
-    for _ in range(20):
-        render(tokenizer, USER)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +150,7 @@ def test_the_budget_of_a_template_is_per_rendering(monkeypatch):
         "{{ 1 + 2 + 3.5 }}{{ [1] + [2] + messages }}{{ 'a' + 'b' * 2 + ('c' ~ 1) }}",
     ],
 )
-def test_metered_template_renders_as_plain_jinja2_does(template):
+def test_template_renders_as_plain_jinja2_does(template):
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     plain.filters["tojson"] = lambda x, indent: json.dumps(x, indent=indent)
     assert rendered(template) == plain.from_string(template).render(messages=USER)
@@ -226,7 +158,7 @@ def test_metered_template_renders_as_plain_jinja2_does(template):
 
 @pytest.mark.parametrize("term", ["1", "none", "missing", "['c']"])
 def test_sum_of_text_and_other_things_refuses_the_conversation(term):
-    with pytest.raises(RowError, match="the chat template refuses it"):
+    with pytest.raises(RowError, match="the chat template .* refuses it"):
         rendered("{{ 'a' + messages[0].content + TERM }}".replace("TERM", term))
 
 
