@@ -10,7 +10,7 @@ COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command "make lock"
 
-.PHONY: help demo test parity check format format-check lint types wheels lock clean
+.PHONY: help demo test parity chaos check format format-check lint types wheels lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -24,6 +24,9 @@ test: $(VENV)/ready  ## Run the tests
 
 parity: $(VENV_PARITY)/ready  ## Compare with Transformers and PEFT, in an environment of its own
 	$(VENV_PARITY)/bin/python -m pytest tests/parity $(PYTEST_ARGS)
+
+chaos: $(VENV)/ready  ## Kill and damage at random, half an hour; ends with 1 if a result is wrong
+	PYTHONPATH=.:tests $(VENV)/bin/python -m chaos $(CHAOS_ARGS)
 
 check: format-check lint types test  ## Format check, lint, types and tests
 
