@@ -168,6 +168,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
             flops_per_token=flops_per_token(params, config, data.row_length),
         )
         runs.append(run)
+        del params  # the run has a copy of what is trained
 
     # The loop: batches, step, log, evaluate, save, stop; and the export at the end.
     with locked(Path(args.output_dir)) if args.sweep else nullcontext():

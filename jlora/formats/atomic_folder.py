@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jlora.errors import ResourceError, UsageError
+from jlora.errors import JloraError, ResourceError, UsageError
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
@@ -40,7 +40,7 @@ def atomic_folder(
             old.rename(target)
             check_target(out, overwrite, source)
         temporary.mkdir(exist_ok=True)
-    with _locked(temporary, out), _disk_errors(out):
+    with _naming(temporary, out), _locked(temporary, out), _disk_errors(out):
         try:
             _clear(temporary)
             yield temporary
@@ -104,6 +104,18 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
             f"{target}: holds neither {' nor '.join(_MODEL_FILES)}, so it is no model "
             "folder and --overwrite does not replace it; choose another OUT"
         )
+
+
+@contextlib.contextmanager
+def _naming(temporary: Path, out: Path) -> Iterator[None]:
+    """Has errors of the body name the folder that the user gave."""
+    try:
+        yield
+    except JloraError as error:
+        message = str(error)
+        for path in (temporary, temporary.resolve()):
+            message = message.replace(str(path), str(out))
+        raise type(error)(message) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jlora.config.run_config import TrainConfig
@@ -138,13 +139,17 @@ def _make_trainer(
     if len(runs) == 1:
         return make_trainer(runs[0].adapter, model, mesh, **settings)
     orders = list(_datasets(runs))
-    return make_sweep_trainer(
+    trainer = make_sweep_trainer(
         [run.adapter for run in runs],
         model,
         mesh,
         orders=[orders.index(id(run.data)) for run in runs],
         **settings,
     )
+    for run in runs:  # what was stacked shall not take memory twice
+        shapes = jax.tree.map(jax.typeof, run.adapter.state)
+        run.adapter = replace(run.adapter, state=shapes)
+    return trainer
 
 
 def _batches(

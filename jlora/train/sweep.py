@@ -138,6 +138,8 @@ def _step_of_one(
     grad_accum_steps: int,
 ) -> Any:
     """Returns the step of one adapter, whose numbers are arguments of it."""
+    # `step` may not refer to `adapters`, which would keep their states in memory.
+    chunk_tokens = max(1, model.compute.loss_chunk_tokens // len(adapters))
     largest_norm = max(adapter.optim.max_grad_norm for adapter in adapters)
     optim = replace(adapters[0].optim, max_grad_norm=largest_norm)
     rates = {adapter.lora_dropout for adapter in adapters}
@@ -155,7 +157,7 @@ def _step_of_one(
             mesh,
             packed=packed,
             grad_accum_steps=grad_accum_steps,
-            chunk_tokens=max(1, model.compute.loss_chunk_tokens // len(adapters)),
+            chunk_tokens=chunk_tokens,
         )
         return function(state, frozen, batch, varied.key)
 

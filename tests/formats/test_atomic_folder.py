@@ -15,6 +15,7 @@ from helpers.tiny import CONFIG, tensors, write_hf
 
 from convert import from_hf, to_hf
 from jlora.cli.command import run_command
+from jlora.errors import CorruptError
 from jlora.formats import atomic_folder as target
 from jlora.formats.atomic_folder import atomic_folder
 from jlora.formats.base.base_reader import open_base
@@ -238,3 +239,24 @@ def test_a_failure_after_the_check_of_the_target_keeps_the_old_folder(hf, out):
     assert run("convert", hf, out, "--overwrite") == 4
     assert bytes_of(out) == before
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_error_names_the_folder_that_was_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with (
+        pytest.raises(CorruptError, match=r"^out/model\.safetensors: bad; out$"),
+        atomic_folder(Path("out"), False) as folder,
+    ):
+        raise CorruptError(f"{folder / 'model.safetensors'}: bad; {folder}")
+
+
+def test_a_failed_comparison_of_the_logits_names_out(hf, out, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "jlora.formats.verify_export._distance", lambda *_: float("nan")
+    )
+    words = words_of("export", hf, out)[1][:-2]
+    assert run_command(to_hf.main, to_hf.Arguments, argv=words) == 4
+    err = capsys.readouterr().err
+    assert f"{out}: not the model of base and adapter" in err
+    assert ".partial" not in err
+    assert not out.exists()

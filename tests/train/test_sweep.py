@@ -1,3 +1,5 @@
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +16,14 @@ from helpers.training_cases import (
 )
 
 from jlora.config.lora_config import LoraConfig
-from jlora.config.run_config import MeshConfig
+from jlora.config.run_config import MeshConfig, TrainConfig
 from jlora.errors import UsageError
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import make_mesh
+from jlora.train.loop import _make_trainer
 from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.run import Run
 from jlora.train.step import COMPILER_OPTIONS, TrainState, make_train_step
 from jlora.train.sweep import make_sweep_trainer
 from jlora.train.trainer import TrainedAdapter
@@ -210,3 +214,21 @@ def test_adapters_with_other_targets_are_refused():
         UsageError, match="adapters 1 and 2 of the sweep have different"
     ):
         make_sweep(case, mesh_of())
+
+
+def test_the_states_that_were_stacked_do_not_stay_in_memory():
+    mesh, runs, alive = mesh_of(), [], []
+    for optim, lora, seed, _ in CASES["adapters"]:
+        run = object.__new__(Run)
+        _, state, frozen = start(optim, lora, seed, mesh)
+        run.adapter = TrainedAdapter(optim, seed, 0.0, state, frozen)
+        run.data = runs[0].data if runs else object()  # type: ignore[assignment]
+        alive += map(weakref.ref, jax.tree.leaves((state.trainable, state.opt_state)))
+        del state, frozen
+        runs.append(run)
+    assert all(leaf() is not None for leaf in alive)
+    trainer = _make_trainer(runs, Llama(CONFIG), mesh, TrainConfig(), STEPS, True)
+    gc.collect()
+    assert all(leaf() is None for leaf in alive)
+    one = trainer.adapter_state(trainer.state, 1)
+    assert jax.tree.map(np.shape, one) == jax.tree.map(np.shape, runs[1].adapter.state)

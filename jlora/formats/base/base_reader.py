@@ -55,9 +55,15 @@ def open_base(folder: Path) -> ModelSource:
     expected = {leaf: spec for specs in leaves.values() for leaf, spec in specs.items()}
     _check_specs(f"{folder / RECORD}", record.tensors, expected)
     entries: dict[str, Entry] = {}
-    for part in dict.fromkeys(map(part_of, tensors)):
-        name = f"params/{part}.safetensors"
-        entries |= read_header(inside_folder(folder, name), quantised=True)
+    parts = {f"{part}.safetensors" for part in map(part_of, tensors)}
+    if added := _visible(folder / "params") - parts:
+        raise CorruptError(
+            f"{folder / 'params'}: {listing(sorted(added))} was added; a base is only "
+            "what was converted; move it away"
+        )
+    for part in sorted(parts):
+        path = inside_folder(folder, f"params/{part}")
+        entries |= read_header(path, quantised=True)
     _check_specs(f"{folder / 'params'}", entries, expected)
 
     def read(path: str, box: Index | None = None) -> np.ndarray:
@@ -79,6 +85,11 @@ def open_base(folder: Path) -> ModelSource:
         provenance=record.provenance,
         quantize=record.quantize,
     )
+
+
+def _visible(folder: Path) -> set[str]:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return {name for name in names if not name.startswith(".")}
 
 
 def _check_specs(

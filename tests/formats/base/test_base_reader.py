@@ -1,4 +1,5 @@
 import json
+import shutil
 import zlib
 
 import jax
@@ -106,6 +107,14 @@ def test_a_box_is_verified_and_needs_only_its_blocks(blocks):
 def test_a_missing_part_is_refused(base, tmp_path):
     (base / "params" / "norm.safetensors").rename(tmp_path / "moved")
     with pytest.raises(CorruptError, match=r"norm.safetensors: no such file"):
+        open_base(base)
+
+
+def test_an_added_part_is_refused(base):
+    (base / "params" / ".DS_Store").touch()  # what a system writes is not a part
+    open_base(base)
+    shutil.copy(base / "params" / "norm.safetensors", base / "params" / "x.safetensors")
+    with pytest.raises(CorruptError, match=r"params: x\.safetensors was added"):
         open_base(base)
 
 
