@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = (
     "jlora.errors",
     "jlora.limited_process",
+    "jlora.limited_regex",
     "jlora.config",
     "jlora.cli",
     "jlora.parallel",

@@ -4,61 +4,86 @@ Source: PEFT's `tuners/tuners_utils.py`, `check_target_module_exists`, and
 `utils/other.py`, `get_pattern_key`.
 """
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jlora.errors import UsageError, listing
+from jlora.limited_regex import first_groups
 
 
-def matches(entries: list[str] | str | None, name: str, used: set[str]) -> bool:
-    """Returns whether a regular expression, or an entry of a list, matches the name."""
+def matching(
+    entries: list[str] | str | None, names: Sequence[str], used: set[str]
+) -> set[str]:
+    """Returns the names that a regular expression, or an entry of a list, matches."""
     if isinstance(entries, str):
-        hits = {entries} if entries and matches_whole(entries, name) else set()
-    else:
-        hits = {x for x in entries or [] if f".{name}".endswith(f".{x}")}
-    used |= hits
-    return bool(hits)
+        found = set(matching_whole(entries, names) if entries else ())
+        used |= {entries} if found else set()
+        return found
+    hits = {n: [x for x in entries or [] if f".{n}".endswith(f".{x}")] for n in names}
+    used |= {entry for found in hits.values() for entry in found}
+    return {name for name, found in hits.items() if found}
 
 
-def matches_whole(pattern: str, name: str) -> bool:
-    """Returns whether a regular expression matches all of a name.
+def matching_whole(pattern: str, names: Sequence[str]) -> list[str]:
+    """Returns the names that a regular expression matches as a whole.
 
     Raises:
-        UsageError: it is not one.
+        UsageError: it is not one, or takes too long.
     """
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UsageError(
-            f"lora: {pattern!r} is not a regular expression ({error})"
-        ) from error
+    (groups,) = first_groups([("", pattern, "")], names, whole=True)
+    return [
+        name for name, group in zip(names, groups, strict=True) if group is not None
+    ]
 
 
-def layer_index(name: str, patterns: list[str] | str | None) -> int | None:
-    """Returns the index of the layer that a module is in, in the list of that name."""
-    if not patterns:
-        match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-        return int(match.group(1)) if match else None
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        match = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-        if match:
-            return int(match.group(1))
-    return None
+def inside(entries: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Returns the names of modules that an entry matches, or that are inside of one."""
+    patterns = [(r"(^|.*\.)", entry, r"($|\..*)") for entry in entries]
+    rows = first_groups(patterns, names, whole=False)
+    return {
+        n
+        for row in rows
+        for n, group in zip(names, row, strict=True)
+        if group is not None
+    }
 
 
-def pattern_value(
+def layer_indices(
+    names: Sequence[str], patterns: list[str] | str | None
+) -> dict[str, int | None]:
+    """Returns the index of the layer that each module is in, in the list of that name."""
+    given = [patterns] if isinstance(patterns, str) else patterns or []
+    around = [(r"(?:^|.*?\.)", pattern, r"\.(\d+)\.") for pattern in given]
+    if not around:
+        around = [(r".*?\.", "", r"[^.]*\.(\d+)\.")]
+    result: dict[str, int | None] = dict.fromkeys(names)
+    for row in reversed(first_groups(around, names, whole=False)):
+        for name, group in zip(names, row, strict=True):
+            if group is not None:
+                result[name] = int(group) if group.isdecimal() else None
+    return result
+
+
+def pattern_values(
     patterns: Mapping[str, float],
-    name: str,
+    names: Sequence[str],
     default: float,
     used: set[str],
+    *,
     strict: bool,
-) -> float:
-    """Returns the value of the first pattern that matches, in the dictionary's order."""
-    hits = [key for key in patterns if matches_whole(rf"(.*\.)?({key})", name)]
-    used |= set(hits)
-    if strict and len({patterns[key] for key in hits}) > 1:
-        raise UsageError(
-            f"lora: the patterns {listing(hits)} give {name} different values; "
-            "make them exclude each other"
-        )
-    return patterns[hits[0]] if hits else default
+) -> dict[str, float]:
+    """Returns for each name the value of the first pattern that matches it."""
+    around = [(r"(.*\.)?(", key, ")") for key in patterns]
+    rows = first_groups(around, names, whole=True)
+    result = {}
+    for index, name in enumerate(names):
+        hits = [
+            k for k, row in zip(patterns, rows, strict=True) if row[index] is not None
+        ]
+        used |= set(hits)
+        if strict and len({patterns[key] for key in hits}) > 1:
+            raise UsageError(
+                f"lora: the patterns {listing(hits)} give {name} different values; "
+                "make them exclude each other"
+            )
+        result[name] = patterns[hits[0]] if hits else default
+    return result

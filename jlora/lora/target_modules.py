@@ -5,14 +5,18 @@ Source: PEFT `tuners/tuners_utils.py` (`check_target_module_exists`,
 (`get_pattern_key`, `_set_trainable`, `set_additional_trainable_modules`).
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError, listing, nearest, warn
 from jlora.lora.adapter_tree import EMBEDDING, HEAD
-from jlora.lora.name_matching import layer_index, matches, pattern_value
+from jlora.lora.name_matching import (
+    inside,
+    layer_indices,
+    matching,
+    pattern_values,
+)
 
 DEFAULT_TARGETS: tuple[str, ...] = ("q_proj", "v_proj")
 # The two modules with a row, or a column, for each token.
@@ -112,13 +116,13 @@ def select_targets(
         targets = [name for name in names if name not in VOCAB_MODULES]
     used: set[str] = set()
     selected = _matching_modules(config, targets, _with_parents(names), used)
-    inside = [name for name in selected if _is_inside_saved(config, name)]
-    if inside and strict:
+    skipped = inside(config.modules_to_save or [], selected)
+    if skipped and strict:
         raise UsageError(
-            f"lora.modules_to_save trains {listing(inside)} in full, and "
+            f"lora.modules_to_save trains {listing(sorted(skipped))} in full, and "
             "lora.target_modules selects it, too; name it in lora.exclude_modules"
         )
-    selected = [name for name in selected if name not in inside]
+    selected = [name for name in selected if name not in skipped]
     endings = {name.rsplit(".")[-1] for name in names}
     if wrong := [name for name in selected if name not in names]:
         raise UsageError(
@@ -127,13 +131,14 @@ def select_targets(
         )
     if not selected:
         _refuse_no_target(targets, endings)
-    result = {}
-    for name in selected:
-        rank = pattern_value(config.rank_pattern, name, config.r, used, strict)
-        alpha = pattern_value(
-            config.alpha_pattern, name, config.lora_alpha, used, strict
-        )
-        result[name] = (int(rank), config.scaling(int(rank), alpha))
+    ranks = pattern_values(config.rank_pattern, selected, config.r, used, strict=strict)
+    alphas = pattern_values(
+        config.alpha_pattern, selected, config.lora_alpha, used, strict=strict
+    )
+    result = {
+        name: (int(ranks[name]), config.scaling(int(ranks[name]), alphas[name]))
+        for name in selected
+    }
     _report_unused(config, targets, used, names, strict)
     return result
 
@@ -145,12 +150,6 @@ def is_saved(config: LoraConfig, name: str) -> bool:
     """
     entries = config.modules_to_save or []
     return any(part.endswith(x) for part in _with_parents([name]) for x in entries)
-
-
-def _is_inside_saved(config: LoraConfig, name: str) -> bool:
-    """Returns whether PEFT skips a target as part of a module that is trained in full."""
-    entries = config.modules_to_save or []
-    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in entries)
 
 
 def _saved_modules(
@@ -208,17 +207,13 @@ def _matching_modules(
     config: LoraConfig, targets: list[str] | str, names: list[str], used: set[str]
 ) -> list[str]:
     """Returns the names that are targets and not excluded; adds what matched to `used`."""
-    layers = config.layer_indices
-    excluded = {x for x in names if matches(config.exclude_modules, x, used)}
-    selected = []
-    for name in names:
+    excluded = matching(config.exclude_modules, names, used)
+    if config.layer_indices and not isinstance(targets, str):
+        layers = layer_indices(names, config.layers_pattern)
         # As in PEFT, layers_to_transform does not filter an exact name.
-        is_filtered = layers and not isinstance(targets, str) and name not in targets
-        if is_filtered and layer_index(name, config.layers_pattern) not in layers:
-            continue
-        if matches(targets, name, used) and name not in excluded:
-            selected.append(name)
-    return selected
+        names = [x for x in names if x in targets or layers[x] in config.layer_indices]
+    found = matching(targets, names, used)
+    return [name for name in names if name in found and name not in excluded]
 
 
 def _refuse_no_target(targets: list[str] | str, endings: set[str]) -> None:
@@ -252,7 +247,7 @@ def _report_unused(
         for entry in items
         if entry not in used
     ]
-    layers = {layer_index(name, config.layers_pattern) for name in names}
+    layers = set(layer_indices(names, config.layers_pattern).values())
     unused += [
         f"lora.layers_to_transform: {index} matches no layer"
         for index in config.layer_indices

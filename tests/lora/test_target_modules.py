@@ -1,7 +1,10 @@
+import re
+
 import pytest
 
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UsageError
+from jlora.lora.name_matching import matching_whole
 from jlora.lora.target_modules import select_targets
 
 LINEARS = {
@@ -199,3 +202,36 @@ def test_a_bad_regular_expression_is_an_error(fields):
 
 def test_a_misspelt_name_gets_the_nearest_name():
     assert "did you mean 'q_proj'?" in refused(target_modules=["q_porj"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "((.*)*)*x"},
+        {"target_modules": "(.+)+x"},
+        {"target_modules": "(.|.)*x"},
+        {"target_modules": "(a?){5000}" * 200},
+        {"target_modules": ["q_proj"], "exclude_modules": "((.+)+)+x"},
+        {"target_modules": ["q_proj"], "rank_pattern": {"((.+)+)+x": 4}},
+        {"target_modules": ["q_proj"], "alpha_pattern": {"((.+)+)+x": 4}},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "((.+)+)+x"]},
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0],
+            "layers_pattern": "((.+)+)+x",
+        },
+    ],
+)
+def test_endless_regular_expression_is_refused(fields, monkeypatch):
+    monkeypatch.setattr("jlora.limited_regex.CPU_SECONDS", 0.2)
+    message = refused(**fields)
+    assert "regular expression" in message
+    assert "cannot be used: it took more than" in message or "is not a" in message
+
+
+def test_regular_expressions_are_those_of_python():
+    # None of these means the same in every other engine.
+    names = ["a{e}", "aa", "ab", "a\n", "É"]
+    for pattern in (r"(?:a){e}", r"(a)\1", r"a(?=b).", r"(?i)é", r"a\Z|a+"):
+        expected = [name for name in names if re.fullmatch(pattern, name)]
+        assert matching_whole(pattern, names) == expected

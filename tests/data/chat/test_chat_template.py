@@ -158,7 +158,7 @@ def test_template_renders_as_plain_jinja2_does(template):
 
 @pytest.mark.parametrize("term", ["1", "none", "missing", "['c']"])
 def test_sum_of_text_and_other_things_refuses_the_conversation(term):
-    with pytest.raises(RowError, match="the chat template .* refuses it"):
+    with pytest.raises(RowError, match=r"the chat template .* refuses it"):
         rendered("{{ 'a' + messages[0].content + TERM }}".replace("TERM", term))
 
 
