@@ -42,6 +42,7 @@ def main(args: Arguments) -> None:
 
     from jlora.data.batch.load_dataset import load_dataset
     from jlora.data.batch.preview import preview_lines, preview_samples
+    from jlora.data.read.data_paths import TO_EVALUATE
     from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.load_params import load_params
     from jlora.formats.open_model import open_model
@@ -68,6 +69,7 @@ def main(args: Arguments) -> None:
         batch_size=args.batch_size,
         seed=0,
         shuffle=False,
+        splits=TO_EVALUATE,
     )
     if args.show:
         print("\n".join([*data.summary, *preview_lines(data), ""]))

@@ -82,7 +82,8 @@ class _DataFiles:
     train: list[str] | dict[str, float] | str | None = None
     """File, folder or glob to train on, a list of them, or {path: passes per epoch}."""
     eval: list[str] | dict[str, float] | str | None = None
-    """Held-out records, in the same forms; evaluated every train.eval_every steps."""
+    """Held-out records, in the same forms, evaluated every train.eval_every steps; null:
+    the validation split of data.train, if it is a folder with one."""
     eval_fraction: float = 0.0
     """Share of data.train that is held out for evaluation, instead of data.eval."""
 

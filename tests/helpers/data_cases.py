@@ -13,6 +13,7 @@ from jlora.data.batch.batches import Dataset
 from jlora.data.batch.load_dataset import load_dataset
 from jlora.data.cache.build_cache import make_block
 from jlora.data.cache.token_store import TokenStore
+from jlora.data.read.data_paths import TO_TRAIN
 from jlora.data.tokenize.tokenize_rows import Example
 from jlora.data.tokenize.tokenizer import Tokenizer
 
@@ -76,6 +77,7 @@ def load(
     batch_size: int = 2,
     seed: int = 0,
     shuffle: bool = False,
+    splits: Sequence[str] = TO_TRAIN,
     **config: Any,
 ) -> Dataset:
     return load_dataset(
@@ -86,6 +88,7 @@ def load(
         batch_size=batch_size,
         seed=seed,
         shuffle=shuffle,
+        splits=splits,
     )
 
 

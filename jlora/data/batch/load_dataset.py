@@ -1,6 +1,6 @@
 """From the user's files and a tokenizer to batches: the whole data pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -16,7 +16,14 @@ from jlora.data.cache.build_cache import open_token_store, token_cache_folder
 from jlora.data.cache.row_counts import RowCounts
 from jlora.data.chat.jinja_sandbox import PINNED_DATE
 from jlora.data.read.bad_rows import bad_rows_error
-from jlora.data.read.data_paths import DataPaths, find_data_sources
+from jlora.data.read.data_paths import (
+    TO_EVALUATE,
+    TO_TRAIN,
+    DataPaths,
+    DataSource,
+    check_disjoint,
+    find_data_sources,
+)
 from jlora.data.read.row_files import row_location
 from jlora.data.tokenize.tokenize_rows import Example
 from jlora.data.tokenize.tokenizer import Tokenizer
@@ -43,25 +50,46 @@ def load_split(
     """
     if config.train is None:
         raise UsageError("--data.train is missing; give a file to train on")
-    corpus = _Corpus(config.train, tokenizer, config, vocab_size, batch_size, seed)
+    sources = find_data_sources(config.train)
+    evaluated: list[DataSource] = []
+    if config.eval is not None:
+        evaluated = find_data_sources(config.eval, TO_EVALUATE)
+    elif not config.eval_fraction:
+        found = [source.validation() for source in sources]
+        evaluated = [source for source in found if source]
+    check_disjoint(sources, evaluated)
+    rest = tokenizer, config, vocab_size, batch_size, seed
+    corpus = _Corpus(sources, *rest)
     held = np.zeros(corpus.num_records, bool)
     if config.eval_fraction:
         held = hold_out(corpus.ranks, config.eval_fraction)
-    lines = corpus.lines()
+    read = {source.name: source.split for source in evaluated}
+    lines = [*_split_lines(sources, read), *corpus.lines()]
     train = corpus.dataset(corpus.epoch(~held), "data.train", lines, shuffle=True)
     held_out = None
     if config.eval_fraction:
         held_out = corpus.dataset(np.flatnonzero(held), "held out", [], shuffle=False)
-    elif config.eval is not None:
-        held_out = load_dataset(
-            config.eval,
-            tokenizer,
-            config,
-            vocab_size=vocab_size,
-            batch_size=batch_size,
-            seed=seed,
-        )
+    elif evaluated:
+        held_out = _Corpus(evaluated, *rest).whole(shuffle=False)
     return train, held_out
+
+
+def _split_lines(
+    sources: Sequence[DataSource], evaluated: Mapping[str, str]
+) -> list[str]:
+    """Returns a line on what is done with each split of each folder."""
+    lines = []
+    for source in sources:
+        others = list(source.other_splits)
+        used = [name for name in others if evaluated.get(f"{source.name} ({name})")]
+        unused = [name for name in others if name not in used]
+        line = f"{source.name}: the split {source.split} is trained on"
+        if used:
+            line += f", {listing(used)} evaluated on"
+        if unused:
+            line += f", {listing(unused)} not read"
+        lines += [line] if others else []
+    return lines
 
 
 def load_dataset(
@@ -73,13 +101,15 @@ def load_dataset(
     batch_size: int,
     seed: int,
     shuffle: bool = False,
+    splits: Sequence[str] = TO_TRAIN,
 ) -> Dataset:
-    """Returns the batches of all records of the given files; raises as `load_split`."""
-    corpus = _Corpus(given, tokenizer, config, vocab_size, batch_size, seed)
-    names = [counts.source.name for counts in corpus.counts]
-    chosen = corpus.epoch(np.ones(corpus.num_records, bool))
-    name = names[0] if len(names) == 1 else "all"
-    return corpus.dataset(chosen, name, corpus.lines(), shuffle=shuffle)
+    """Returns the batches of all records of the given files; raises as `load_split`.
+
+    Of a folder with several splits, the first of `splits` that it has is read.
+    """
+    sources = find_data_sources(given, splits)
+    corpus = _Corpus(sources, tokenizer, config, vocab_size, batch_size, seed)
+    return corpus.whole(shuffle=shuffle)
 
 
 class _Corpus:
@@ -87,7 +117,7 @@ class _Corpus:
 
     def __init__(
         self,
-        given: DataPaths,
+        sources: Sequence[DataSource],
         tokenizer: Tokenizer,
         config: RowConfig,
         vocab_size: int,
@@ -97,7 +127,6 @@ class _Corpus:
         check_seed(seed)
         self._tokenizer, self._config = tokenizer, config
         self._batch_size, self._seed = batch_size, seed
-        sources = find_data_sources(given)
         self._files = [file for source in sources for file in source.files]
         self._store, self.counts = open_token_store(sources, tokenizer, config)
         _check_bad_rows(self.counts, config)
@@ -158,6 +187,19 @@ class _Corpus:
             members = np.flatnonzero(wanted & (self._source == index))
             parts.append(members[repeat_records(self.ranks[members], weight)])
         return np.concatenate(parts)
+
+    def whole(self, *, shuffle: bool) -> Dataset:
+        """Returns the batches of all records."""
+        names = [counts.source.name for counts in self.counts]
+        chosen = self.epoch(np.ones(self.num_records, bool))
+        name = names[0] if len(names) == 1 else "all"
+        lines = [
+            f"{c.source.name}: the split {c.source.split} is read, "
+            f"{listing(list(c.source.other_splits))} not"
+            for c in self.counts
+            if c.source.other_splits
+        ]
+        return self.dataset(chosen, name, [*lines, *self.lines()], shuffle=shuffle)
 
     def dataset(
         self, chosen: np.ndarray, name: str, lines: list[str], *, shuffle: bool

@@ -1,12 +1,21 @@
 """Finds the data files behind what the user gave: files, folders, globs, weights."""
 
 import glob
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jlora.config.strict_json import parse_json_object
+from jlora.data.read.splits import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    choose_split,
+    group_by_split,
+    tells_split,
+)
 from jlora.errors import (
     CorruptError,
     UnsupportedError,
@@ -20,6 +29,9 @@ _JSON_ENDINGS = tuple(
     for name in (".jsonl", ".ndjson", ".json")
     for compression in ("", ".gz", ".zst")
 )
+_MAX_DEPTH = 4  # of folders, as in owner/name/config/split
+# Which split of a folder is read.
+TO_TRAIN, TO_EVALUATE = (TRAIN,), (VALIDATION, TEST, TRAIN)
 DataPaths = str | Path | Sequence[str] | Mapping[str, float]
 """One path, several, or {path: passes per epoch}."""
 
@@ -35,10 +47,28 @@ class DataSource:
     """Passes over the source per epoch."""
     ignored: tuple[str, ...] = ()
     """Names of the other files in a folder."""
+    split: str = ""
+    """Which split of a folder these files are; "" if its names tell no splits."""
+    other_splits: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    """The folder's other splits."""
+
+    def validation(self) -> "DataSource | None":
+        """Returns the validation split beside this one, if there is any."""
+        name = choose_split(self.other_splits, (VALIDATION,))
+        if name is None:
+            return None
+        files = self.other_splits[name]
+        return DataSource(f"{self.name} ({name})", files, split=name)
 
 
-def find_data_sources(given: DataPaths) -> list[DataSource]:
+def find_data_sources(
+    given: DataPaths, splits: Sequence[str] = TO_TRAIN
+) -> list[DataSource]:
     """Returns the sources in the given order, the files of each sorted by name.
+
+    Args:
+        given: files, folders and globs.
+        splits: of a folder with several splits the first of these is read.
 
     Raises:
         UsageError: nothing there, a path given twice, or a weight out of range.
@@ -56,10 +86,26 @@ def find_data_sources(given: DataPaths) -> list[DataSource]:
         weights = dict.fromkeys(names, 1.0)
     if not weights:
         raise UsageError("no data is named; give a file, a folder or a glob")
-    return [_find_source(name, weight) for name, weight in weights.items()]
+    return [_find_source(name, weight, splits) for name, weight in weights.items()]
 
 
-def _find_source(name: str, weight: float) -> DataSource:
+def check_disjoint(train: Sequence[DataSource], held_out: Sequence[DataSource]) -> None:
+    """Raises UsageError if a file is in both, also under another name."""
+
+    def files(sources: Sequence[DataSource]) -> dict[tuple[int, int], Path]:
+        found = (file for source in sources for file in source.files)
+        return {(file.stat().st_dev, file.stat().st_ino): file for file in found}
+
+    mine, theirs = files(train), files(held_out)
+    if both := [str(theirs[key]) for key in theirs if key in mine]:
+        raise UsageError(
+            f"{listing(both, 4)}: in data.train and in data.eval, so the model would be "
+            "evaluated on what it was trained on; leave it out of one of them, or hold "
+            "out a share with data.eval_fraction"
+        )
+
+
+def _find_source(name: str, weight: float, splits: Sequence[str]) -> DataSource:
     if not 0 < weight <= 1000:
         raise UsageError(
             f"{name}: the weight {weight} is not above 0 and at most 1000; a weight of "
@@ -67,8 +113,7 @@ def _find_source(name: str, weight: float) -> DataSource:
         )
     path = Path(name)
     if path.is_dir():
-        files, ignored = _list_folder(path)
-        return DataSource(name, files, weight, ignored)
+        return replace(_read_folder(path, splits), name=name, weight=weight)
     if not path.exists() and glob.has_magic(name):
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))
         files = tuple(file for file in found if file.is_file())
@@ -85,43 +130,100 @@ def _find_source(name: str, weight: float) -> DataSource:
     return DataSource(name, (path,), weight)
 
 
-def _list_folder(path: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
-    """Returns the data files of a folder, and the names of its other files."""
-    if (path / "dataset_dict.json").is_file():
-        return _list_folder(_training_split(path))
+def _read_folder(path: Path, wanted: Sequence[str]) -> DataSource:
+    """Returns the files of the wanted split of a folder, or all its files if it has none."""
     if (path / "state.json").is_file():
-        return _saved_files(path), ()
+        return DataSource("", _saved_files(path))
     names = sorted(
         file.name
         for file in path.iterdir()
         if file.is_file() and not file.name.startswith(".")
     )
-    data = [
-        name
-        for name in names
-        if name.endswith((*_JSON_ENDINGS, ".parquet", ".arrow"))
-        and name not in ("dataset_info.json", "dataset_infos.json")  # metadata
-    ]
-    if not data:
-        inside = sorted(item.name for item in path.iterdir() if item.is_dir())
-        hint = f"; it has the folders {listing(inside)}" if inside else ""
+    top = [name for name in names if _is_data(name)]
+    if (path / "dataset_dict.json").is_file():
+        splits = {name: _saved_files(path / name) for name in _saved_splits(path)}
+    else:
+        splits = _group_files(path, top)
+    split = choose_split(splits, wanted)
+    if split is None:
         raise UsageError(
-            f"{path} is a folder with no data files (.jsonl, .ndjson, .json, .parquet, "
-            f".arrow, the first three also .gz or .zst){hint}"
+            f"{path} holds the splits {listing(list(splits))} and none is named "
+            f"{' or '.join(wanted)}; name the files of one, with a glob if there are many"
         )
-    ignored = tuple(name for name in names if name not in data)
-    return tuple(path / name for name in data), ignored
+    chosen = splits.pop(split)
+    read = {file.name for files in (chosen, *splits.values()) for file in files}
+    ignored = tuple(name for name in names if name not in read)
+    return DataSource("", chosen, 1.0, ignored, split if splits else "", splits)
 
 
-def _training_split(path: Path) -> Path:
-    """Returns the folder of split `train` of a saved Hugging Face `DatasetDict`."""
+def _group_files(path: Path, top: list[str]) -> dict[str, tuple[Path, ...]]:
+    """Returns the data files of a folder by split; all are to train on if none is named.
+
+    Args:
+        path: the folder.
+        top: the names of the data files in the folder itself.
+    """
+    nested = _nested_data(path)
+    if top:
+        nested = [name for name in nested if tells_split(name.partition("/")[0])]
+    splits = group_by_split([*top, *nested])
+    if not choose_split(splits, (TRAIN,)):
+        told = {name for names in splits.values() for name in names}
+        untold = top or [name for name in nested if name.startswith("data/")]
+        rest = [name for name in untold if name not in told]
+        if not rest and not splits:
+            _raise_no_data(path)
+        if rest:
+            splits[TRAIN] = rest
+    return {
+        split: tuple(path / name for name in names) for split, names in splits.items()
+    }
+
+
+def _is_data(name: str) -> bool:
+    return name.endswith((*_JSON_ENDINGS, ".parquet", ".arrow")) and name not in (
+        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json"),
+    )
+
+
+def _nested_data(path: Path) -> list[str]:
+    """Returns the relative names of the data files in the folders of a folder."""
+    names = []
+    for folder, folders, files in os.walk(path):
+        here = Path(folder).relative_to(path)
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
+        if len(here.parts) >= _MAX_DEPTH:
+            folders.clear()
+        names += [
+            (here / name).as_posix()
+            for name in sorted(files)
+            if here.parts and _is_data(name) and not name.startswith(".")
+        ]
+    return names
+
+
+def _raise_no_data(path: Path) -> NoReturn:
+    inside = sorted(item.name for item in path.iterdir() if item.is_dir())
+    hint = f"; it has the folders {listing(inside)}" if inside else ""
+    raise UsageError(
+        f"{path} is a folder with no data files (.jsonl, .ndjson, .json, .parquet, "
+        f".arrow, the first three also .gz or .zst){hint}"
+    )
+
+
+def _saved_splits(path: Path) -> list[str]:
+    """Returns the names of the splits of a saved Hugging Face `DatasetDict`."""
     splits = _read_object(path / "dataset_dict.json").get("splits")
-    if not isinstance(splits, list) or "train" not in splits:
+    if not isinstance(splits, list) or not all(isinstance(s, str) for s in splits):
+        raise CorruptError(f"{path / 'dataset_dict.json'}: no list of splits")
+    if not choose_split(dict.fromkeys(splits), (TRAIN,)):
         raise UsageError(
             f"{path} holds the splits {splits} and none is named train; "
             f"name one of its folders, such as {path / 'NAME'}"
         )
-    return path / "train"
+    if wrong := [name for name in splits if Path(name).name != name]:
+        raise CorruptError(f"{path / 'dataset_dict.json'}: the split {wrong[0]!r}")
+    return splits
 
 
 def _saved_files(path: Path) -> tuple[Path, ...]:
