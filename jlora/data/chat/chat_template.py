@@ -14,6 +14,7 @@ from jlora.data.chat.control_tokens import (
     unmark,
     without_marks,
 )
+from jlora.data.chat.message_shapes import MessageShapes, find_shapes
 from jlora.data.chat.turn_markers import find_turn_markers
 from jlora.data.read.bad_rows import RowError
 from jlora.errors import CorruptError, UnsupportedError, listing, nearest
@@ -115,7 +116,8 @@ class ChatTemplate:
         """Returns the template's variables for a conversation, marked where text stays text.
 
         They may be rendered several times, as the sandbox keeps a template from changing
-        them. Raises RowError for text that cannot be written as UTF-8.
+        them. Raises RowError for text that cannot be written as UTF-8, and for tool-call
+        arguments that the template would escape.
         """
         return {
             **self._special_tokens,
@@ -124,7 +126,13 @@ class ChatTemplate:
             "documents": None,
         }
 
+    @cached_property
+    def _shapes(self) -> MessageShapes:
+        return find_shapes(self._render_plain)
+
     def _marked(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        if "tool_calls" in message or isinstance(message.get("content"), list):
+            message = self._shapes.fit(dict(message))
         is_own = message.get("role") == "assistant"
         pattern = self._assistant_pattern if is_own else self._pattern
         return {

@@ -4,27 +4,15 @@ Only the template knows them, so it renders a few harmless conversations.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from jlora.data.chat.control_tokens import control_pattern
+from jlora.data.chat.message_shapes import QUESTION, Message, tool_call
 from jlora.errors import JloraError
 
-Message = dict[str, Any]
 _SYSTEM: Message = {"role": "system", "content": "Orthographically."}
-_QUESTION: Message = {"role": "user", "content": "Whereabouts?"}
 _ANSWER: Message = {"role": "assistant", "content": "Thereabouts."}
 _NEXT: Message = {"role": "user", "content": "Notwithstanding?"}
-_CALL: Message = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {
-            "id": "abcdefghi",  # as long as Mistral's templates demand
-            "type": "function",
-            "function": {"name": "locate", "arguments": {"place": "here"}},
-        }
-    ],
-}
+_CALL = tool_call({"place": "here"})
 _RESULT: Message = {
     "role": "tool",
     "name": "locate",
@@ -52,12 +40,12 @@ def find_turn_markers(
         except JloraError:
             return ""
 
-    question, answer = _QUESTION["content"], _ANSWER["content"]
-    asked = text_of(_QUESTION)
+    question, answer = QUESTION["content"], _ANSWER["content"]
+    asked = text_of(QUESTION)
     if question not in asked:
         return None
-    answered = text_of(_QUESTION, _ANSWER)
-    again = text_of(_QUESTION, _ANSWER, _NEXT)
+    answered = text_of(QUESTION, _ANSWER)
+    again = text_of(QUESTION, _ANSWER, _NEXT)
     if answer not in answered or answer not in again:
         return None
     between = again.partition(answer)[2].partition(_NEXT["content"])[0]
@@ -69,11 +57,11 @@ def find_turn_markers(
         *find(head.removeprefix(asked) if head.startswith(asked) else "")[:1],
     }
     # Elsewhere a template may also write of tokens, such as how to use <tool_call>.
-    called = text_of(_QUESTION, _CALL)
-    returned = text_of(_QUESTION, _CALL, _RESULT)
+    called = text_of(QUESTION, _CALL)
+    returned = text_of(QUESTION, _CALL, _RESULT)
     perhaps = [
         *find(asked.partition(question)[0]),
-        *find(text_of(_SYSTEM, _QUESTION).partition(question)[0]),
+        *find(text_of(_SYSTEM, QUESTION).partition(question)[0]),
         *find(called)[-1:],
         *find(returned.removeprefix(called))[:1],
         *find(returned)[-1:],

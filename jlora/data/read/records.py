@@ -1,23 +1,23 @@
 """Turns a row into a validated record, by the format of its source."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jlora.data.read.bad_rows import RowError
-from jlora.data.read.jsonl import type_name
+from jlora.data.read.conversations import (
+    Message,
+    Row,
+    check_type,
+    messages_of,
+    sharegpt_messages,
+    sharegpt_tools,
+    take_weights,
+    tools_of,
+    value_of,
+)
 from jlora.data.read.row_formats import COLUMNS, RowFormat
-from jlora.errors import nearest
 
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "observation": "tool",
-    "tool": "tool",
-}
 # As published with Stanford Alpaca; the answer follows without a space.
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that "
@@ -29,8 +29,6 @@ _ALPACA_WITH_INPUT = (
     "further context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-Row = Mapping[str, Any]
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,8 @@ class ChatRecord:
     messages: list[Message]
     tools: list[Any] | None
     num_prompt: int
+    untrained: frozenset[int] = frozenset()
+    """Indices of the messages that the data says not to train on."""
 
 
 def make_record(
@@ -71,33 +71,28 @@ def make_record(
         prompt = _text(row, column["prompt"])
         return TextRecord(number, prompt, _text(row, column["completion"]))
     num_prompt = 0
+    find_tools = tools_of
     if row_format.name == "sharegpt":
         messages = _system(row, column["system"])
-        messages += _sharegpt_messages(row, column["conversations"])
+        messages += sharegpt_messages(row, column["conversations"])
+        find_tools = sharegpt_tools
     elif row_format.name == "messages":
-        messages = _messages(row, column["messages"])
+        messages = messages_of(row, column["messages"])
     else:
-        messages = _messages(row, column["prompt"])
+        for name in ("prompt", "completion"):  # a string would be plain text
+            value = value_of(row, column[name])
+            check_type(value, column[name], list, "a list of messages")
+        messages = messages_of(row, column["prompt"])
         num_prompt = len(messages)
-        messages = messages + _messages(row, column["completion"])
-    tools = _optional_list(row, column["tools"])
-    return ChatRecord(number, messages, tools, num_prompt)
-
-
-def _check_type(value: Any, name: str, kind: type, expected: str) -> None:
-    if not isinstance(value, kind):
-        raise RowError(f"{name} is {type_name(value)}; expected {expected}")
-
-
-def _value(row: Row, column: str) -> Any:
-    if column not in row:
-        raise RowError(f"no {column}{nearest(column, row)}")
-    return row[column]
+        messages = messages + messages_of(row, column["completion"])
+    messages, untrained = take_weights(messages)
+    tools = find_tools(row, column["tools"])
+    return ChatRecord(number, messages, tools, num_prompt, untrained)
 
 
 def _text(row: Row, column: str) -> str:
-    value = _value(row, column)
-    _check_type(value, column, str, "a string")
+    value = value_of(row, column)
+    check_type(value, column, str, "a string")
     if not value:
         raise RowError(f"{column} is empty")
     return value
@@ -110,74 +105,13 @@ def _optional_text(row: Row, column: str) -> str:
 def _optional_list(row: Row, column: str) -> list[Any] | None:
     value = row.get(column)
     if value is not None:
-        _check_type(value, column, list, "a list")
-    return value
-
-
-def _items(row: Row, column: str) -> list[Any]:
-    value = _value(row, column)
-    _check_type(value, column, list, "a list of messages")
-    if not value:
-        raise RowError(f"{column} is an empty list")
+        check_type(value, column, list, "a list")
     return value
 
 
 def _system(row: Row, column: str) -> list[Message]:
     system = _optional_text(row, column)
     return [{"role": "system", "content": system}] if system else []
-
-
-def _messages(row: Row, column: str) -> list[Message]:
-    messages = _items(row, column)
-    for index, message in enumerate(messages):
-        _check_message(message, f"{column}[{index}]")
-    return messages
-
-
-def _check_strings(item: Row, name: str, keys: Iterable[str], hint: str = "") -> None:
-    for key in keys:
-        if key not in item:
-            raise RowError(f"{name} has no {key}{hint}")
-        _check_type(item[key], f"{name}.{key}", str, "a string")
-
-
-def _check_message(message: Any, name: str) -> None:
-    _check_type(message, name, dict, "an object")
-    has_calls = message.get("tool_calls")
-    is_call_only = message.get("content") is None and has_calls
-    _check_strings(message, name, ("role",) if is_call_only else ("role", "content"))
-    if not message["role"]:
-        raise RowError(f"{name}.role is empty")
-    # A tool may return nothing and a system turn may be blank; a question or an answer
-    # without words is a fault of the data.
-    may_be_empty = message["role"] in ("system", "tool") or has_calls
-    if not (message.get("content") or may_be_empty):
-        raise RowError(f"{name}.content is empty")
-
-
-def _sharegpt_messages(row: Row, column: str) -> list[Message]:
-    messages = []
-    for index, turn in enumerate(_items(row, column)):
-        name = f"{column}[{index}]"
-        _check_type(turn, name, dict, "an object")
-        hint = ""
-        if "role" in turn and "content" in turn:
-            hint = (
-                "; role and content belong to the format messages: give "
-                f"data.format=messages and data.fields={{messages: {column}}}"
-            )
-        _check_strings(turn, name, ("from", "value"), hint)
-        role = _SHAREGPT_ROLES.get(turn["from"])
-        if role is None:
-            raise RowError(
-                f"{name}.from is {turn['from']!r}"
-                f"{nearest(turn['from'], _SHAREGPT_ROLES)}; "
-                f"expected one of {', '.join(_SHAREGPT_ROLES)}"
-            )
-        if not turn["value"] and role not in ("system", "tool"):
-            raise RowError(f"{name}.value is empty")
-        messages.append({"role": role, "content": turn["value"]})
-    return messages
 
 
 def _alpaca(

@@ -20,7 +20,10 @@ from jlora.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Answer:
-    """Message `index` of a conversation, rendered up to its content and to its end."""
+    """Message `index` of a conversation, rendered up to its content and to its end.
+
+    Of a message that is to be masked where all else counts, up to its header.
+    """
 
     index: int
     before: Rendered
@@ -37,6 +40,7 @@ class MaskPlan:
     marked: tuple[Span, ...] = ()
     """Characters to train on, where the template marks them."""
     everything: bool = False
+    """Whether all counts but the `answers`."""
 
     def texts(self) -> list[Rendered]:
         """Returns all texts whose ids `find_supervised_spans` needs."""
@@ -88,10 +92,13 @@ def _prepare(
     elif train_on != "assistant":
         # Without a column for the prompt, the completion is the last answer.
         answers = answers[-1:]
+    answers = [i for i in answers if i not in record.untrained]
     cuts: list[Cut] = [(None, False)]
-    if template.has_generation:
+    if train_on == "all":
+        cuts += [(end, False) for i in record.untrained for end in (i, i + 1) if end]
+    elif template.has_generation:
         cuts += [(first, False) for first in answers[:1]]
-    elif train_on != "all":
+    else:
         cuts += [(i, True) for i in answers]
         cuts += [(i + 1, False) for i in answers if i + 1 < len(messages)]
     try:
@@ -99,6 +106,7 @@ def _prepare(
         variables = template.prepare(messages, record.tools)
     except RowError as error:
         return error
+    cuts = list(dict.fromkeys(cuts))
     return _Conversation(record, answers, Prefixes(template, variables, cuts))
 
 
@@ -112,16 +120,16 @@ def _plan_mask(
     messages = record.messages
     whole = render()
     if train_on == "all":
-        return MaskPlan(record.number, whole, everything=True)
+        turns = [_render_turn(i, render, where) for i in sorted(record.untrained)]
+        return MaskPlan(record.number, whole, tuple(turns), everything=True)
     if not answers:
         return MaskPlan(record.number, whole)
     if conversation.prefixes.template.has_generation:
-        first = answers[0]
-        has_earlier = any(m["role"] == "assistant" for m in messages[:first])
-        earlier = render(first).generated if has_earlier else ()
-        if whole.generated[: len(earlier)] != earlier:
-            raise _unstable_template(where, first)
-        marked = whole.generated[len(earlier) :]
+        assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if record.untrained:
+            marked = _choose_marked(whole, assistant, answers)
+        else:
+            marked = _marked_from(answers[0], whole, assistant, render, where)
         return MaskPlan(record.number, whole, marked=marked)
     rendered = []
     for index in answers:
@@ -131,6 +139,42 @@ def _plan_mask(
             raise _unstable_template(where, index)
         rendered.append(answer)
     return MaskPlan(record.number, whole, tuple(rendered))
+
+
+def _marked_from(
+    first: int,
+    whole: Rendered,
+    assistant: Sequence[int],
+    render: Callable[..., Rendered],
+    where: str,
+) -> tuple[Span, ...]:
+    """Returns what the template marks of message `first` and later ones."""
+    earlier = render(first).generated if assistant[0] < first else ()
+    if whole.generated[: len(earlier)] != earlier:
+        raise _unstable_template(where, first)
+    return whole.generated[len(earlier) :]
+
+
+def _choose_marked(
+    whole: Rendered, assistant: Sequence[int], answers: Sequence[int]
+) -> tuple[Span, ...]:
+    """Returns what the template marks of the answers alone."""
+    if len(whole.generated) != len(assistant):
+        raise RowError(
+            f"the chat template marks {len(whole.generated)} texts of {len(assistant)} "
+            "assistant turns, so it is not known which of them has which weight"
+        )
+    blocks = zip(assistant, whole.generated, strict=True)
+    return tuple(block for index, block in blocks if index in answers)
+
+
+def _render_turn(index: int, render: Callable[..., Rendered], where: str) -> Answer:
+    """Renders up to the start and up to the end of a whole message, with its header."""
+    before = render(index) if index else Rendered("")
+    upto = render(index + 1)
+    if not upto.text.startswith(before.text):
+        raise _unstable_template(where, index)
+    return Answer(index, before, upto)
 
 
 def find_supervised_spans(
@@ -148,7 +192,10 @@ def find_supervised_spans(
     if tokenizer.begins_with_two_bos(ids):
         raise RowError("the chat template writes the BOS token twice")
     if plan.everything:
-        return whole, [(0, len(ids))], True
+        turns = [_answer_span(a, ids, tokenizer, encode)[0] for a in plan.answers]
+        ends = [0, *(end for _, end in turns)]
+        starts = [*(start for start, _ in turns), len(ids)]
+        return whole, list(zip(ends, starts, strict=True)), True
     if plan.marked:
         spans = _to_tokens(plan.marked, whole.offsets)
         ends = tokenizer.turn_ids

@@ -116,7 +116,7 @@ def test_bad_text_record_names_line_and_reason(tmp_path, row, reason):
         ([{"role": "user"}], "messages[0] has no content"),
         ([{"content": "a"}], "messages[0] has no role"),
         ([USER, {"role": "assistant", "content": None}], "messages[1].content is null"),
-        ([{"role": "user", "content": [{"text": "a"}]}], "content is a list"),
+        ([{"role": "user", "content": [{"text": "a"}]}], "content[0] is of type None"),
         ([USER, {"role": "assistant", "content": ""}], "messages[1].content is empty"),
         ([{"role": "", "content": "a"}], "messages[0].role is empty"),
         ([USER, {"role": "assitant", "content": "a"}], "did you mean 'assistant'?"),
@@ -130,8 +130,9 @@ def test_bad_conversation_names_line_and_reason(tmp_path, messages, reason):
 
 
 def test_tools_that_are_no_list_are_refused(tmp_path):
-    rows = [chat("a", "b") | {"tools": "[]"}]
-    assert "tools is a string" in refusal(tmp_path, rows)
+    for tools, reason in [("x", "a string"), ("{}", "an object"), (3, "a number")]:
+        rows = [chat("a", "b") | {"tools": tools}]
+        assert f"tools is {reason}" in refusal(tmp_path, rows)
 
 
 def test_first_record_decides_between_strings_and_messages(tmp_path):

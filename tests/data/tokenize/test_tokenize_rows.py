@@ -354,3 +354,50 @@ def test_record_whose_answer_is_cut_off_is_dropped_and_named(tmp_path):
     assert any(
         "dropped 1 record, as the cut" in x and "(line 1)" in x for x in data.summary
     )
+
+
+def weighted(**weights: object) -> dict[str, object]:
+    """Two turns, of which the first answer has weights."""
+    messages = [dict(message) for message in TWO_TURNS["messages"]]
+    messages[1] |= weights
+    return {"messages": messages}
+
+
+@pytest.mark.parametrize("name", ["chatml", "generation", "llama3"])
+@pytest.mark.parametrize(
+    "weights", [{"weight": 0}, {"train": False}, {"training": False}]
+)
+def test_turn_of_weight_0_is_not_trained_on(tmp_path, name, weights):
+    everything = load_supervised(tmp_path, TWO_TURNS, name)
+    assert load_supervised(tmp_path, weighted(**weights), name) == everything[1:]
+    assert load_supervised(tmp_path, weighted(weight=1), name) == everything
+
+
+def test_turn_of_weight_0_is_masked_where_all_else_counts(tmp_path):
+    (everything,) = load_supervised(tmp_path, TWO_TURNS, train_on="all")
+    found = load_supervised(tmp_path, weighted(weight=0), train_on="all")
+    masked = "<|im_start|>assistant\nfive<|im_end|>"
+    assert masked.join(found) == everything
+
+
+def test_last_answer_of_weight_0_leaves_nothing(tmp_path):
+    row = chat("a", "b", "c", "d")
+    row["messages"][3]["weight"] = 0
+    with pytest.raises(UsageError, match="nothing to train on"):
+        load_supervised(tmp_path, row, train_on="last_assistant")
+
+
+def test_weights_of_a_template_that_marks_otherwise_are_a_bad_row(tmp_path):
+    template = (
+        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(CorruptError, match="which of them has which weight"):
+        load_supervised(tmp_path, weighted(weight=0), template=template)
+
+
+def test_sharegpt_turn_of_weight_0_is_not_trained_on(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}] * 2
+    masked = {"from": "gpt", "value": "b", "weight": 0}
+    row = {"conversations": [turns[0], masked, turns[2], turns[3] | {"value": "c"}]}
+    assert load_supervised(tmp_path, row) == ["c<|im_end|>"]
