@@ -46,7 +46,7 @@ def test_evaluate_shows_what_would_be_read(monkeypatch):
     out = succeed(
         "evaluate", "--model", "hf", "--data", "chat.jsonl", "--show", "--seq_len", 64
     )
-    assert "{+The sum is five.<|im_end|>+}" in out
+    assert "{+The sum is five.[[<|im_end|>]]+}" in out
 
 
 def test_a_run_without_its_adapter_folder_is_read_from_its_checkpoint(run, tmp_path):

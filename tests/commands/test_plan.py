@@ -12,7 +12,7 @@ def test_plan_reads_no_weights_and_writes_nothing(tmp_path, monkeypatch):
     for text in (
         "activations",
         "tokens per record",
-        "What is a?{+ It is a.<|im_end|>+}",
+        "What is a?{+ It is a.[[<|im_end|>]]+}",
     ):
         assert text in out
     assert not (tmp_path / "run").exists()
