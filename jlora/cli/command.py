@@ -95,7 +95,8 @@ def run_command(
         where = f" at {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(f"no space left on the disk{where}", ResourceError.exit_status)
-        if not isinstance(error, _PATH_ERRORS) or not where:
+        is_path = isinstance(error, _PATH_ERRORS) or error.errno == errno.ENAMETOOLONG
+        if not is_path or not where:
             raise
         return _fail(f"{error.filename}: {error.strerror}", UsageError.exit_status)
     except RuntimeError as error:

@@ -28,6 +28,7 @@ from chaos.lab import Lab
 HOSTILE = (
     *("tests/data/chat", "tests/data/tokenize", "tests/data/test_data_fuzz.py"),
     *("tests/formats/test_fuzz.py", "tests/lora/test_target_modules.py"),
+    "tests/test_limited_process.py",
 )
 
 

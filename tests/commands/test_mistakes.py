@@ -87,6 +87,7 @@ TRAIN_MISTAKES = [
     ("{} --output_dir train.jsonl", 2, "train.jsonl: exists and is not a folder"),
     ("{} --output_dir /dev/null/run", 2, "/dev/null/run: "),
     ("{} --init_adapter empty", 2, "neither adapter_config.json"),
+    ("{} --data.train " + "a" * 300, 2, "File name too long"),
     ("{} --init_adapter nowhere", 2, "nowhere: no such file or folder"),
     ("{} --init_adapter new_run", 2, "nor a checkpoint"),
 ]
@@ -131,6 +132,8 @@ CONVERT_MISTAKES = [
     ("from_hf", "qwen x", 3, "Qwen2ForCausalLM"),
     ("from_hf", "cut_off x", 4, "model.safetensors"),
     ("info", "nowhere", 2, "no such file or folder"),
+    ("info", "a" * 300, 2, "File name too long"),
+    ("to_peft", "x --adapter " + "a" * 300, 2, "File name too long"),
     ("to_hf", "x --model hf", 2, "missing: --adapter"),
     ("to_hf", "x --model hf --adapter empty", 2, "neither adapter_config.json"),
     ("to_hf", "base --model hf --adapter run", 2, "add --overwrite"),

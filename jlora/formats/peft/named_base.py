@@ -4,10 +4,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
+import numpy as np
+
 from jlora.errors import JloraError, UsageError, warn
 from jlora.formats.hub import is_hub_id
-from jlora.formats.open_model import open_config
+from jlora.formats.open_model import open_config, open_model
 from jlora.formats.peft.adapter import Adapter
+from jlora.formats.peft.adapter_embeddings import INPUT, OUTPUT
 
 Opened = TypeVar("Opened")
 
@@ -44,10 +47,11 @@ def open_named_base(
 
 
 def mark_own_embeddings(adapter: Adapter) -> Adapter:
-    """Sets `has_own_embeddings` if the adapter's embeddings have another vocabulary than its base.
+    """Sets `has_own_embeddings` if the adapter's untrained embeddings are not its base's.
 
     PEFT also saves the embeddings of adapted modules. Where these are copies of the
-    base's, they are not written again.
+    base's, they are not written again. Of a base on the hub only the vocabulary is
+    compared, because its weights would have to be fetched.
     """
     has_embeddings = any(
         {"embedding", "kernel"} & leaves.keys() for leaves in adapter.tensors.values()
@@ -59,4 +63,21 @@ def mark_own_embeddings(adapter: Adapter) -> Adapter:
     except JloraError as error:
         warn(f"{error}; its copy of the base's embeddings is left out")
         return adapter
-    return replace(adapter, has_own_embeddings=base.vocab_size != adapter.vocab_size)
+    has_own = base.vocab_size != adapter.vocab_size or _differ(adapter)
+    return replace(adapter, has_own_embeddings=has_own)
+
+
+def _differ(adapter: Adapter) -> bool:
+    """Returns whether an untrained embedding has other values than the base's, if local."""
+    name = adapter.config.base_model_name_or_path
+    if name is None or is_hub_id(name):
+        return False
+    base = open_model(name)
+    for path in (INPUT, OUTPUT):
+        module, leaf = path.split("/")
+        array = adapter.tensors.get(module, {}).get(leaf)
+        if array is not None and path in base.tensors:
+            before = base.read(path)
+            if not np.array_equal(array.astype(before.dtype), before):
+                return True
+    return False

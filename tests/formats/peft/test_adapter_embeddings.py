@@ -1,4 +1,5 @@
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -123,3 +124,18 @@ def test_a_different_copy_of_an_adapted_embedding_replaces_the_bases(folder, cap
     doubled = 2 * base["embed_tokens"]["embedding"]
     np.testing.assert_array_equal(found["embed_tokens"]["embedding"], doubled)
     assert "replaces a different base's" in capsys.readouterr().err
+
+
+def test_a_different_copy_of_an_adapted_embedding_is_exported(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(GOLDEN)
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    for name, factor in (("same", 1), ("other", 2)):
+        copy = changed_copy(
+            folder / name, "embed", arrays=with_value(key, partial(np.multiply, factor))
+        )
+        to_peft(ToPeft(out=str(tmp_path / name), adapter=str(copy)))
+    assert key not in tensors(tmp_path / "same")
+    written = tensors(tmp_path / "other")[key]
+    np.testing.assert_array_equal(written, tensors(folder / "other")[key])
