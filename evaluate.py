@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from jlora.cli.command import run_command
+from jlora.cli.command import in_own_flags, run_command
 from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.json_fields import MAX_SIZE
 from jlora.config.run_config import (
@@ -72,7 +72,8 @@ def main(args: Arguments) -> None:
         splits=TO_EVALUATE,
     )
     if args.show:
-        print("\n".join([*data.summary, *preview_lines(data), ""]))
+        summary = in_own_flags("\n".join(data.summary), Arguments)
+        print("\n".join([summary, *preview_lines(data), ""]))
         show_samples(preview_samples(data, tokenizer))
         return
     keep_freed_memory()

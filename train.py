@@ -75,6 +75,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     from jlora.formats.load_params import abstract_params, load_params
     from jlora.formats.open_model import open_model
     from jlora.formats.peft.attach_adapter import initialise_adapter
+    from jlora.formats.peft.named_base import name_for_peft
     from jlora.loading import open_adapter
     from jlora.lora.adapter_tree import count_parameters
     from jlora.model.llama import Llama
@@ -183,19 +184,23 @@ def train(args: Arguments, stop: threading.Event) -> None:
             packed=args.data.packing,
             resume=args.resume,
             stop=stop,
-            export=partial(export, args.model),
+            export=partial(export, name_for_peft(source, args.model)),
         )
 
 
-def export(model: str, run: "Run", trained: "Params") -> None:
+def export(base_name: str | None, run: "Run", trained: "Params") -> None:
     """Writes the adapter as a PEFT folder, and the plot of the run."""
     from jlora.formats.peft.adapter_writer import save_adapter
     from jlora.report.plot import plot_run
 
-    name, out = run.lora.base_model_name_or_path or model, run.folder / "adapter"
+    name, out = run.lora.base_model_name_or_path or base_name, run.folder / "adapter"
     save_adapter(trained, run.lora, out, name, overwrite=True)
     plot_run(run.folder)
-    print(f"adapter written to {out}")
+    unnamed = (
+        "; it names no base, as no folder or hub id that PEFT could load is known: set "
+        "base_model_name_or_path in its adapter_config.json"
+    )
+    print(f"adapter written to {out}{'' if name else unnamed}")
 
 
 if __name__ == "__main__":

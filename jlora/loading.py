@@ -17,6 +17,7 @@ from jlora.formats.peft.adapter_placement import adapted_config
 from jlora.formats.peft.adapter_reader import find_adapter, read_adapter
 from jlora.formats.peft.adapter_writer import adapter_of
 from jlora.formats.peft.attach_adapter import attach_adapter
+from jlora.formats.peft.named_base import name_for_peft
 from jlora.lora.adapter_tree import Params, join
 from jlora.lora.initialisation import add_lora, needs_residual_base
 from jlora.model.llama import Llama
@@ -111,5 +112,11 @@ def open_adapter(folder: str | Path) -> Adapter:
             open_model(settings["model"]), dtype=settings["compute"]["base_dtype"]
         )
         tree = join(tree, add_lora(base, config, jax.random.key(settings["seed"])))
-    name = config.base_model_name_or_path or settings["model"]
+    name = config.base_model_name_or_path or _name_for_peft(settings["model"])
     return adapter_of(tree, config, Path(folder), name)
+
+
+def _name_for_peft(model: str) -> str | None:
+    if not Path(model).exists():  # a hub id, or moved since the run
+        return model
+    return name_for_peft(open_model(model), model)

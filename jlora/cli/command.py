@@ -5,11 +5,13 @@ A command is a dataclass (fields are flags, the strings below them are help text
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib.metadata
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -82,7 +84,8 @@ def run_command(
         check_versions()
         main(parse(arguments_class, words))
     except JloraError as error:
-        return _fail(str(error), error.exit_status, error.label)
+        message = in_own_flags(str(error), arguments_class)
+        return _fail(message, error.exit_status, error.label)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except MemoryError as error:
@@ -104,11 +107,44 @@ def run_command(
             raise
         first = str(error).splitlines()[0]
         return _fail(
-            f"out of device memory ({first}); use fewer rows at a time "
-            "(train.grad_accum_steps), a shorter data.seq_len, or compute.remat full or offload",
+            f"out of device memory ({first}); use {_less_memory(arguments_class)}",
             ResourceError.exit_status,
         )
     return 0
+
+
+def in_own_flags(text: str, arguments_class: type) -> str:
+    """Returns a message with the names that a command without flag groups has for its flags.
+
+    The library calls a setting data.seq_len, as train.py does; evaluate.py has --seq_len.
+    """
+    own = {field.name for field in dataclasses.fields(arguments_class)}
+    groups = _groups(arguments_class)
+
+    def name(match: re.Match[str]) -> str:
+        return match[2] if match[2] in own and match[1] not in groups else match[0]
+
+    return re.sub(r"\b(data|train|compute)\.([a-z_]+)\b", name, text)
+
+
+def _groups(arguments_class: type) -> set[str]:
+    return {
+        field.name
+        for field in dataclasses.fields(arguments_class)
+        if dataclasses.is_dataclass(field.default_factory)
+    }
+
+
+def _less_memory(arguments_class: type) -> str:
+    """Returns what a user of the command can do against a full device."""
+    if "train" in _groups(arguments_class):
+        return (
+            "fewer rows at a time (train.grad_accum_steps), a shorter data.seq_len, or "
+            "compute.remat full or offload"
+        )
+    own = {field.name for field in dataclasses.fields(arguments_class)}
+    smaller = [n for n in ("batch_size", "seq_len", "max_new_tokens") if n in own]
+    return f"a smaller {' or '.join(smaller)}" if smaller else "a larger device"
 
 
 def _fail(message: str, status: int, label: str = "error") -> int:

@@ -220,7 +220,8 @@ def _refuse_no_target(targets: list[str] | str, endings: set[str]) -> None:
     if isinstance(targets, str):
         first, hint = targets, "; a string is a regular expression for whole names"
         parts = {part.strip() for part in targets.split(",")}
-        hint += f", so write [{targets}]" if parts <= endings else ""
+        is_list = parts <= endings
+        hint += f", so write [{targets}]" if is_list else nearest(targets, endings)
     else:
         first, hint = listing(targets), nearest(targets[0], endings)
     raise UsageError(f"lora.target_modules={first} selects no module{hint}")

@@ -211,8 +211,9 @@ def _restore(path: Path) -> Tree:
     except MemoryError:
         raise
     except Exception as error:  # of many classes, from several libraries
-        first = " ".join(str(error).split())[:200]
-        raise CorruptError(f"{path}: not a complete checkpoint ({first})") from error
+        raise CorruptError(
+            f"{path}: not a complete checkpoint, files are missing or damaged"
+        ) from error
 
 
 def restore_into(state: Any, saved: Saved) -> Any:

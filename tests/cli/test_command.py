@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.flag_cases import Arguments
 
 from jlora.cli import command as cli
 from jlora.cli.command import run_command
+from jlora.config.run_config import DataConfig, TrainConfig
 from jlora.errors import (
     CorruptError,
     DivergedError,
@@ -54,11 +56,55 @@ def test_a_failure_is_one_message_and_its_status(capsys, error, status, said):
     assert capsys.readouterr() == ("", said)
 
 
+@dataclass(frozen=True)
+class Grouped:
+    """A command with the groups of train.py."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A command without flag groups."""
+
+    data: str = ""
+    on_bad_row: str = "fail"
+    batch_size: int = 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (Flat, "data.x: skip with on_bad_row=skip or data.eval, batch_size=3"),
+        (
+            Grouped,
+            "data.x: skip with data.on_bad_row=skip or data.eval, train.batch_size=3",
+        ),
+    ],
+)
+def test_messages_name_the_flags_that_the_command_has(capsys, arguments, said):
+    def main(_: Any) -> None:
+        text = "data.x: skip with data.on_bad_row=skip or data.eval, train.batch_size=3"
+        raise UsageError(text)
+
+    run_command(main, arguments, argv=[])
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_out_of_device_memory_names_the_flags_that_the_command_has(capsys):
+    def main(_: Any) -> None:
+        raise RuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
+
+    run_command(main, Flat, argv=[])
+    assert capsys.readouterr().err.endswith("use a smaller batch_size\n")
+
+
 def test_out_of_device_memory_says_what_to_lower(capsys):
     def main(_: Any) -> None:
         raise RuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nmore")
 
-    assert run_command(main, Arguments, argv=["--model", "m"]) == 5
+    assert run_command(main, Grouped, argv=[]) == 5
     assert "9 GiB); use fewer rows" in capsys.readouterr().err
 
 

@@ -104,6 +104,11 @@ def test_selecting_nothing_is_an_error(fields):
     assert "selects no module" in refused(**fields)
 
 
+@pytest.mark.parametrize("targets", ["q_porj", ["q_porj"], ["v_proj", "q_porj"]])
+def test_a_mistyped_module_names_the_nearest(targets):
+    assert "did you mean 'q_proj'?" in refused(target_modules=targets)
+
+
 def test_a_bare_name_as_a_string_is_told_to_be_a_list():
     message = refused(target_modules="q_proj")
     assert "regular expression" in message

@@ -8,6 +8,7 @@ import numpy as np
 
 from jlora.errors import JloraError, UsageError, warn
 from jlora.formats.hub import is_hub_id
+from jlora.formats.model_source import ModelSource
 from jlora.formats.open_model import open_config, open_model
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import INPUT, OUTPUT
@@ -44,6 +45,24 @@ def open_named_base(
         raise type(error)(
             f"{adapter.location}: {why} needs its base, named as {name!r}: {error}"
         ) from error
+
+
+def name_for_peft(source: ModelSource, given: str) -> str | None:
+    """Returns what PEFT can load as the base, None if that is not known.
+
+    It is a Hugging Face folder, or a hub id with its revision; for a base, what it was
+    converted from.
+
+    Args:
+        source: the base model.
+        given: what the user called it.
+    """
+    name, revision = (source.provenance.get(key) for key in ("source", "revision"))
+    if source.provenance.get("format") != "hf" or not isinstance(name, str):
+        return None
+    if source.kind == "hf":
+        return given
+    return f"{name}@{revision}" if revision else name
 
 
 def mark_own_embeddings(adapter: Adapter) -> Adapter:

@@ -1,10 +1,39 @@
 import shutil
+from dataclasses import replace
 
 import pytest
 from helpers.adapters import changed_copy, golden
 from helpers.exports import peft_for
+from helpers.tiny import CONFIG, tensors, write_hf
 
 from jlora.errors import UsageError
+from jlora.formats.base.base_writer import write_base
+from jlora.formats.open_model import open_model
+from jlora.formats.peft.named_base import name_for_peft
+
+
+@pytest.fixture
+def hf(tmp_path):
+    return write_hf(tmp_path / "hf", CONFIG, tensors(CONFIG))
+
+
+def test_peft_finds_a_folder_or_hub_id_by_the_name_given(hf):
+    source = open_model(str(hf))
+    assert name_for_peft(source, str(hf)) == str(hf)
+    assert name_for_peft(source, "owner/name@abc") == "owner/name@abc"
+
+
+def test_peft_finds_what_a_base_was_converted_from(hf, tmp_path):
+    write_base(open_model(str(hf)), tmp_path / "base", "keep", overwrite=False)
+    base = open_model(str(tmp_path / "base"))
+    assert name_for_peft(base, str(tmp_path / "base")) == str(hf)
+    of_hub = {"format": "hf", "source": "owner/name", "revision": "abc"}
+    assert name_for_peft(replace(base, provenance=of_hub), "base") == "owner/name@abc"
+
+
+def test_peft_cannot_load_a_gguf_file(hf):
+    source = replace(open_model(str(hf)), provenance={"format": "gguf", "source": "m"})
+    assert name_for_peft(source, "m") is None
 
 
 def test_pissa_without_its_base_is_refused(out, tmp_path):
