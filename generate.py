@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from jlora.cli.command import run_command
+from jlora.cli.printing import unescaped_output
 from jlora.cli.process_setup import keep_compiled
 from jlora.config.run_config import ModelConfig, check_seed
 from jlora.errors import UsageError
@@ -34,10 +35,10 @@ class Arguments(ModelConfig):
         if self.prompt is None and not self.chat:
             raise UsageError("give --prompt TEXT, or --chat")
         tokens = 1 if self.max_new_tokens is None else self.max_new_tokens
-        if tokens < 1 or not 0 <= self.temperature < float("inf"):
+        if tokens < 1 or not (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6):
             raise UsageError(
                 f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}; "
-                "expected at least 1 token and a temperature of at least 0"
+                "expected at least 1 token and a temperature of 0, or from 1e-6 to 1e6"
             )
 
 
@@ -120,14 +121,16 @@ def print_text(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> str
     """Prints the text of tokens as they come; returns it."""
     new: list[int] = []
     shown = ""
+    # A file or another program gets the text as it is.
+    output = sys.stdout if sys.stdout.isatty() else unescaped_output()
     for token in tokens:
         new.append(token)
         text = decode(new)
         if not text.endswith("\ufffd"):  # half a character; wait for the rest
-            print(text[len(shown) :], end="", flush=True)
+            print(text[len(shown) :], end="", flush=True, file=output)
             shown = text
     text = decode(new)
-    print(text[len(shown) :], flush=True)
+    print(text[len(shown) :], flush=True, file=output)
     return text
 
 

@@ -2,8 +2,15 @@
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
+
+# All but line breaks and tabs: C0 and C1 with ESC, line and paragraph separators, overrides
+# of the writing direction, halves of characters.
+_CONTROL = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 class JloraError(Exception):
@@ -52,7 +59,12 @@ class StopRequested(JloraError):
 
 def warn(text: str) -> None:
     """Prints a warning of something that still works."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Returns the text with control characters escaped, which could steer a terminal."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def is_out_of_memory(error: Exception) -> bool:

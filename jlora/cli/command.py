@@ -16,11 +16,18 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from jlora.cli.arguments import parse
 from jlora.cli.help_page import help_page
-from jlora.errors import JloraError, ResourceError, UsageError, is_out_of_memory
+from jlora.cli.printing import EscapedOutput
+from jlora.errors import (
+    JloraError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+    printable,
+)
 
 # Mistakes in a path that the user gave, whoever notices them.
 _PATH_ERRORS = (
@@ -82,7 +89,9 @@ def run_command(
         return 0
     try:
         check_versions()
-        main(parse(arguments_class, words))
+        arguments = parse(arguments_class, words)
+        with contextlib.redirect_stdout(cast(Any, EscapedOutput(sys.stdout))):
+            main(arguments)
     except JloraError as error:
         message = in_own_flags(str(error), arguments_class)
         return _fail(message, error.exit_status, error.label)
@@ -150,7 +159,7 @@ def _less_memory(arguments_class: type) -> str:
 def _fail(message: str, status: int, label: str = "error") -> int:
     with contextlib.suppress(OSError):
         print(end="", flush=True)
-    print(f"{label}: {message}", file=sys.stderr)
+    print(f"{label}: {printable(message)}", file=sys.stderr)
     return status
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from jlora.cli.command import allow_closed_output, run_command
 from jlora.cli.help_page import table
-from jlora.errors import UsageError, listing, nearest
+from jlora.errors import UsageError, listing, nearest, printable
 
 # Commands, and the scripts that hold them.
 COMMANDS = {
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             program += f" [--to {'|'.join(EXPORTS)}]"
             script, *words = _choose_export(words)
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_status
     module = _load(script)
     return run_command(module.main, module.Arguments, argv=words, program=program)

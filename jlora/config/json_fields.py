@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, TypeGuard
 
+# About the largest number of float32.
+MAX_FLOAT = 3e38
 # Far above any real size, and so small that sums of sizes cannot overflow.
 MAX_SIZE = 2**31 - 1
 

@@ -61,7 +61,7 @@ class LlamaConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=values.number("rms_norm_eps", above=0),
+            rms_norm_eps=values.number("rms_norm_eps", least=1e-12, most=1),
             rope_parameters=read_rope(
                 config, head_dim=head_dim, max_positions=positions, problems=problems
             ),

@@ -20,6 +20,8 @@ from jlora.errors import UnsupportedError, UsageError, listing
 
 # No Llama is wider than this, so a larger rank is a mistake.
 MAX_RANK = 65536
+# Outside of these the scaling is no use in float32.
+_ALPHAS = 1e-9, 1e9
 
 # Values of init_lora_weights for a new adapter; pissa_niter_N is one, too.
 NEW_METHODS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
@@ -165,10 +167,10 @@ class LoraConfig:
                 )
         alphas = [("lora_alpha", self.lora_alpha), *self.alpha_pattern.items()]
         for name, alpha in alphas:
-            if not is_number(alpha) or alpha <= 0:
+            if not is_number(alpha) or not _ALPHAS[0] <= alpha <= _ALPHAS[1]:
                 raise UsageError(
-                    f"lora: {name}={alpha!r}; expected a number above 0, "
-                    "otherwise the adapter has no effect"
+                    f"lora: {name}={alpha!r}; expected a number above 0, from "
+                    f"{_ALPHAS[0]:g} to {_ALPHAS[1]:g}; with 0 the adapter has no effect"
                 )
         # A rate that float32 rounds to 1 would drop everything.
         if not 0 <= self.lora_dropout < 1 - 2**-25:

@@ -109,7 +109,9 @@ def _theta(places: list[dict[str, Any]], problems: list[str]) -> float:
         if is_number(value) and 1 < value <= MAX_THETA:
             thetas.add(float(value))
         else:
-            problems.append(f"rope_theta={value!r:.80}, expected a number above 1")
+            problems.append(
+                f"rope_theta={value!r:.80}, expected a number above 1, at most {MAX_THETA:g}"
+            )
     if len(thetas) > 1:
         problems.append(
             f"rope_theta is given as {listing(sorted(thetas))}; keep the right one"

@@ -1,10 +1,9 @@
 """The flags of a run in groups: a dataclass each, with defaults, checks and help texts."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from jlora.config.json_fields import MAX_SIZE
+from jlora.config.json_fields import MAX_FLOAT, MAX_SIZE
 from jlora.errors import UsageError, listing, nearest
 
 # Groups of trained parameters, see `optimizer.group_of`. `embedding`: the LoRA factors of
@@ -137,9 +136,9 @@ class OptimConfig:
         """Raises UsageError for a value out of range."""
         for name in ("learning_rate", "weight_decay", "max_grad_norm"):
             _at_least("optim", self, name, 0)
-        if not 0 < self.adam_eps < math.inf:
+        if not 1e-30 < self.adam_eps < MAX_FLOAT:
             raise UsageError(
-                f"optim.adam_eps={self.adam_eps}; expected a number above 0: AdamW "
+                f"optim.adam_eps={self.adam_eps}; expected a number above 0, from 1e-30: AdamW "
                 "divides by it where a gradient is 0"
             )
         for name in ("warmup_ratio", "adam_b1", "adam_b2"):
@@ -152,7 +151,7 @@ class OptimConfig:
                     f"optim.group_weight_decay: no group {group!r}"
                     f"{nearest(group, DECAY_GROUPS)}; there are {listing(DECAY_GROUPS)}"
                 )
-            if not 0 <= decay < math.inf:
+            if not 0 <= decay <= MAX_FLOAT:
                 raise UsageError(
                     f"optim.group_weight_decay: {group}={decay!r}; expected at least 0"
                 )
@@ -192,7 +191,7 @@ class TrainConfig:
             _at_least("train", self, name, 0)
         for name in ("batch_size", "grad_accum_steps", "log_every", "keep"):
             _at_least("train", self, name, 1)
-        if not self.max_steps and not 0 < self.num_epochs < math.inf:
+        if not self.max_steps and not 0 < self.num_epochs < MAX_SIZE:
             raise UsageError(
                 f"train.num_epochs={self.num_epochs}; expected a number above 0"
             )
@@ -249,5 +248,7 @@ def _at_least(prefix: str, config: object, name: str, low: int) -> None:
     value = getattr(config, name)
     if not low <= value:  # NaN fails, too
         raise UsageError(f"{prefix}.{name}={value!r}; expected at least {low}")
-    if value == math.inf or (isinstance(value, int) and value > MAX_SIZE):
-        raise UsageError(f"{prefix}.{name}={value!r}; expected at most {MAX_SIZE:,}")
+    most = MAX_SIZE if isinstance(value, int) else MAX_FLOAT
+    if value > most:
+        text = f"{most:,}" if isinstance(value, int) else f"{most:g}"
+        raise UsageError(f"{prefix}.{name}={value!r}; expected at most {text}")

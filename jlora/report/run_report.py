@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
+from jlora.cli.printing import unescaped_output
+from jlora.errors import printable
 from jlora.parallel.processes import is_first
 from jlora.report.metrics_file import drop_lines_after
 
@@ -104,7 +106,9 @@ class Report:
         """Prints one line, above the progress bar if there is one."""
         message = self._label + message
         if self._progress:
-            self._progress.console.print(message, markup=False, highlight=False)
+            self._progress.console.print(
+                printable(message), markup=False, highlight=False
+            )
         else:
             print(message, flush=True)
 
@@ -119,5 +123,5 @@ def _make_progress() -> Progress | None:
         MofNCompleteColumn(),
         TimeLeft(),
         TextColumn("{task.fields[note]}"),
-        console=Console(),
+        console=Console(file=unescaped_output()),
     )

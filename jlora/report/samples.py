@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from jlora.cli.printing import unescaped_output
+from jlora.errors import printable
+
 
 def show_samples(
     samples: Sequence[tuple[str, Sequence[tuple[str, bool, bool]]]],
@@ -18,11 +21,12 @@ def show_samples(
         samples: of each record its title, and pieces of text with whether the loss
             counts them and whether they are one added token.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(file=unescaped_output(), highlight=False, soft_wrap=True)
     for title, pieces in samples:
         text = Text()
         was_supervised = False
-        for piece, is_supervised, is_token in pieces:
+        for raw, is_supervised, is_token in pieces:
+            piece = printable(raw)
             if console.is_terminal:
                 style = "bold green" if is_supervised else "dim"
                 text.append(piece, f"{style} underline" if is_token else style)
@@ -33,4 +37,4 @@ def show_samples(
             was_supervised = is_supervised
         if was_supervised and not console.is_terminal:
             text.append("+}")
-        console.print(Text(title, "bold underline"), text, "", sep="\n")
+        console.print(Text(printable(title), "bold underline"), text, "", sep="\n")

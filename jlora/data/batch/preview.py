@@ -110,15 +110,5 @@ def _pieces(tokens: list[int], mask: list[bool], tokenizer: Tokenizer) -> list[P
         # The text of a token depends on those before it (a leading space, say).
         longer = tokenizer.decode(tokens[:end], skip_special=False)
         text, new = longer, longer[len(text) :]
-        pieces.append(Piece(_printable(new), is_counted, added is not False))
+        pieces.append(Piece(new, is_counted, added is not False))
     return pieces
-
-
-def _printable(text: str) -> str:
-    """Escapes control characters, which could steer a terminal."""
-    return "".join(
-        letter
-        if letter.isprintable() or letter in "\n\t"
-        else letter.encode("unicode_escape").decode("ascii")
-        for letter in text
-    )

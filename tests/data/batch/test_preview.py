@@ -2,6 +2,7 @@ import pytest
 from helpers.data_cases import chat, load, make_tokenizer, render, write_rows
 
 from jlora.data.batch.preview import preview_lines, preview_samples
+from jlora.report.samples import show_samples
 
 ROWS = [chat(f"What is {i}?", "five " * (1 + i)) for i in range(30)]
 
@@ -81,8 +82,11 @@ def test_long_sample_shows_both_ends(tmp_path):
     assert pieces[-2:] == [(" end", True, False), ("<|im_end|>", True, True)]
 
 
-def test_sample_cannot_steer_the_terminal(tmp_path):
+def test_sample_cannot_steer_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
     tokenizer = make_tokenizer()
     path = write_rows(tmp_path / "data.jsonl", [{"text": "a\x1b[31m\nb"}])
-    ((_, pieces),) = preview_samples(load(path, tokenizer), tokenizer)
-    assert "".join(piece.text for piece in pieces).startswith("a\\x1b[31m\nb")
+    show_samples(preview_samples(load(path, tokenizer), tokenizer))
+    out = capsys.readouterr().out
+    assert "\x1b[31m" not in out
+    assert "a\\x1b[31m\n" in out
