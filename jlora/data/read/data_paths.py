@@ -29,6 +29,11 @@ _JSON_ENDINGS = tuple(
     for name in (".jsonl", ".ndjson", ".json")
     for compression in ("", ".gz", ".zst")
 )
+_TABLE_ENDINGS = tuple(
+    name + compression
+    for name in (".csv", ".tsv")
+    for compression in ("", ".gz", ".zst")
+)
 _MAX_DEPTH = 4  # of folders, as in owner/name/config/split
 # Which split of a folder is read.
 TO_TRAIN, TO_EVALUATE = (TRAIN,), (VALIDATION, TEST, TRAIN)
@@ -139,7 +144,7 @@ def _read_folder(path: Path, wanted: Sequence[str]) -> DataSource:
         for file in path.iterdir()
         if file.is_file() and not file.name.startswith(".")
     )
-    top = [name for name in names if _is_data(name)]
+    top = _data_names(names)
     if (path / "dataset_dict.json").is_file():
         splits = {name: _saved_files(path / name) for name in _saved_splits(path)}
     else:
@@ -180,10 +185,16 @@ def _group_files(path: Path, top: list[str]) -> dict[str, tuple[Path, ...]]:
     }
 
 
-def _is_data(name: str) -> bool:
-    return name.endswith((*_JSON_ENDINGS, ".parquet", ".arrow")) and name not in (
-        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json"),
-    )
+def _data_names(names: Sequence[str]) -> list[str]:
+    """Returns the names of data files; of tables only if there are no others."""
+    metadata = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+    endings = (*_JSON_ENDINGS, ".parquet", ".arrow")
+    rows = [
+        name
+        for name in names
+        if name.endswith(endings) and name.rpartition("/")[2] not in metadata
+    ]
+    return rows or [name for name in names if name.endswith(_TABLE_ENDINGS)]
 
 
 def _nested_data(path: Path) -> list[str]:
@@ -197,17 +208,17 @@ def _nested_data(path: Path) -> list[str]:
         names += [
             (here / name).as_posix()
             for name in sorted(files)
-            if here.parts and _is_data(name) and not name.startswith(".")
+            if here.parts and not name.startswith(".")
         ]
-    return names
+    return _data_names(names)
 
 
 def _raise_no_data(path: Path) -> NoReturn:
     inside = sorted(item.name for item in path.iterdir() if item.is_dir())
     hint = f"; it has the folders {listing(inside)}" if inside else ""
     raise UsageError(
-        f"{path} is a folder with no data files (.jsonl, .ndjson, .json, .parquet, "
-        f".arrow, the first three also .gz or .zst){hint}"
+        f"{path} is a folder with no data files (.jsonl, .ndjson, .json, .csv, .tsv, "
+        f".parquet, .arrow; all but the last two also .gz or .zst){hint}"
     )
 
 

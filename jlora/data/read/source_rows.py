@@ -49,6 +49,6 @@ def open_rows(
         count = len(bad)
         raise bad_rows_error(source.name, bad, bad=count, rows=count, config=config)
     raise UsageError(
-        f"{source.name}: no records; expected one JSON object per line, "
-        "or a Parquet or Arrow file with rows"
+        f"{source.name}: no records; expected one JSON object per line, a JSON array, "
+        "or a table (CSV, TSV, Parquet, Arrow) with rows"
     )

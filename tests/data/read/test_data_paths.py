@@ -123,7 +123,7 @@ def test_foreign_file_is_unsupported(tmp_path, head, what):
 
 
 def test_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("jlora.data.read.row_files.RATIO_FROM_BYTES", 1 << 16)
+    monkeypatch.setattr("jlora.data.read.text_rows.RATIO_FROM_BYTES", 1 << 16)
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b"\n" * 10_000_000))
     with pytest.raises(CorruptError, match="unpacks to more than"):

@@ -151,7 +151,7 @@ def test_unknown_columns_list_what_is_expected(tmp_path):
 
 
 def test_overlong_line_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("jlora.data.read.row_files.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("jlora.data.read.text_rows.MAX_LINE_BYTES", 100)
     assert "line 2: longer than 100" in refusal(tmp_path, [GOOD, {"text": "a" * 100}])
 
 
