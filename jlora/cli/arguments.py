@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from jlora.cli.flag_values import as_text, describe, from_words, from_yaml, list_items
 from jlora.cli.flags import Flag, flags_of, nearest_key
+from jlora.cli.foreign_config import foreign_keys
 from jlora.cli.strict_yaml import read_yaml
 from jlora.errors import UsageError, listing, nearest
 
@@ -154,6 +155,8 @@ def _from_mapping(
     """Returns {key: checked value} of what a file says."""
     values = _flatten(document, flags, where)
     unknown = [key for key in values if key not in flags]
+    if foreign := foreign_keys(unknown, flags):
+        raise UsageError(f"{where}: {foreign}")
     _refuse_unknown(f"{where}: unknown key", repr, unknown, flags)
     for key, value in values.items():
         kind = flags[key].kind
@@ -212,4 +215,4 @@ def _refuse_unknown(
             show(name) + (f" (did you mean {show(close)}?)" if close else "")
             for name, close in near.items()
         ]
-        raise UsageError(f"{what}s {listing(hinted)}")
+        raise UsageError(f"{what}s {listing(hinted, 100)}")
