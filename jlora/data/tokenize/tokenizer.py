@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence, Set
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from jlora.data.tokenize.tokenizer_settings import (
     read_settings,
     tokenizer_fingerprint,
 )
+from jlora.data.tokenize.tokenizer_trial import check_tokenizer
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 
 # `tokenizers` needs 100 times the size of a text in memory. A whole chunk at once would
@@ -38,14 +39,27 @@ _TEXTS_AT_ONCE = 128
 class Tokenizer:
     """A fast tokenizer with its special tokens and chat templates."""
 
-    def __init__(self, files: Mapping[str, bytes], config: LlamaConfig) -> None:
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        config: LlamaConfig,
+        *,
+        was_tried: bool = False,
+    ) -> None:
         """Makes the tokenizer that the files of a model folder describe.
+
+        Args:
+            files: {name: bytes}.
+            config: of the model.
+            was_tried: whether another process has tried these files out.
 
         Raises:
             UnsupportedError: no tokenizer.json.
             CorruptError: a file that cannot be read.
         """
         self._origin = dict(files), config
+        if not was_tried and "tokenizer.json" in files:
+            check_tokenizer(files["tokenizer.json"])
         self._backend = backend = _load_backend(files)
         settings = read_settings(files, "tokenizer_config.json")
         generation = read_settings(files, "generation_config.json")
@@ -97,7 +111,7 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles the files, from which another process makes the same tokenizer."""
-        return Tokenizer, self._origin
+        return partial(Tokenizer, was_tried=True), self._origin
 
     def encode(self, text: str, *, add_bos: bool = True) -> list[int]:
         """Returns the ids of plain text; control strings in it become control tokens.
