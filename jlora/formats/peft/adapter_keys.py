@@ -8,7 +8,7 @@ Source: PEFT `utils/save_and_load.py`, `get_peft_model_state_dict`.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -41,6 +41,11 @@ _ENDINGS = {
     "weight": r"weight",
     "bias": r"bias",
 }
+# As DDP: `module.` around all, or around the model.
+_WRAPPED = re.compile(rf"^(?:module\.)?({re.escape(PREFIX)})(?:module\.)?")
+_TEXT_PART = re.compile(
+    rf"^{re.escape(PREFIX)}(?:language_model\.model\.|model\.language_model\.)"
+)
 _KEY = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+?)\.(?:"
     + "|".join(f"(?P<{leaf}>{ending})" for leaf, ending in _ENDINGS.items())
@@ -48,9 +53,27 @@ _KEY = re.compile(
 )
 
 
+def unwrapped(keys: Iterable[str]) -> dict[str, str]:
+    """Returns {key: key without what wrappers of the model put into it}.
+
+    torch.compile, FSDP and DDP name themselves; a multimodal model's text part is
+    `language_model`, which is left out only if all keys are of it.
+    """
+    plain = {
+        key: _WRAPPED.sub(r"\1", key.replace("_orig_mod.", "")).replace(
+            "_fsdp_wrapped_module.", ""
+        )
+        for key in keys
+    }
+    of_text = {
+        key: _TEXT_PART.sub(PREFIX + "model.", text) for key, text in plain.items()
+    }
+    return of_text if all(of_text[key] != plain[key] for key in plain) else plain
+
+
 def parse_key(key: str) -> tuple[str, str] | None:
     """Returns (HF module name, leaf) of a PEFT key; None if it is not of PEFT's form."""
-    match = _KEY.fullmatch(key.replace("_orig_mod.", ""))
+    match = _KEY.fullmatch(key)
     if match is None or match.lastgroup is None or ".lora_" in match["module"]:
         return None
     module, leaf = match["module"], match.lastgroup

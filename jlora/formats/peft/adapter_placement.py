@@ -55,6 +55,12 @@ def place_adapter(adapter: Adapter, config: LlamaConfig) -> Placement:
     # `Adapter.make` has applied the patterns, so they need not match anything here.
     settings = replace(adapter.config, rank_pattern={}, alpha_pattern={})
     names = [module_name(path) for path in shapes]
+    own = [module_name(path) for path in adapter.tensors]
+    if not {*own} & {*names, HEAD}:
+        raise CorruptError(
+            f"{adapter.location}: an adapter of another model: this one has none of its "
+            f"modules, such as {listing(own, 2)}"
+        )
     tied = config.tie_word_embeddings
     try:
         selection = select_trainable(

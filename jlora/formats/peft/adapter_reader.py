@@ -29,6 +29,13 @@ from jlora.formats.peft.adapter_keys import (
     adapter_key,
     convert_layout,
     parse_key,
+    unwrapped,
+)
+from jlora.formats.peft.other_adapters import (
+    is_mlx,
+    read_mlx,
+    refuse_other_adapter,
+    refuse_other_keys,
 )
 from jlora.formats.safetensors_file import Entry, read_header, read_tensor
 from jlora.formats.tensor_checks import first_non_finite
@@ -63,6 +70,7 @@ def find_adapter(folder: str | Path) -> Path | None:
             return candidate
     if (folder / "checkpoints").is_dir():
         return None
+    refuse_other_adapter(folder)
     if is_hub_id(name):
         return find_adapter(hub_folder(name, ["adapter_*", "*/adapter_*"]))
     if not folder.is_dir():
@@ -82,7 +90,10 @@ def read_adapter(folder: str | Path) -> Adapter:
         CorruptError: damaged, incomplete or contradicting files.
     """
     folder = Path(folder)
-    config = read_config(read_json(folder, CONFIG), f"{folder / CONFIG}")
+    settings = read_json(folder, CONFIG)
+    if is_mlx(settings, folder):
+        return read_mlx(settings, folder)
+    config = read_config(settings, f"{folder / CONFIG}")
     where = folder / WEIGHTS
     if not where.exists():
         if (folder / "adapter_model.bin").exists():
@@ -92,7 +103,9 @@ def read_adapter(folder: str | Path) -> Adapter:
                 "it again with save_pretrained(folder)"
             )
         raise CorruptError(f"{folder}: {CONFIG} without {WEIGHTS}; copy both")
-    found = _by_module(read_header(inside_folder(folder, WEIGHTS)), where)
+    header = read_header(inside_folder(folder, WEIGHTS))
+    refuse_other_keys(header, where)
+    found = _by_module(header, where)
     names = _leaf_names(found, config, where)
     tensors = {
         module_path(module): _read_leaves(module_path(module), entries, names, where)
@@ -118,8 +131,14 @@ def _by_module(header: dict[str, Entry], where: Path) -> dict[str, _Entries]:
     """Groups the file's tensors by HF module name, and lists all that is wrong at once."""
     found: dict[str, _Entries] = {}
     problems, strange = [], []
+    if header and all(0 in entry.shape for entry in header.values()):
+        raise CorruptError(
+            f"{where}: saved without gathering, every tensor is empty, as DeepSpeed "
+            "ZeRO-3 leaves them; gather the weights and save the adapter again"
+        )
+    plain = unwrapped(header)
     for key, entry in sorted(header.items()):
-        parsed = parse_key(key)
+        parsed = parse_key(plain[key])
         if parsed is None:
             strange.append(key)
             continue
@@ -132,7 +151,7 @@ def _by_module(header: dict[str, Entry], where: Path) -> dict[str, _Entries]:
         known = [key for entries in found.values() for key, _ in entries.values()]
         problems.append(
             f"keys that are not of the form {EXAMPLE}: "
-            + listing([f"{key}{nearest(key, known)}" for key in strange])
+            + listing([f"{key}{nearest(key, known)}" for key in strange], 2)
         )
     for module, entries in found.items():
         problems += _shape_problems(module, entries)
