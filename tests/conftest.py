@@ -6,17 +6,26 @@ from pathlib import Path
 
 import pytest
 
-# Read once, when JAX starts its backend: before any test imports the library.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Read once, when JAX starts its backend: before any test imports the library.
+flags = ["--xla_force_host_platform_device_count=8"]
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most programs of the tests run once or twice, so optimizing their machine code
+    # takes longer than it saves: more than half of the tests' time.
+    flags += ["--xla_backend_optimization_level=0"]
+    flags += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 # Token caches of the tests, also in processes that they start, and compiled programs
 # die with the machine's temporary files; a folder named beforehand keeps programs.
 os.environ["JLORA_CACHE"] = tempfile.mkdtemp(prefix="jlora-tests-")
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", os.environ["JLORA_CACHE"] + "/compiled"
+# JAX writes its files in place, so each worker has a folder of its own: none reads half
+# a program of another.
+programs = Path(
+    os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.environ["JLORA_CACHE"],
+    os.environ.get("PYTEST_XDIST_WORKER", "programs"),
 )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 @pytest.fixture

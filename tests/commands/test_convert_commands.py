@@ -5,7 +5,7 @@ import pytest
 import safetensors.numpy
 from helpers.commands import adapter_bytes, evaluated_loss, succeed
 
-pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+pytestmark = pytest.mark.usefixtures("in_workdir")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.commands import evaluated_loss, metrics, succeed
 
-pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+pytestmark = pytest.mark.usefixtures("in_workdir")
 
 
 def test_evaluate_gives_the_loss_that_the_run_saw_last(run):

@@ -1,7 +1,7 @@
 import pytest
 from helpers.commands import finish, start_python, train_flags
 
-pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+pytestmark = pytest.mark.usefixtures("in_workdir")
 
 PURITY = """
 import importlib, pkgutil, sys
@@ -27,9 +27,9 @@ print("loaded:", sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
 
 
-def test_local_paths_open_no_socket_and_load_no_other_framework(compiled):
+def test_local_paths_open_no_socket_and_load_no_other_framework():
     flags = train_flags("pure", "--train.max_steps", 2, "--data.eval", "eval.jsonl")
-    status, out, err = finish(start_python("-c", PURITY, *flags, **compiled))
+    status, out, err = finish(start_python("-c", PURITY, *flags))
     assert status == 0, err
     assert out.splitlines()[-1] == "loaded: []"
 

@@ -7,14 +7,14 @@ import pytest
 from helpers.commands import STEPS, metrics, succeed, train_flags
 from helpers.data_cases import chat, write_rows
 
-pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+pytestmark = pytest.mark.usefixtures("in_workdir")
 
 TALK = ("Add two.", "The sum is five.", "And now?", "It is done.")
 CHAT = ["--model", "hf", "--adapter", "chat_run", "--chat", "--max_new_tokens", 30]
 
 
 @pytest.fixture(scope="module")
-def _chat_run(workdir, compiled) -> None:
+def _chat_run(workdir) -> None:
     """A run that was trained until it repeats one conversation."""
     with contextlib.chdir(workdir):
         write_rows(Path("talk.jsonl"), [chat(*TALK)])

@@ -87,13 +87,13 @@ def test_the_program_lists_its_commands_and_its_version(installed, tmp_path):
 
 @pytest.mark.slow
 def test_convert_train_and_export_beside_files_of_the_same_names(
-    installed, workdir, compiled, tmp_path
+    installed, workdir, tmp_path
 ):
     for name in ("train", "convert", "generate", "from_hf", "jax"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file')")
     for name in ("hf", "train.jsonl"):
         (tmp_path / name).symlink_to(workdir / name)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | compiled
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
 
     def jlora(*words: object) -> str:
         return call(installed, *words, cwd=tmp_path, env=env)

@@ -6,7 +6,7 @@ import pytest
 from helpers.commands import call, train_flags
 from helpers.data_cases import write_rows
 
-pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+pytestmark = pytest.mark.usefixtures("in_workdir")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import pytest
 from helpers.commands import succeed, train_flags
 from helpers.data_cases import write_rows
 
-pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+pytestmark = pytest.mark.usefixtures("in_workdir")
 
 
 def test_plan_reads_no_weights_and_writes_nothing(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from helpers.commands import (
 
 from jlora.train.resuming import locked
 
-pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+pytestmark = pytest.mark.usefixtures("in_workdir")
 
 PER_STEP = {
     *("step", "epoch", "loss", "learning_rate", "grad_norm"),

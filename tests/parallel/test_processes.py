@@ -42,6 +42,7 @@ def start(
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(index),
     }
+    devices = f"--xla_force_host_platform_device_count={4 // count}"
     return subprocess.Popen(
         [
             sys.executable,
@@ -52,7 +53,7 @@ def start(
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // count}",
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}",
             **(several if count > 1 else {}),
         },
         stdout=subprocess.PIPE,

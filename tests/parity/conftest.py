@@ -4,6 +4,10 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Of two flags the later one holds: parity is shown for the programs that users run.
+os.environ["XLA_FLAGS"] += (
+    " --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true"
+)
 # Theirs to mend: what Transformers, PEFT and torch say of their own code.
 THEIR_WARNINGS = [
     "ignore:::transformers",

@@ -1,5 +1,6 @@
 """A model with fused projections against the plain one, on one device and on several."""
 
+import functools
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,23 @@ from jlora.train.evaluation import make_eval_step
 ONE_LAYER = llama_config(num_hidden_layers=1)
 
 
+def loss_and_gradient(use_dora: bool, rate: float, **options: Any) -> Any:
+    config = llama_config()
+    params = moved(adapted_params(config, replace(ALL_LINEAR, use_dora=use_dora)))
+    tokens = jax.random.randint(jax.random.key(0), (2, 5), 0, config.vocab_size)
+    model = Llama(config, lora_dropout=rate, **options)
+
+    def loss(params: Any) -> jax.Array:
+        rngs = {"dropout": jax.random.key(3)}
+        logits: Any = model.apply({"params": params}, tokens, rngs=rngs)
+        return jnp.mean(jax.nn.log_softmax(logits)[..., 3])
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+plain_loss_and_gradient = functools.cache(loss_and_gradient)
+
+
 @pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize("remat", ["minimal", "full"])
 @pytest.mark.parametrize(
@@ -37,22 +55,8 @@ ONE_LAYER = llama_config(num_hidden_layers=1)
 def test_fused_model_equals_the_plain_one(
     remat: str, use_dora: bool, rate: float
 ) -> None:
-    config = llama_config()
-    params = moved(adapted_params(config, replace(ALL_LINEAR, use_dora=use_dora)))
-    tokens = jax.random.randint(jax.random.key(0), (2, 5), 0, config.vocab_size)
-
-    def loss_and_gradient(**options: Any) -> Any:
-        model = Llama(config, lora_dropout=rate, **options)
-
-        def loss(params: Any) -> jax.Array:
-            rngs = {"dropout": jax.random.key(3)}
-            logits: Any = model.apply({"params": params}, tokens, rngs=rngs)
-            return jnp.mean(jax.nn.log_softmax(logits)[..., 3])
-
-        return jax.jit(jax.value_and_grad(loss))(params)
-
-    expected, expected_gradient = loss_and_gradient()
-    found, gradient = loss_and_gradient(remat=remat, kernels="hopper")
+    expected, expected_gradient = plain_loss_and_gradient(use_dora, rate)
+    found, gradient = loss_and_gradient(use_dora, rate, remat=remat, kernels="hopper")
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for (path, a), (_, b) in zip(
         jax.tree_util.tree_leaves_with_path(gradient),
@@ -107,6 +111,7 @@ def test_no_kernel_runs_twice_in_a_gradient(
         assert count[name] == (2 if name == swiglu else 0)
 
 
+@functools.cache
 def metrics_and_moments(mesh: MeshConfig, kernels: str, **settings: Any) -> Any:
     params = moved(adapted_params(ONE_LAYER))
     run = Run(mesh, params=params, kernels=kernels, **settings)
