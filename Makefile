@@ -4,8 +4,10 @@ PYTHON =
 VENV = .venv
 VENV_PARITY = .venv-parity
 CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11)
+PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 LOCKS = requirements/lock.txt requirements/smollm2.txt
-PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps
+# Python compiles a module when it is first imported, which most of these never are.
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check --no-compile
 COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command "make lock"
@@ -20,10 +22,10 @@ demo: $(VENV)/ready  ## Fine-tune a real Llama on the CPU and prove the export e
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/ready  ## Run the tests
-	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 parity: $(VENV_PARITY)/ready  ## Compare with Transformers and PEFT, in an environment of its own
-	$(VENV_PARITY)/bin/python -m pytest tests/parity $(PYTEST_ARGS)
+	$(VENV_PARITY)/bin/python $(PYTEST) tests/parity $(PYTEST_ARGS)
 
 chaos: $(VENV)/ready  ## Kill and damage at random, half an hour; ends with 1 if a result is wrong
 	PYTHONPATH=.:tests $(VENV)/bin/python -m chaos $(CHAOS_ARGS)
@@ -86,10 +88,9 @@ define set_up
 	fi; \
 	rm -f "$$env/ready"; touch "$$env/incomplete"; \
 	echo "Installing the pinned dependencies (a few minutes the first time)"; \
-	"$$env/bin/python" $(PIP_INSTALL) $(addprefix -r ,$(2)); \
-	$(if $(3),"$$env/bin/python" -m pip install --quiet --disable-pip-version-check $(3);) \
-	"$$env/bin/python" -m pip install --quiet --disable-pip-version-check \
-		--no-deps --no-build-isolation --editable .; \
+	"$$env/bin/python" $(PIP_INSTALL) --require-hashes --no-deps $(addprefix -r ,$(2)); \
+	$(if $(3),"$$env/bin/python" $(PIP_INSTALL) $(3);) \
+	"$$env/bin/python" $(PIP_INSTALL) --no-deps --no-build-isolation --editable .; \
 	mv "$$env/incomplete" "$$env/ready"
 endef
 
