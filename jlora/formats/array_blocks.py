@@ -12,10 +12,13 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jlora.errors import CorruptError
+from jlora.formats.model_files import reading
+from jlora.formats.safetensors_file import Entry
 
 BLOCK_BYTES = 8 << 20
 # Rows of a block that is transposed. One cache line of each row, 40 KiB together, stays in
@@ -207,58 +210,50 @@ def transpose_into(target: np.ndarray, array: np.ndarray) -> None:
 
 
 def read_box(
-    file: Path,
-    offset: int,
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
+    entry: Entry,
     box: Index,
     *,
     transposed: bool = False,
     check: Callable[[np.ndarray, int], None],
     block_rows: int = 0,
-) -> np.ndarray | None:
-    """Returns a box of a row-major array in a file, or its transpose; reads its rows once.
+) -> np.ndarray:
+    """Returns a box of a tensor in a file, or its transpose; reads its rows once.
 
     Args:
-        file: the file.
-        offset: where the array starts.
-        shape: of the whole array.
-        dtype: of its items.
+        entry: the tensor.
         box: what to return, in the file's layout.
         transposed: whether to return the transpose, of two axes.
         check: called with a block of whole rows and the number of its first row.
-        block_rows: read whole blocks of so many rows of the array, not only the rows of
+        block_rows: read whole blocks of so many rows of the tensor, not only the rows of
             the box; 0: blocks of any size.
 
-    Returns:
-        The array, or None if the file is shorter.
+    Raises:
+        CorruptError: the file got shorter since its header was read.
     """
-    row = shape[1:]
+    dtype, (height, *row) = entry.dtype, entry.shape
     row_bytes = int(np.prod(row, dtype=np.int64)) * dtype.itemsize
     result = empty(box_shape(box)[:: -1 if transposed else 1], dtype)
-    full_rows = box[1:] == whole(row)
+    full_rows = box[1:] == whole(entry.shape)[1:]
     rows_of_box = box[0].start, box[0].stop
     if block_rows:
         aligned = range(
             box[0].start // block_rows * block_rows, box[0].stop, block_rows
         )
-        blocks = ((first, min(first + block_rows, shape[0])) for first in aligned)
+        blocks = ((first, min(first + block_rows, height)) for first in aligned)
     elif transposed:
         blocks = transposed_blocks(*rows_of_box, row_bytes)
     else:
         blocks = row_blocks(*rows_of_box, row_bytes)
-    cut = []
-    descriptor = os.open(file, os.O_RDONLY)
 
     def copy(rows: tuple[int, int]) -> None:
         first, end = rows
         begin, stop = max(first, box[0].start), min(end, box[0].stop)
         columns = slice(begin - box[0].start, stop - box[0].start)
         direct = full_rows and (begin, stop) == rows
-        start = offset + first * row_bytes
+        start = entry.offset + first * row_bytes
         if transposed:
             block = _row_buffer(end - first, row[0], dtype)
-            is_whole = read_rows(block, descriptor, start)
+            is_whole = read_rows(block, file.fileno(), start)
         else:
             memory = buffer(0 if direct else (end - first) * row_bytes)
             block = (
@@ -266,20 +261,17 @@ def read_box(
                 if direct
                 else memory.view(dtype).reshape(end - first, *row)
             )
-            is_whole = read_into(block, descriptor, start)
+            is_whole = read_into(block, file.fileno(), start)
         if not is_whole:
-            cut.append(first)
-            return
+            raise CorruptError(f"{entry.file}: cut while it was read; use another copy")
         check(block, first)
         if transposed:
             copy_transposed(result[:, columns], block[:, box[1]])
         elif not direct:
             result[columns] = block[begin - first : stop - first, *box[1:]]
 
-    try:
+    with reading(entry.file), entry.file.open("rb", buffering=0) as file:
         if transposed:
             touch(result)
         for_each(copy, blocks)
-    finally:
-        os.close(descriptor)
-    return None if cut else result
+    return result

@@ -10,6 +10,7 @@ from jlora.formats import array_blocks as blocks
 from jlora.formats.array_blocks import read_box, transposed_blocks, whole
 from jlora.formats.load_params import load_params
 from jlora.formats.open_model import open_model
+from jlora.formats.safetensors_file import Entry
 from jlora.formats.tensor_checks import first_non_finite, is_finite
 
 SHAPE = (700, 300)
@@ -23,16 +24,13 @@ def stored(tmp_path):
     return tmp_path / "file", array
 
 
+def accept(block, first):
+    """Finds nothing wrong with a block."""
+
+
 def read(file, *, transposed, dtype=np.float32):
-    return read_box(
-        file,
-        5,
-        SHAPE,
-        np.dtype(dtype),
-        whole(SHAPE),
-        transposed=transposed,
-        check=lambda block, first: None,
-    )
+    entry = Entry(SHAPE, np.dtype(dtype), file, 5)
+    return read_box(entry, whole(SHAPE), transposed=transposed, check=accept)
 
 
 @pytest.mark.parametrize("most", [1 << 30, 1000, 7])
@@ -49,19 +47,16 @@ def test_reads_that_end_early_are_taken_up_again(stored, monkeypatch, most):
         return real(descriptor, [view for view in taken if len(view)], offset)
 
     monkeypatch.setattr(os, "preadv", early)
-    found = read(file, transposed=True)
-    assert found is not None
-    assert np.array_equal(found, array.T)
-    found = read(file, transposed=False)
-    assert found is not None
-    assert np.array_equal(found, array)
+    assert np.array_equal(read(file, transposed=True), array.T)
+    assert np.array_equal(read(file, transposed=False), array)
 
 
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_file_that_ends_before_is_told(stored, transposed):
     file, array = stored
     os.truncate(file, 5 + array.nbytes - 1)
-    assert read(file, transposed=transposed) is None
+    with pytest.raises(CorruptError, match="cut while it was read"):
+        read(file, transposed=transposed)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 0.99])
@@ -142,16 +137,8 @@ def test_matrices_of_one_shape_and_of_others_in_turn_keep_their_values(
         array = rng.normal(size=shape).astype(np.float32)
         file = tmp_path / str(name)
         file.write_bytes(array.tobytes())
-        found = read_box(
-            file,
-            0,
-            shape,
-            array.dtype,
-            whole(shape),
-            transposed=True,
-            check=lambda block, first: None,
-        )
-        assert found is not None
+        entry = Entry(shape, array.dtype, file, 0)
+        found = read_box(entry, whole(shape), transposed=True, check=accept)
         assert np.array_equal(found, array.T)
 
 

@@ -364,7 +364,7 @@ def test_converting_then_loading_equals_quantising_while_loading(wide, bases, na
 
 
 @functools.cache
-def loaded_on_one_device(path: Path, name: Format) -> tuple[Any, np.ndarray]:
+def loaded_on_one_device(path: Path, name: Any) -> tuple[Any, np.ndarray]:
     source = open_model(str(path))
     params = load_params(source, dtype=name)
     return params, logits_of(Llama(source.config), params, random_tokens(4, 6) % 20)

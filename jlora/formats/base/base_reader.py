@@ -17,7 +17,7 @@ from jlora.formats.base.base_record import (
     part_of,
     read_record,
 )
-from jlora.formats.model_files import inside_folder, read_file, read_side_files, reading
+from jlora.formats.model_files import inside_folder, read_file, read_side_files
 from jlora.formats.model_source import ModelSource, parse_config
 from jlora.formats.quantized_kernels import (
     dequantize_tensor,
@@ -115,26 +115,14 @@ def read_verified(
     Raises:
         CorruptError: a block is cut, or not what was written.
     """
-    where = f"{entry.file}: {path} is damaged"
 
     def check(block: np.ndarray, first: int) -> None:
         if zlib.crc32(block.view(np.uint8).data) != stored.crc32[first // rows]:
             raise CorruptError(
-                f"{where} (rows {first} to {first + len(block) - 1} differ from what was "
-                "written); convert the model again"
+                f"{entry.file}: {path} is damaged (rows {first} to "
+                f"{first + len(block) - 1} differ from what was written); convert the "
+                "model again"
             )
 
     rows = stored.block_rows
-    with reading(entry.file):
-        array = read_box(
-            entry.file,
-            entry.offset,
-            entry.shape,
-            entry.dtype,
-            box,
-            check=check,
-            block_rows=rows,
-        )
-    if array is None:
-        raise CorruptError(f"{where} (the file is shorter); convert the model again")
-    return array
+    return read_box(entry, box, check=check, block_rows=rows)

@@ -9,7 +9,7 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, warn
 from jlora.formats.array_blocks import Index, read_box, whole
 from jlora.formats.hf.hf_index import find_tensors
-from jlora.formats.model_files import read_json, read_side_files, reading
+from jlora.formats.model_files import read_json, read_side_files
 from jlora.formats.model_source import ModelSource, parse_config
 from jlora.formats.refusals import ADAPTER, META, refuse_other_models, refuse_quantised
 from jlora.formats.safetensors_file import Entry, Spec, read_bytes
@@ -78,18 +78,7 @@ def read_checked(entry: Entry, key: str, box: Index, *, transposed: bool) -> np.
             )
         non_zero = non_zero or bool(block[:1].any() or block.any())
 
-    with reading(entry.file):
-        array = read_box(
-            entry.file,
-            entry.offset,
-            entry.shape,
-            entry.dtype,
-            box,
-            transposed=transposed,
-            check=check,
-        )
-    if array is None:
-        raise CorruptError(f"{entry.file}: cut while it was read")
+    array = read_box(entry, box, transposed=transposed, check=check)
     if array.ndim == 2 and not non_zero:
         warn(f"{where}: every value is zero")
     return array

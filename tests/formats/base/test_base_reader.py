@@ -56,7 +56,7 @@ def test_a_file_that_is_cut_after_it_was_opened_is_refused(base):
     source = open_base(base)
     file = base / "params" / "norm.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CorruptError, match=r"norm/scale is damaged .* shorter"):
+    with pytest.raises(CorruptError, match=r"norm.safetensors: cut while it was read"):
         load_params(source)
 
 
