@@ -13,6 +13,7 @@ from convert import info
 from jlora.cli.command import run_command
 from jlora.formats.base.base_writer import write_base
 from jlora.formats.open_model import open_model
+from jlora.train.resuming import record_export
 
 TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
@@ -152,6 +153,7 @@ def test_facts_of_a_run(tmp_path, show):
     shutil.copytree(golden("basic").folder, tmp_path / "run" / "adapter")
     (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "9").mkdir()
+    record_export(tmp_path / "run", 10)
     facts = show(tmp_path / "run")
     assert (facts["format"], facts["read from"]) == ("run", "adapter")
     assert facts["checkpoints"] == "9, 10"
