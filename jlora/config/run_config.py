@@ -57,12 +57,19 @@ class RowConfig:
         "auto"
     )
     """Tokens to train on; auto: assistant turns, completions, or all tokens of a text."""
+    split_turns: bool = False
+    """Make a sample of each answer, with the conversation before it; only it is trained on."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         if self.seq_len is not None and self.seq_len < 2:
             raise UsageError(f"data.seq_len={self.seq_len}; expected at least 2 tokens")
         _at_least("data", self, "max_bad_rows", 0)
+        if self.split_turns and self.train_on not in ("auto", "assistant"):
+            raise UsageError(
+                f"data.split_turns trains on each answer, and data.train_on={self.train_on} "
+                "says otherwise; leave one of them out"
+            )
 
     @property
     def row_length(self) -> int:

@@ -85,7 +85,7 @@ def _key(sources: Sequence[DataSource], tokenizer: Tokenizer, config: RowConfig)
     parts = {
         "files": [[file_sha256(file) for file in source.files] for source in sources],
         "tokenizer": [tokenizer.fingerprint, special, tokenizer.adds_bos],
-        "format": [config.format, config.fields, config.train_on],
+        "format": [config.format, config.fields, config.train_on, config.split_turns],
         "code": [code, version("tokenizers"), version("jinja2")],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -70,6 +70,7 @@ class RowCounts:
     """By the reason, in which numbers and quotations are left out."""
     encoded_separately: Occurrences = field(default_factory=Occurrences)
     without_end: Occurrences = field(default_factory=Occurrences)
+    opened_thoughts: Occurrences = field(default_factory=Occurrences)
     # Counted by `truncate_records`:
     cut: Occurrences = field(default_factory=Occurrences)
     tokens_lost: int = 0
@@ -114,6 +115,8 @@ class RowCounts:
             self.encoded_separately.add(file, number)
         for number in rows.without_end:
             self.without_end.add(file, number)
+        for number in rows.opened_thoughts:
+            self.opened_thoughts.add(file, number)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what was counted while tokenising; files only by their index."""
@@ -126,6 +129,7 @@ class RowCounts:
             "bad_reasons": {name: asdict(x) for name, x in self.bad_reasons.items()},
             "encoded_separately": asdict(self.encoded_separately),
             "without_end": asdict(self.without_end),
+            "opened_thoughts": asdict(self.opened_thoughts),
         }
 
     @classmethod
@@ -139,6 +143,7 @@ class RowCounts:
             "bad_reasons": {name: Occurrences(**x) for name, x in reasons},
             "encoded_separately": Occurrences(**stored["encoded_separately"]),
             "without_end": Occurrences(**stored["without_end"]),
+            "opened_thoughts": Occurrences(**stored["opened_thoughts"]),
         }
         return cls(source=source, seq_len=seq_len, **{**stored, **parts})
 
@@ -152,6 +157,8 @@ class RowCounts:
             f"{_LOSS_COUNTS[row_format.train_on]}, {files}"
             f"{counted(self.rows, 'record')}{passes}"
         ]
+        if row_format.split_turns:
+            lines.append("each answer is a sample of its own")
         if source.ignored:
             lines.append(f"not data, ignored: {listing(source.ignored, limit=5)}")
         lost = counted(self.tokens_lost, "token")
@@ -169,6 +176,11 @@ class RowCounts:
                 self.without_end,
                 "no control token ends the answer in",
                 "; the model may not learn to stop",
+            ),
+            (
+                self.opened_thoughts,
+                "the chat template opens a thought and drops it from finished answers, in",
+                "; the thought of the answer trained on is kept, earlier ones are dropped",
             ),
         ]
         lines += [

@@ -126,6 +126,15 @@ class ChatTemplate:
             "documents": None,
         }
 
+    def as_answer(self, content: str) -> Rendered:
+        """Returns the text of an answer as it is, with what must stay text in it."""
+        return unmark(mark(content, self._assistant_pattern), self.controls)
+
+    def end_of_turn(self, text: str) -> int:
+        """Returns where a text's last turn marker begins, -1 without one."""
+        found = [text.rfind(marker) for marker in self.turn_markers]
+        return max(found, default=-1)
+
     @cached_property
     def _shapes(self) -> MessageShapes:
         return find_shapes(self._render_plain)

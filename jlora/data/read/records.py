@@ -1,7 +1,7 @@
 """Turns a row into a validated record, by the format of its source."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jlora.data.read.bad_rows import RowError
@@ -50,6 +50,17 @@ class ChatRecord:
     num_prompt: int
     untrained: frozenset[int] = frozenset()
     """Indices of the messages that the data says not to train on."""
+
+
+def split_turns(record: ChatRecord) -> list[ChatRecord]:
+    """Returns a record for each answer to train on: it, and the messages before it."""
+    return [
+        replace(record, messages=record.messages[: index + 1], untrained=frozenset())
+        for index, message in enumerate(record.messages)
+        if message["role"] == "assistant"
+        and index >= record.num_prompt
+        and index not in record.untrained
+    ]
 
 
 def make_record(

@@ -48,6 +48,8 @@ class RowFormat:
     """The format's name of a column -> its name in the data, where they differ."""
     train_on: str
     """Which tokens the loss counts; never auto."""
+    split_turns: bool = False
+    """Whether each answer becomes a sample of its own."""
 
 
 def detect_format(
@@ -80,7 +82,7 @@ def detect_format(
             f"data.train_on={train_on} does not fit {source}, which is of format "
             f"{name}{kind}; choose {listing(['auto', *choices])}"
         )
-    return RowFormat(name, is_chat, dict(fields), train_on)
+    return RowFormat(name, is_chat, dict(fields), train_on, config.split_turns)
 
 
 def _formats_with(fields: Mapping[str, str], format: str) -> list[str]:

@@ -14,6 +14,7 @@ from jlora.data.chat.chat_template import Cut, Prefixes, render_prefixes
 from jlora.data.chat.control_tokens import Encoded, Rendered, Span
 from jlora.data.read.bad_rows import RowError
 from jlora.data.read.records import ChatRecord
+from jlora.data.tokenize.kept_thoughts import keep_thought
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UnsupportedError
 
@@ -41,6 +42,8 @@ class MaskPlan:
     """Characters to train on, where the template marks them."""
     everything: bool = False
     """Whether all counts but the `answers`."""
+    opens_thought: bool = False
+    """Whether the template opens the answer's thought, see `kept_thoughts`."""
 
     def texts(self) -> list[Rendered]:
         """Returns all texts whose ids `find_supervised_spans` needs."""
@@ -136,7 +139,16 @@ def _plan_mask(
         upto = whole if index + 1 == len(messages) else render(index + 1)
         answer = _render_answer(index, upto, render)
         if not answer or not whole.text.startswith(upto.text):
-            raise _unstable_template(where, index)
+            kept = None
+            if len(answers) == 1 and index + 1 == len(messages):
+                template = conversation.prefixes.template
+                before = render(index, True)
+                kept = keep_thought(messages[index], template, whole, before)
+            if kept is None:
+                raise _unstable_template(where, index)
+            before, upto = kept
+            own = (Answer(index, before, upto),)
+            return MaskPlan(record.number, upto, own, opens_thought=True)
         rendered.append(answer)
     return MaskPlan(record.number, whole, tuple(rendered))
 
@@ -267,9 +279,10 @@ def _render_answer(
 def _unstable_template(where: str, index: int) -> UnsupportedError:
     return UnsupportedError(
         f"{where}: the chat template changes earlier text when message {index} is "
-        "added, so the answer's tokens cannot be distinguished from the rest; use "
-        "data.train_on=all, a template with generation blocks "
-        "({% generation %}...{% endgeneration %}), or one record per answer"
+        "added, so the answer's tokens cannot be distinguished from the rest; train on "
+        "the last answer (data.train_on=last_assistant), or on each in a sample of its "
+        "own (data.split_turns=true), or use a template with generation blocks "
+        "({% generation %}...{% endgeneration %})"
     )
 
 

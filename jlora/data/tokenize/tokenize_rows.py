@@ -10,7 +10,12 @@ import numpy as np
 from jlora.data.chat.control_tokens import Encoded, Rendered, Span, check_text
 from jlora.data.read.bad_rows import BadRow, RowError
 from jlora.data.read.jsonl import parse_rows
-from jlora.data.read.records import ChatRecord, TextRecord, make_record
+from jlora.data.read.records import (
+    ChatRecord,
+    TextRecord,
+    make_record,
+    split_turns,
+)
 from jlora.data.read.row_files import RowChunk, row_location
 from jlora.data.read.row_formats import RowFormat
 from jlora.data.tokenize.assistant_masks import (
@@ -46,6 +51,8 @@ class TokenizedRows:
     """Rows whose prompt and completion would have shared a token."""
     without_end: list[int] = field(default_factory=list)
     """Rows with an answer that no control token ends."""
+    opened_thoughts: list[int] = field(default_factory=list)
+    """Rows with an answer whose thought the template opens, and drops once it is written."""
 
     def add_bad(self, number: int, reason: object) -> None:
         """Adds a row that cannot be used."""
@@ -90,12 +97,15 @@ def tokenize_rows(
             continue
         if isinstance(record, TextRecord):
             texts.append(record)
+        elif row_format.split_turns:
+            chats += split_turns(record) or [record]
         else:
             chats.append(record)
     if texts:
         _tokenize_texts(texts, row_format.train_on, tokenizer, result)
     if chats:
-        _tokenize_chats(chats, row_format.train_on, tokenizer, result)
+        train_on = "last_assistant" if row_format.split_turns else row_format.train_on
+        _tokenize_chats(chats, train_on, tokenizer, result)
     result.bad_rows.sort(key=lambda row: row.number)
     return result
 
@@ -166,6 +176,8 @@ def _tokenize_chats(
         result.add_example(plan.number, whole.array, spans)
         if not all_end:
             result.without_end.append(plan.number)
+        if plan.opens_thought:
+            result.opened_thoughts.append(plan.number)
 
 
 def _encode_all(
