@@ -23,7 +23,8 @@ def to_hf_config(file: GGUFFile, type_names: dict[str, str]) -> dict[str, Any]:
         type_names: {tensor: name of its ggml type}.
     """
     get = file.metadata.get
-    heads, hidden = get("llama.attention.head_count"), get("llama.embedding_length")
+    heads = _of_layers(file, "llama.attention.head_count")
+    hidden = get("llama.embedding_length")
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         raise CorruptError(
             f"{file.path}: llama.attention.head_count={heads!r:.80} and "
@@ -60,13 +61,13 @@ def to_hf_config(file: GGUFFile, type_names: dict[str, str]) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_act": "silu",
         "hidden_size": hidden,
-        "intermediate_size": get("llama.feed_forward_length"),
+        "intermediate_size": _of_layers(file, "llama.feed_forward_length"),
         "max_position_embeddings": get("llama.context_length"),
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
         "model_type": "llama",
         "num_attention_heads": heads,
         "num_hidden_layers": get("llama.block_count"),
-        "num_key_value_heads": get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": _of_layers(file, "llama.attention.head_count_kv", heads),
         "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon")),
         "rope_scaling": _rope_scaling(file, head_dim),
         "rope_theta": _decimal(theta),
@@ -74,6 +75,19 @@ def to_hf_config(file: GGUFFile, type_names: dict[str, str]) -> dict[str, Any]:
         "torch_dtype": np.dtype(common).name,
         "vocab_size": rows,
     }
+
+
+def _of_layers(file: GGUFFile, key: str, default: Any = None) -> Any:
+    """Returns a value that some converters repeat for each layer."""
+    value = file.metadata.get(key, default)
+    if not isinstance(value, list) or not value:
+        return value
+    if any(item != value[0] for item in value):
+        raise UnsupportedError(
+            f"{file.path}: {key}={value!r:.80} differs between layers; jlora supports one "
+            "value for all"
+        )
+    return value[0]
 
 
 def _decimal(value: Any) -> Any:

@@ -275,6 +275,39 @@ def test_unsupported_metadata_is_refused_by_name(path, changes, message):
         open_model(write_gguf(path, tensors(CONFIG), changes))
 
 
+PER_LAYER = {
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.feed_forward_length": "intermediate_size",
+}
+
+
+def test_a_value_repeated_for_each_layer_is_one(path):
+    expected = open_model(write_gguf(path, tensors(CONFIG))).config
+    values = {key: [CONFIG[name]] * 2 for key, name in PER_LAYER.items()}
+    assert open_model(write_gguf(path, tensors(CONFIG), values)).config == expected
+
+
+@pytest.mark.parametrize("key", PER_LAYER)
+def test_values_that_differ_between_layers_are_refused(path, key):
+    values = {key: [CONFIG[PER_LAYER[key]], 2 * CONFIG[PER_LAYER[key]]]}
+    with pytest.raises(UnsupportedError, match="differs between layers"):
+        open_model(write_gguf(path, tensors(CONFIG), values))
+
+
+def test_rotary_tensors_of_older_converters_are_left_out(path):
+    frequencies = np.ones(CONFIG["hidden_size"] // 4, np.float32)
+    arrays = tensors(CONFIG) | {"blk.0.attn_rot_embd.weight": frequencies}
+    source = open_model(write_gguf(path, arrays))
+    assert source.config == open_model(write_gguf(path, tensors(CONFIG))).config
+
+
+def test_a_window_that_no_text_reaches_is_none(path):
+    window = {"llama.attention.sliding_window": CONFIG["max_position_embeddings"]}
+    source = open_model(write_gguf(path, tensors(CONFIG), window))
+    assert source.config.max_position_embeddings == CONFIG["max_position_embeddings"]
+
+
 def test_other_architecture_is_refused_by_name(path):
     with pytest.raises(UnsupportedError, match="architecture='qwen2'"):
         open_model(write_gguf(path, {}, architecture="qwen2"))
