@@ -1,6 +1,7 @@
 """Every file of a folder changed in five ways, and what reads the folder afterwards."""
 
 import contextlib
+import io
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -89,7 +90,8 @@ def damage_all(
         shutil.copytree(folder, copy)
         damage(lab, copy / name)
         try:
-            found = probe(copy)
+            with contextlib.redirect_stderr(io.StringIO()):  # a warning for each
+                found = probe(copy)
         except JloraError:
             outcome = "refused"
         except Exception as error:
