@@ -42,12 +42,13 @@ def main() -> int:
         settle(Path(folder))
         lab = Lab(Path(folder), seed)
         began = time.monotonic()
-        for experiment in (kill_everything, damage_everything, give_hostile_input):
-            experiment(lab)
-            print(
-                f"{experiment.__name__}: {time.monotonic() - began:.0f} s", flush=True
-            )
-        lab.print_table()
+        try:
+            for experiment in (kill_everything, damage_everything, give_hostile_input):
+                experiment(lab)
+                took = time.monotonic() - began
+                print(f"{experiment.__name__}: {took:.0f} s", flush=True)
+        finally:  # also of a part
+            lab.print_table()
     return 1 if lab.wrong else 0
 
 
@@ -100,6 +101,8 @@ def give_hostile_input(lab: Lab) -> None:
     words = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *HOSTILE]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     for case in ElementTree.parse(report).iter("testcase"):
+        if case.find("skipped") is not None:
+            continue
         failed = case.find("failure") is not None or case.find("error") is not None
         outcome = done.stdout[-2000:] if failed else "refused"
         lab.count("hostile input, tests", outcome, case.get("name"))
