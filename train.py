@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jlora.cli.command import run_command
 from jlora.cli.process_setup import keep_compiled, keep_freed_memory
+from jlora.cli.unread_output import unread_output_is_discarded
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import (
     ComputeConfig,
@@ -58,10 +59,13 @@ class Arguments:
 def main(args: Arguments) -> None:
     """Joins the processes of this run, and trains until the end or a request to stop."""
     # What needs JAX is imported here: --help and a wrong flag are answered without it.
+    from jlora.parallel.launch import hide_log_of_aborts
+
+    hide_log_of_aborts()
     from jlora.parallel.processes import check_agreement, joined_processes
     from jlora.train.stopping import stop_requests
 
-    with joined_processes(), stop_requests() as stop:
+    with unread_output_is_discarded(), joined_processes(), stop_requests() as stop:
         keep_freed_memory()
         check_agreement(asdict(args))  # before they compute anything together
         train(args, stop)

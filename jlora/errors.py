@@ -1,10 +1,12 @@
 """Failures by exit status, warnings, and phrases that messages share."""
 
 import difflib
+import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 # All but line breaks and tabs: C0 and C1 with ESC, line and paragraph separators, overrides
 # of the writing direction, halves of characters.
@@ -57,9 +59,13 @@ class StopRequested(JloraError):
     label = "stopped"
 
 
+_warnings_are_shown = True
+
+
 def warn(text: str) -> None:
     """Prints a warning of something that still works."""
-    print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
+    if _warnings_are_shown:
+        print(f"warning: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -67,10 +73,54 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keeps `warn` silent: of several processes, the first says what all would."""
+    global _warnings_are_shown
+    _warnings_are_shown = False
+    try:
+        yield
+    finally:
+        _warnings_are_shown = True
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether XLA or NCCL lacked device memory, for which neither has a class."""
     text = str(error).lower()
     return "resource_exhausted" in text or "out of memory" in text
+
+
+# What the system lacks, by the number of its error.
+_LACKS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk is full up to your quota",
+    errno.EFBIG: "a file may not become larger (ulimit -f)",
+    errno.EMFILE: "no more files may be open (ulimit -n)",
+    errno.ENFILE: "no more files may be open on this system",
+    errno.ENOMEM: "out of memory",
+}
+
+
+def lacking(error: Exception) -> str | None:
+    """Returns what the system lacked, or None if an error is about something else.
+
+    Some libraries wrap the system's error in a class of their own, or give only its text.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _LACKS:
+        return _LACKS[number]
+    text = str(error)
+    return next((said for n, said in _LACKS.items() if os.strerror(n) in text), None)
+
+
+@contextmanager
+def about_file(path: object) -> Iterator[None]:
+    """Names the file in an OSError of the body that names none, as those of writing do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def closest(name: str, known: Iterable[str], cutoff: float) -> str | None:

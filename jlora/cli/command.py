@@ -7,29 +7,27 @@ A command is a dataclass (fields are flags, the strings below them are help text
 import contextlib
 import dataclasses
 import errno
-import functools
 import importlib.metadata
 import logging
-import os
 import re
-import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, cast
+from typing import Any, cast
 
 from jlora.cli.arguments import parse
 from jlora.cli.help_page import help_page
 from jlora.cli.printing import EscapedOutput
+from jlora.cli.unread_output import allow_closed_output, say_error
 from jlora.errors import (
     JloraError,
     ResourceError,
     UsageError,
     is_out_of_memory,
-    printable,
+    lacking,
 )
 
-# Mistakes in a path that the user gave, whoever notices them.
 _PATH_ERRORS = (
     FileExistsError,
     FileNotFoundError,
@@ -37,31 +35,7 @@ _PATH_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
-P = ParamSpec("P")
-
-
-def allow_closed_output(run: Callable[P, int]) -> Callable[P, int]:
-    """Makes a command end quietly when nobody reads its output, as in `... | head -1`."""
-
-    @functools.wraps(run)
-    def run_and_flush(*args: P.args, **kwargs: P.kwargs) -> int:
-        status = 0
-        try:
-            status = run(*args, **kwargs)
-            print(end="", flush=True)
-        except OSError as error:
-            is_closed = isinstance(error, BrokenPipeError)
-            if not is_closed and (error.filename or error.errno != errno.ENOSPC):
-                raise
-            # Python flushes what is left at exit, and would print a traceback then.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            if not is_closed:
-                full = "the output cannot be written: no space left on the disk"
-                return status or _fail(full, ResourceError.exit_status)
-            status = status or 128 + signal.SIGPIPE  # as a shell reports it
-        return status
-
-    return run_and_flush
+_PATH_NUMBERS = (errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @allow_closed_output
@@ -81,9 +55,7 @@ def run_command(
         program: what --help calls the command; None finds out how it was started.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    # Orbax and TensorStore log tracebacks of failures that end in one message here.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _hide_library_errors()
     if {"-h", "--help"} & set(words):
         print(help_page(program or _program(), arguments_class))
         return 0
@@ -92,34 +64,38 @@ def run_command(
         arguments = parse(arguments_class, words)
         with contextlib.redirect_stdout(cast(Any, EscapedOutput(sys.stdout))):
             main(arguments)
-    except JloraError as error:
-        message = in_own_flags(str(error), arguments_class)
-        return _fail(message, error.exit_status, error.label)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except MemoryError as error:
-        why = str(error) or "the system has no more"
-        return _fail(
-            f"out of memory: {why}; end other programs or take a larger machine",
-            ResourceError.exit_status,
-        )
-    except OSError as error:
-        where = f" at {error.filename}" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"no space left on the disk{where}", ResourceError.exit_status)
-        is_path = isinstance(error, _PATH_ERRORS) or error.errno == errno.ENAMETOOLONG
-        if not is_path or not where:
+        say_error("interrupted")
+        return 130
+    except Exception as error:
+        explained = _explain(error, arguments_class)
+        if explained is None:
             raise
-        return _fail(f"{error.filename}: {error.strerror}", UsageError.exit_status)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        first = str(error).splitlines()[0]
-        return _fail(
-            f"out of device memory ({first}); use {_less_memory(arguments_class)}",
-            ResourceError.exit_status,
-        )
+        message = in_own_flags(str(explained), arguments_class)
+        say_error(message, explained.label)
+        return explained.exit_status
     return 0
+
+
+def _explain(error: Exception, arguments_class: type) -> JloraError | None:
+    """Returns what to say about an error; None if it is a bug, which keeps its traceback."""
+    if isinstance(error, JloraError):
+        return error
+    if isinstance(error, MemoryError):
+        why = str(error) or "the system has no more"
+        return ResourceError(
+            f"out of memory: {why}; end other programs or take a larger machine"
+        )
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        first = str(error).splitlines()[0]
+        return ResourceError(
+            f"out of device memory ({first}); use {_less_memory(arguments_class)}"
+        )
+    name = error.filename if isinstance(error, OSError) else None
+    if problem := lacking(error):
+        return ResourceError(f"{problem} at {name}" if name else problem)
+    mistake = _path_mistake(error)
+    return UsageError(mistake) if mistake else None
 
 
 def in_own_flags(text: str, arguments_class: type) -> str:
@@ -156,11 +132,34 @@ def _less_memory(arguments_class: type) -> str:
     return f"a smaller {' or '.join(smaller)}" if smaller else "a larger device"
 
 
-def _fail(message: str, status: int, label: str = "error") -> int:
-    with contextlib.suppress(OSError):
-        print(end="", flush=True)
-    print(f"{label}: {printable(message)}", file=sys.stderr)
-    return status
+def _path_mistake(error: Exception) -> str | None:
+    """Returns what is wrong with a path that the user gave, whoever notices it."""
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):
+        return str(error)  # Path.resolve before Python 3.13
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(error, FileNotFoundError) and not error.filename:  # of os.getcwd
+        return "the current folder no longer exists; change to another one"
+    is_path = isinstance(error, _PATH_ERRORS) or error.errno in _PATH_NUMBERS
+    return f"{error.filename}: {error.strerror}" if is_path and error.filename else None
+
+
+def _hide_library_errors() -> None:
+    """Hides what Orbax and TensorStore print of failures that end in one message here."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        # Of TensorStore's threads, after Orbax has given up at the first error; and of a
+        # loop that could not be opened.
+        text = str(unraisable.exc_value)
+        if text != "Event loop is closed" and "'_ssock'" not in text:
+            show(unraisable)
+
+    if getattr(show, "__name__", "") != show_others.__name__:
+        sys.unraisablehook = show_others
 
 
 def _program() -> str:

@@ -44,9 +44,14 @@ def _from_word(word: str, kind: Any) -> Any:
             if not isinstance(value, list | dict) and _has_comment(word, value):
                 raise ValueError(word)
             return _first_match(value, [part for part in kinds if part is not str])
-    if str in kinds or Any in kinds:
+    if (str in kinds or Any in kinds) and _is_text(word):
         return word
     raise ValueError(word)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be printed and be a path: UTF-8 without NUL."""
+    return "\0" not in value and not any("\ud800" <= x <= "\udfff" for x in value)
 
 
 def _has_comment(word: str, value: Any) -> bool:
@@ -59,6 +64,8 @@ def from_yaml(value: Any, kind: Any) -> Any:
     Raises:
         ValueError: it is not of this type.
     """
+    if isinstance(value, str) and not _is_text(value):
+        raise ValueError(value)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return _first_match(value, parts)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from jlora.cli.command import allow_closed_output, run_command
+from jlora.cli.command import run_command
 from jlora.cli.help_page import table
+from jlora.cli.unread_output import allow_closed_output
 from jlora.errors import UsageError, listing, nearest, printable
 
 # Commands, and the scripts that hold them.

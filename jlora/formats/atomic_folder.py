@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jlora.errors import JloraError, ResourceError, UsageError
+from jlora.errors import JloraError, ResourceError, UsageError, lacking
 
 _MODEL_FILES = ("config.json", "adapter_config.json")
-_DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
 @contextlib.contextmanager
@@ -147,13 +146,10 @@ def _disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # Some libraries wrap the system's error in a class of their own.
-        if any(words in str(error) for words in _DISK_FULL):
-            free = shutil.disk_usage(_existing(out)).free
-            raise ResourceError(
-                f"{out}: the disk is full: {free:,} bytes free are not enough; nothing "
-                "was written"
-            ) from error
+        if isinstance(error, JloraError):
+            raise
+        if problem := lacking(error):
+            raise ResourceError(f"{out}: {problem}; nothing was written") from error
         if isinstance(error, OSError) and error.errno in (
             errno.EACCES,
             errno.EPERM,

@@ -1,8 +1,8 @@
 """Several processes that train as one, on one host or many.
 
 They are started by a launcher that JAX knows (Slurm, Open MPI, TPU pods), or by hand with
-three environment variables. All of them read the same files and compute the same steps;
-only the first prints and writes.
+three environment variables (`jlora.parallel.launch`). All of them read the same files and
+compute the same steps; only the first prints and writes.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from typing import Any
 
 import jax
@@ -21,15 +21,22 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jlora.errors import ResourceError, UsageError, is_out_of_memory, listing
+from jlora.errors import ResourceError, UsageError, listing, without_warnings
+from jlora.parallel.launch import (
+    START_TIMEOUT,
+    addresses,
+    given_variables,
+    is_launched,
+    start_timeout_s,
+)
+from jlora.parallel.lost_process import (
+    HEARTBEAT_TIMEOUT_S,
+    end_on_abort,
+    ends_with_the_others,
+)
 
-VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# The number of processes that `srun` or `mpirun` started; a shell in a Slurm job has none.
-_LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # In what JAX raises if there are no other processes.
 _NO_CLUSTER = "coordinator_address should be defined"
-# In what JAX raises if another process does not answer.
-_LOST = ("gloo", "nccl", "coordination", "heartbeat", "connection")
 
 
 @contextmanager
@@ -40,8 +47,7 @@ def joined_processes() -> Iterator[None]:
         UsageError: the variables contradict each other, or processes do not connect.
         ResourceError: another process ended, or cannot be reached.
     """
-    given = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
-    launched = max(map(_launched_count, _LAUNCHED)) > 1
+    given, launched = given_variables(), is_launched()
     config: Any = jax.config
     on_tpu = importlib.util.find_spec("libtpu") and config.jax_platforms != "cpu"
     if not (given or launched or on_tpu):
@@ -49,9 +55,23 @@ def joined_processes() -> Iterator[None]:
         return
     # Its handler of SIGTERM would replace ours, see `stop_vote`.
     config.update("jax_enable_preemption_service", False)
+    timeout_s = start_timeout_s()
+    late = (
+        "the processes of this run did not meet: one did not start within "
+        f"{timeout_s} s, or cannot be reached; start all, or wait longer with "
+        f"{START_TIMEOUT} (seconds)"
+    )
+    end_on_abort(late)
     try:
-        jax.distributed.initialize(**_addresses(given, launched=launched))
+        jax.distributed.initialize(
+            **addresses(given, launched=launched),
+            initialization_timeout=timeout_s,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        )
     except (RuntimeError, ValueError) as error:
+        if "DEADLINE_EXCEEDED" in str(error):
+            raise ResourceError(late) from error
         if given or launched or _NO_CLUSTER not in str(error):
             first = str(error).splitlines()[0]
             raise UsageError(
@@ -64,57 +84,12 @@ def joined_processes() -> Iterator[None]:
     )
     with open(os.devnull, "w") as nowhere:
         sys.stdout.flush()
-        with redirect_stdout(sys.stdout if is_first() else nowhere), _lost_process():
+        quiet = ExitStack()
+        if not is_first():
+            quiet.enter_context(redirect_stdout(nowhere))
+            quiet.enter_context(without_warnings())
+        with quiet, ends_with_the_others():
             yield
-
-
-@contextmanager
-def _lost_process() -> Iterator[None]:
-    """Raises ResourceError for what JAX raises if another process has ended."""
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        first = str(error).splitlines()[0]
-        is_lost = any(word in first.lower() for word in _LOST)
-        if is_out_of_memory(error) or not is_lost:
-            raise
-        raise ResourceError(
-            "another process of this run has ended, and may have said why, or cannot be "
-            f"reached ({first[:200]})"
-        ) from error
-
-
-def _launched_count(name: str) -> int:
-    """Returns the number of processes in a launcher's variable; 1 if there is none."""
-    text = os.environ.get(name) or "1"
-    if not text.isdecimal():
-        raise UsageError(
-            f"{name}={text}: not a number of processes; unset it, or let the launcher set it"
-        )
-    return int(text)
-
-
-def _addresses(given: dict[str, str], *, launched: bool) -> dict[str, Any]:
-    """Returns JAX's arguments from the variables; with a launcher, JAX needs none."""
-    address, *numbers = (given.get(name, "") for name in VARIABLES)
-    host, _, port = address.rpartition(":")
-    has_address = bool(host) and port.isdecimal()
-    missing = [name for name in VARIABLES if name not in given]
-    # JAX itself reads an address that is given in addition to a launcher.
-    if not given or (launched and missing and (has_address or not address)):
-        return {}
-    if not has_address or not all(number.isdecimal() for number in numbers):
-        raise UsageError(
-            f"{listing([f'{k}={v}' for k, v in given.items()])}: set all of "
-            f"{listing(VARIABLES)} (HOST:PORT of the first process, how many there are, "
-            "and which this is, from 0), or none of them"
-        )
-    count, index = map(int, numbers)
-    return {
-        "coordinator_address": address,
-        "num_processes": count,
-        "process_id": index,
-    }
 
 
 def is_first() -> bool:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jlora.errors import counted, warn
+from jlora.errors import about_file, counted, warn
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -26,14 +26,15 @@ def drop_lines_after(path: Path, step: int) -> None:
     damaged = [text for text, metrics in lines if metrics is None]
     if damaged:
         aside = path.with_suffix(".damaged")
-        with aside.open("ab") as file:
+        with about_file(aside), aside.open("ab") as file:
             file.write(b"".join(text + b"\n" for text in damaged))
         lost = counted(len(damaged), "damaged line")
         warn(f"{path}: {lost} moved to {aside.name}; the run goes on")
     kept = [text + b"\n" for text, m in lines if m is not None and m["step"] <= step]
     if path.exists() and b"".join(kept) != path.read_bytes():
         temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
+        with about_file(temporary):
+            temporary.write_bytes(b"".join(kept))
         os.replace(temporary, path)
 
 

@@ -4,6 +4,7 @@ import os
 import warnings
 from pathlib import Path
 
+from jlora.errors import about_file
 from jlora.report.metrics_file import read_metrics
 
 
@@ -38,7 +39,7 @@ def plot_run(run: Path) -> Path | None:
     )
     rates.set_ylabel("learning rate (grey)")
     target = run / "report.png"
-    with warnings.catch_warnings():
+    with about_file(target), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # characters without a shape
         figure.savefig(target, dpi=120, metadata={"Software": None})
     pyplot.close(figure)

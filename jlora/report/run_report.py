@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from jlora.cli.printing import unescaped_output
-from jlora.errors import printable
+from jlora.errors import about_file, printable
 from jlora.parallel.processes import is_first
 from jlora.report.metrics_file import drop_lines_after
 
@@ -67,7 +67,8 @@ class Report:
         """Removes the progress bar and closes the file."""
         if self._progress and self._owns_display:
             self._progress.stop()
-        self._file.close()
+        with about_file(self.path):
+            self._file.close()
 
     def log(self, **metrics: Any) -> None:
         """Appends one line of metrics and shows it; NaN and infinities become null."""
@@ -79,8 +80,9 @@ class Report:
         line = {**metrics, **dict.fromkeys(broken)}
         if broken:
             line["non_finite"] = broken
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with about_file(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         self._show(metrics)
 
     def _show(self, metrics: dict[str, Any]) -> None:

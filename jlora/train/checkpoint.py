@@ -274,5 +274,5 @@ def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
 
 def warn_skipped(problems: Sequence[str]) -> None:
     """Warns of the checkpoints that `load_newest` found damaged."""
-    for problem in problems if is_first() else ():
+    for problem in problems:
         warn(f"skipped a damaged checkpoint: {problem}")

@@ -12,7 +12,7 @@ from typing import Any
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.data.cache.token_store import file_sha256
-from jlora.errors import UsageError, listing, warn
+from jlora.errors import UsageError, about_file, listing, warn
 from jlora.parallel.processes import is_first
 from jlora.train.checkpoint import (
     Saved,
@@ -75,8 +75,9 @@ def _check_adapter(run: Path) -> None:
 def record_export(run: Path, step: int) -> None:
     """Records that a run's adapter/ folder, as it is now, was exported at a step."""
     temporary = run / f"{EXPORTED}.partial"
-    temporary.write_text(_export_record(run, step))
-    temporary.replace(run / EXPORTED)
+    with about_file(temporary):
+        temporary.write_text(_export_record(run, step))
+        temporary.replace(run / EXPORTED)
 
 
 def is_newest_export(run: Path) -> bool:

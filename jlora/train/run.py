@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import TrainConfig
 from jlora.data.batch.batches import Dataset
-from jlora.errors import DivergedError
+from jlora.errors import DivergedError, about_file
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.parallel.processes import is_first, to_host
 from jlora.report.run_report import Report
@@ -205,4 +205,5 @@ def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Writes config.yaml, which --config takes back."""
     if is_first():
         text = yaml.safe_dump(settings, sort_keys=False)
-        (folder / "config.yaml").write_text(text)
+        with about_file(folder / "config.yaml"):
+            (folder / "config.yaml").write_text(text)

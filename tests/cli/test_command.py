@@ -42,7 +42,7 @@ from jlora.errors import (
         (
             OSError(errno.ENOSPC, "No space left", "f"),
             5,
-            "error: no space left on the disk at f\n",
+            "error: the disk is full at f\n",
         ),
         (PermissionError(errno.EACCES, "Denied", "f"), 2, "error: f: Denied\n"),
         (FileNotFoundError(errno.ENOENT, "Not there", "f"), 2, "error: f: Not there\n"),

@@ -88,5 +88,5 @@ def test_an_output_that_is_full_is_one_message():
             text=True,
             cwd=ROOT,
         )
-    message = "error: the output cannot be written: no space left on the disk\n"
+    message = "error: the output cannot be written: the disk is full\n"
     assert (done.returncode, done.stderr) == (5, message)

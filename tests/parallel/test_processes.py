@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +20,9 @@ from helpers import ROOT
 from helpers.commands import make_workdir, metrics, train_flags
 
 from jlora.cli.command import run_command
-from jlora.errors import ResourceError, UsageError
-from jlora.parallel import processes
+from jlora.errors import DivergedError, ResourceError, StopRequested, UsageError
+from jlora.parallel import lost_process, processes
+from jlora.parallel.launch import VARIABLES
 
 STEPS = 60
 FLAGS = [
@@ -35,7 +38,7 @@ def workdir(tmp_path_factory) -> Path:
 
 
 def start(
-    folder: Path, run: str, *more: Any, count: int, index: int, port: int
+    folder: Path, run: str, *more: Any, count: int, index: int, port: int, **env: Any
 ) -> subprocess.Popen[str]:
     several = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
@@ -55,6 +58,7 @@ def start(
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {devices}",
             **(several if count > 1 else {}),
+            **env,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -62,14 +66,17 @@ def start(
     )
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start_all(
     folder: Path, run: str, *, count: int, own: Any = None
 ) -> list[subprocess.Popen[str]]:
     """Starts all processes, each with the arguments that `own` returns for its index."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    where = {"count": count, "port": port}
+    where = {"count": count, "port": free_port()}
     return [
         start(folder, run, *(own(index) if own else ()), **where, index=index)
         for index in range(count)
@@ -77,9 +84,9 @@ def start_all(
 
 
 def finish(running: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
-    outputs = [process.communicate(timeout=240)[0] for process in running]
-    codes = [process.returncode for process in running]
-    return list(zip(codes, outputs, strict=True))
+    outputs, errors = zip(*(p.communicate(timeout=240) for p in running), strict=True)
+    print(*errors)  # shown if the test fails
+    return [(p.returncode, out) for p, out in zip(running, outputs, strict=True)]
 
 
 def log(folder: Path) -> np.ndarray:
@@ -102,9 +109,7 @@ def test_two_processes_stop_together_resume_and_train_as_one_does(workdir, axis)
         return f"--mesh.{axis}", 4, "--lora.lora_dropout", 0.2
 
     running = start_all(workdir, two, count=2, own=own)
-    stdout: Any = running[0].stdout
-    while not stdout.readline().startswith("step 1/"):
-        assert running[0].poll() is None
+    wait_for(running[0], "step 1/")
     running[1].send_signal(signal.SIGTERM)  # which process 0 does not get
     (first, _), (second, quiet) = finish(running)
     assert (first, second) == (75, 75)
@@ -135,6 +140,70 @@ def test_processes_with_different_settings_end_before_they_compute(workdir):
     assert not (workdir / "other").exists()
 
 
+MANY = ("--train.max_steps", 10_000, "--train.save_every", 1)
+
+
+def wait_for(running: subprocess.Popen[str], text: str) -> None:
+    stdout: Any = running.stdout
+    while line := stdout.readline():
+        if line.startswith(text):
+            return
+    raise AssertionError(running.communicate()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "process 0 of 2",  # while models and data are opened
+        "step 5/",  # in a step or a save: each step is saved
+    ],
+)
+def test_a_killed_process_ends_the_other_with_one_message(workdir, victim, moment):
+    run = f"killed-{victim}-{len(moment)}"
+    running = start_all(workdir, run, count=2, own=lambda _: MANY)
+    wait_for(running[0], moment)
+    running[victim].kill()
+    killed_at = time.monotonic()
+    other = running[1 - victim]
+    _, err = other.communicate(timeout=60)
+    assert time.monotonic() - killed_at < 30
+    assert other.returncode == ResourceError.exit_status
+    assert err.startswith("error: another process of this run has ended, and may have")
+    assert err.count("\n") == 1
+    running[victim].communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_whose_peer_never_starts_ends_after_the_time_it_was_given(
+    workdir, index
+):
+    where = {"count": 2, "index": index, "port": free_port()}
+    began = time.monotonic()
+    lonely = start(workdir, "lonely", **where, JLORA_START_TIMEOUT="3")
+    _, err = lonely.communicate(timeout=60)
+    assert time.monotonic() - began < 40
+    assert lonely.returncode == ResourceError.exit_status
+    assert err == (
+        "error: the processes of this run did not meet: one did not start within 3 s, or "
+        "cannot be reached; start all, or wait longer with JLORA_START_TIMEOUT (seconds)\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_first_process_ends_the_other(workdir):
+    running = start_all(workdir, "full", count=2, own=lambda _: MANY)
+    wait_for(running[0], "step 2/")
+    resource.prlimit(running[0].pid, resource.RLIMIT_FSIZE, (1000, 1000))
+    errors = [process.communicate(timeout=90)[1] for process in running]
+    assert [process.returncode for process in running] == [5, 5]
+    assert "a file may not become larger" in errors[0]
+    assert "another process of this run has ended" in errors[1]
+    assert [text.count("\n") for text in errors] == [1, 1]
+
+
 SETTINGS = {"jax_platforms": "tpu", "update": lambda *_: None}
 
 
@@ -150,7 +219,13 @@ class Nothing:
 def initialized(monkeypatch) -> list[dict[str, Any]]:
     """The arguments of every call of `jax.distributed.initialize`."""
     found: list[dict[str, Any]] = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **to: found.append(to))
+
+    def initialize(**to: Any) -> None:
+        timeouts = [to.pop(name) for name in sorted(to) if "timeout" in name]
+        assert timeouts == [20, 300, 20]
+        found.append(to)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
     monkeypatch.setattr(processes.importlib.util, "find_spec", lambda _: None)
     return found
 
@@ -165,7 +240,7 @@ def initialized(monkeypatch) -> list[dict[str, Any]]:
         ({"OMPI_COMM_WORLD_SIZE": "2"}, [{}]),
         ({"SLURM_STEP_NUM_TASKS": "8", "JAX_COORDINATOR_ADDRESS": "a:1"}, [{}]),
         (
-            dict(zip(processes.VARIABLES, ("a:1", "4", "3"), strict=True)),
+            dict(zip(VARIABLES, ("a:1", "4", "3"), strict=True)),
             [{"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}],
         ),
     ],
@@ -192,7 +267,7 @@ def test_processes_are_joined_if_the_environment_names_several(
     ],
 )
 def test_incomplete_variables_are_refused(initialized, monkeypatch, values):
-    for name, value in zip(processes.VARIABLES, values, strict=True):
+    for name, value in zip(VARIABLES, values, strict=True):
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(UsageError, match="set all of JAX_COORDINATOR_ADDRESS"),
@@ -208,6 +283,11 @@ def test_incomplete_variables_are_refused(initialized, monkeypatch, values):
         ("SLURM_STEP_NUM_TASKS", "x", "SLURM_STEP_NUM_TASKS=x: not a number"),
         ("OMPI_COMM_WORLD_SIZE", "-2", "OMPI_COMM_WORLD_SIZE=-2: not a number"),
         ("JAX_COORDINATOR_ADDRESS", "a", "JAX_COORDINATOR_ADDRESS=a: set all of"),
+        (
+            "JLORA_START_TIMEOUT",
+            "5m",
+            "JLORA_START_TIMEOUT=5m: not a number of seconds",
+        ),
     ],
 )
 def test_variables_of_a_launcher_are_checked(
@@ -232,9 +312,15 @@ def test_only_a_tpu_without_other_processes_is_accepted(initialized, monkeypatch
     monkeypatch.setattr(processes.jax, "config", SimpleNamespace(**SETTINGS))
     with processes.joined_processes():
         pass
+    message = "INVALID_ARGUMENT: process 3 of 2"
+    with (
+        pytest.raises(UsageError, match="did not meet: INVALID_ARGUMENT"),
+        processes.joined_processes(),
+    ):
+        pass
     message = "DEADLINE_EXCEEDED: Barrier timed out"
     with (
-        pytest.raises(UsageError, match="did not meet: DEADLINE_EXCEEDED"),
+        pytest.raises(ResourceError, match="did not meet: one did not start within"),
         processes.joined_processes(),
     ):
         pass
@@ -251,13 +337,44 @@ def test_different_facts_of_processes_are_refused(monkeypatch):
         processes.check_agreement({"seed": 0})
 
 
-def test_a_lost_process_is_reported(initialized, monkeypatch):
+JaxError = jax.errors.JaxRuntimeError
+
+
+@pytest.fixture
+def two(initialized, monkeypatch) -> None:
+    """Makes this process one of two, which never wait for each other."""
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(lost_process.multihost_utils, "process_allgather", print)
+    monkeypatch.setattr(lost_process, "end_on_abort", print)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        JaxError("UNKNOWN: Gloo context initialization failed"),
+        JaxError("INTERNAL: NCCL operation ncclGroupEnd() failed: remote error"),
+        JaxError("UNAVAILABLE: Failed to send RPC to coordination service."),
+        JaxError("DEADLINE_EXCEEDED: stopped sending heartbeats"),
+        ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"),
+    ],
+)
+def test_a_lost_process_is_reported(two, error):
     with (
         pytest.raises(ResourceError, match="another process of this run has ended"),
         processes.joined_processes(),
     ):
-        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo context initialization failed")
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("no connection of shapes"), StopRequested("a"), DivergedError("a")],
+)
+def test_other_errors_are_not_reported_as_a_lost_process(two, error):
+    with pytest.raises(type(error)) as raised, processes.joined_processes():
+        raise error
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(
@@ -267,11 +384,7 @@ def test_a_lost_process_is_reported(initialized, monkeypatch):
         "INTERNAL: NCCL operation failed: Cuda failure 2 'out of memory'",
     ],
 )
-def test_out_of_memory_is_not_reported_as_a_lost_process(
-    initialized, monkeypatch, capsys, message
-):
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
-
+def test_out_of_memory_is_not_reported_as_a_lost_process(two, capsys, message):
     def main(_: Any) -> None:
         with processes.joined_processes():
             raise jax.errors.JaxRuntimeError(message)

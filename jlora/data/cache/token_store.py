@@ -5,7 +5,6 @@ builds it while others wait. A damaged store (after a power cut, say) is built a
 stores of a cache folder take at most a tenth of the disk, apart from those in use.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from jlora.errors import ResourceError, UsageError, warn
+from jlora.errors import ResourceError, UsageError, lacking, warn
 
 SHARE = 0.1
 """Share of the disk that all stores of a cache may take; checked after each build."""
@@ -127,11 +126,11 @@ def open_or_build(
             _hold_while_used(store, cache / key)
             return store
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if problem := lacking(error):
             free = shutil.disk_usage(cache).free
             raise ResourceError(
-                f"{cache}: the disk is full ({free:,} bytes free), and the token cache "
-                "takes 5 bytes per token; make room or give another data.cache_dir"
+                f"{cache}: {problem} ({free:,} bytes are free), and the token cache takes "
+                "5 bytes per token; make room or give another data.cache_dir"
             ) from error
         if error.filename is None or not str(error.filename).startswith(str(cache)):
             raise  # about a data file, not about the cache
