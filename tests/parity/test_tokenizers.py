@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.data_cases import CONFIG, field_files
 from transformers import AutoTokenizer
 
+from jlora.data.read.conversations import messages_of, tools_of
 from jlora.data.tokenize.tokenizer import Tokenizer
 
 
@@ -114,3 +116,21 @@ def test_tokens_that_tokenizer_json_lacks(tmp_path, case):
     if case.startswith("decoder"):  # elsewhere it is special and stays text
         expected = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
         assert ours.encode_chat(messages) == expected
+
+
+def test_ids_of_tools_that_are_json_text(tmp_path):
+    ours, theirs = both(tmp_path / "model", field_files("llama31"))
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "Weather in Paris?"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "weather"}}]},
+        {"role": "tool", "content": "22"},
+        {"role": "assistant", "content": "It is 22 degrees."},
+    ]
+    function = messages[1]["tool_calls"][0]["function"]
+    function["arguments"] = {"city": "Paris"}
+    expected = theirs.apply_chat_template(messages, [tool], return_dict=True)
+    function["arguments"] = '{"city": "Paris"}'
+    row = {"messages": json.dumps(messages), "tools": [json.dumps(tool)]}
+    record = messages_of(row, "messages"), tools_of(row, "tools")
+    assert ours.encode_chat(*record) == expected["input_ids"]
