@@ -9,6 +9,7 @@ seven projections, and converting a checkpoint is a transpose.
 Source: transformers `models/llama/modeling_llama.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,9 +21,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jlora.config.llama_config import LlamaConfig
+from jlora.lora.adapter_tree import Params
 from jlora.lora.lora_dense import NORM_NAME, LoRADense
 from jlora.lora.projections import add_projection, add_swiglu, project_all
 from jlora.model.kv_cache import KeysValues, write_at
+from jlora.model.layer_memory import in_pieces, num_pieces
 from jlora.model.rotary import apply_rope
 from jlora.ops.attention import attend
 from jlora.ops.compute_choices import Compute
@@ -162,8 +165,48 @@ class DecoderLayer(nn.Module):
     def after_attention(self, x: Array, out: Array) -> Array:
         """Returns the residual stream after attention's output and the MLP."""
         x = checkpoint_name(self.self_attn.add_output(x, out), "residual")
-        x = self.mlp(x, self.post_attention_layernorm(x))
+        count = self._num_pieces(x)
+        if count == 1:
+            x = self.add_mlp(x)
+        else:
+            names = ("post_attention_layernorm", "mlp")
+            leaves = {name: self.variables["params"][name] for name in names}
+            x = in_pieces(self._pure_add_mlp(), leaves, x, count)
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
+
+    def add_mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the residual stream after the MLP."""
+        return self.mlp(x, self.post_attention_layernorm(x))
+
+    def _num_pieces(self, x: Float[Array, "B T D"]) -> int:
+        """Returns into how many parts of the positions the MLP is cut.
+
+        More than one where memory comes first: the base is quantised and the layer is computed
+        again. Dropout needs all at once, because its mask follows from an element's place,
+        and DoRA the stored weights.
+        """
+        layers = self.mlp.gate_proj, self.mlp.up_proj, self.mlp.down_proj
+        if (
+            self.compute.remat not in ("full", "offload")
+            or self.is_initializing()
+            or layers[0].has_dropout()
+            or not all(layer.has_variable("params", "kernel_q") for layer in layers)
+            or any(layer.has_variable("params", "lora_magnitude") for layer in layers)
+        ):
+            return 1
+        rows, length, _ = x.shape
+        width = self.config.intermediate_size
+        return num_pieces(rows // self.compute.row_shards, length, width)
+
+    @nn.nowrap
+    def _pure_add_mlp(self) -> Callable[[Params, Array], Array]:
+        """Returns `add_mlp` as a function of the parameters that JAX can transform."""
+        layer = self.clone(parent=None)
+
+        def add_mlp(leaves: Params, x: Array) -> Any:
+            return layer.apply({"params": leaves}, x, method="add_mlp")
+
+        return add_mlp
 
     def __call__(
         self, x: Float[Array, "B T D"], shared: SharedInputs, cached: KeysValues | None

@@ -19,6 +19,7 @@ from jlora.lora.embedding_and_head import embed, head_logits, head_parameters
 from jlora.lora.lora_dense import LoRADense
 from jlora.model.decoder_layer import DecoderLayer, RMSNorm, SharedInputs
 from jlora.model.kv_cache import KeysValues, KVCache
+from jlora.model.layer_memory import gradients_together
 from jlora.model.offload import run_offloaded
 from jlora.model.rotary import rope_angles
 from jlora.ops.compute_choices import Compute, default_platform
@@ -44,6 +45,7 @@ class Llama(nn.Module):
         max_segments: most documents in a row; cudnn needs it for packed rows.
         kernels: of the projections, xla or hopper; see `jlora.lora.projections`.
         platform: of the devices that compute: cpu, gpu or tpu.
+        row_shards: shards of the batch axis that it sees; set by the step.
     """
 
     config: LlamaConfig
@@ -54,6 +56,7 @@ class Llama(nn.Module):
     max_segments: int = 0
     kernels: str = "xla"
     platform: str = field(default_factory=default_platform)
+    row_shards: int = 1
 
     @classmethod
     def with_compute(cls, config: LlamaConfig, compute: Compute) -> "Llama":
@@ -70,6 +73,7 @@ class Llama(nn.Module):
             kernels=self.kernels,
             remat=self.remat,
             max_segments=self.max_segments,
+            row_shards=self.row_shards,
         )
 
     def setup(self) -> None:
@@ -211,6 +215,7 @@ class _Layers(nn.Module):
 
             return run_offloaded(run_uncached, leaves, seeds, x, shared), filled
         for own, own_seeds, old in zip(leaves, seeds, cached, strict=True):
+            own, x = gradients_together(own, x)
             x, new = run(own, own_seeds, x, shared, old)
             filled.append(new)
         return x, filled

@@ -69,13 +69,18 @@ def run_offloaded(
         # Without a barrier XLA would save what the forward pass computed from it.
         x, dy = optimization_barrier((inputs[-1], dy))
         for i in reversed(range(len(inputs))):
+            # Without the barrier XLA would save what the forward pass made of the leaves,
+            # such as dequantised weights.
+            (leaves, fixed, key), dy = optimization_barrier(
+                ((trainable[i], frozen[i], seeds[i]), dy)
+            )
             below = x
             if i:
                 on_host, dy = optimization_barrier((inputs[i - 1], dy))
                 below = jax.device_put(on_host, jax.memory.Space.Device)
             _, pull = jax.vjp(
-                lambda own, x, i=i: one(own, frozen[i], seeds[i], x, shared),
-                trainable[i],
+                lambda own, x, fixed=fixed, key=key: one(own, fixed, key, x, shared),
+                leaves,
                 x,
             )
             gradient, dy = pull(dy)

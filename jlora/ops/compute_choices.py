@@ -35,6 +35,7 @@ class Compute:
         kernels: of the projections, xla or hopper; see `jlora.lora.projections`.
         remat: none, minimal, full or offload; what the backward pass recomputes.
         max_segments: most documents in a row; cudnn needs it for packed rows.
+        row_shards: shards of the batch axis that the model sees; set by the step.
     """
 
     platform: str = field(default_factory=default_platform)
@@ -43,6 +44,7 @@ class Compute:
     kernels: str = "xla"
     remat: str = "none"
     max_segments: int = 0
+    row_shards: int = 1
 
     @property
     def loss_chunk_tokens(self) -> int:

@@ -195,6 +195,8 @@ def quantized_matmul(
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_product(x: Array, leaves: dict[str, Array], compute: Compute) -> Any:
+    # Without the barrier XLA may dequantise the weights of many layers beforehand.
+    leaves, x = jax.lax.optimization_barrier((leaves, x))
     return matmul(x, kernel_of(leaves, compute.dtype), compute)
 
 

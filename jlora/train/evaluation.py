@@ -29,10 +29,11 @@ def make_eval_step(
     model: Llama, mesh: Mesh, *, params: Params, packed: bool = True
 ) -> Any:
     """Returns the jitted (params, batch) -> (summed loss in nats, supervised tokens)."""
-    shards, tokens = row_shards(mesh), model.compute.loss_chunk_tokens
+    model = model.clone(row_shards=row_shards(mesh))
+    tokens = model.compute.loss_chunk_tokens
 
     def loss(params: Params, batch: Batch) -> Array:
-        chunk = positions_per_chunk(batch, shards, tokens)
+        chunk = positions_per_chunk(batch, model.row_shards, tokens)
         return summed_loss(model, params, batch, packed=packed, chunk=chunk)
 
     def step(params: Params, batch: Batch) -> tuple[Array, Array]:

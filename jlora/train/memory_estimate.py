@@ -21,6 +21,7 @@ from jlora.lora.adapter_tree import (
     trainable_mask,
 )
 from jlora.lora.projections import can_fuse_any
+from jlora.model.layer_memory import num_pieces
 from jlora.ops.compute_choices import Compute, choose_compute
 from jlora.ops.quantize import is_quantized, kernel_shape
 from jlora.train.optimizer import stack_layers
@@ -122,15 +123,37 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
         else:
             weights += size
         trained += size if is_trainable(path[-1].key) else 0
+    # Either the logits exist or a layer's temporary arrays.
+    # A CPU has no kernel that makes both the losses and the gradient in one pass.
+    size = jnp.dtype(work.compute.dtype).itemsize
+    per_logit = 12 if work.compute.platform == "cpu" else 2 * size
+    logits = per_logit * work.compute.loss_chunk_tokens * work.config.vocab_size
     dequantised = _dequantised_bytes(params, work) // work.weight_shards
+    layer = _layer_bytes(work, is_quantized=dequantised > 0) + dequantised
     return {
         "frozen weights": weights // work.weight_shards,
-        **({"dequantised weights": dequantised} if dequantised else {}),
         "adapter": adapter,
         "optimizer and gradients": work.adapters * (trained + 2 * stacked),
-        "activations": _activation_bytes(work) + _dora_bytes(params, work),
-        "logits": 3 * 4 * work.compute.loss_chunk_tokens * work.config.vocab_size,
+        "saved activations": _activation_bytes(work) + _dora_bytes(params, work),
+        "one layer, or logits": max(layer, logits),
     }
+
+
+def _layer_bytes(work: Workload, *, is_quantized: bool) -> int:
+    """Returns the bytes of the temporary arrays of the layer that is being differentiated.
+
+    Of the MLP: gate, up and act with their gradients, as far as they are not among the
+    saved activations; of the other parts what remat saves elsewhere.
+    """
+    c, size = work.config, jnp.dtype(work.compute.dtype).itemsize
+    tokens = work.rows * work.length
+    width = c.num_attention_heads * c.head_dim + c.num_key_value_heads * c.head_dim
+    if work.compute.remat in ("full", "offload"):
+        pieces = num_pieces(work.rows, work.length, c.intermediate_size)
+        piece = tokens // pieces if is_quantized else tokens
+        mlp = piece * (6 * c.intermediate_size + c.hidden_size)
+        return size * (mlp + tokens * (3 * c.hidden_size + 2 * width))
+    return size * tokens * 3 * (c.intermediate_size + c.hidden_size)
 
 
 def _activation_bytes(work: Workload) -> int:
@@ -177,18 +200,14 @@ def _dequantised_bytes(params: Params, work: Workload) -> int:
     """Returns the bytes of quantised kernels that are dequantised at the same time.
 
     XLA on a CPU dequantises all layers before it needs them (measured: 80 to 90 % of
-    their bytes). On other devices this counts one layer.
+    their bytes). On other devices this counts the three largest: those of an MLP.
     """
-    layers: dict[str, int] = {}
-    for name, leaves in modules(params).items():
-        if is_quantized(leaves):
-            layer = name.partition(".layers.")[2].partition(".")[0]
-            size = (
-                math.prod(kernel_shape(leaves)) * jnp.dtype(work.compute.dtype).itemsize
-            )
-            layers[layer] = layers.get(layer, 0) + size
-    at_once = sum if work.compute.platform == "cpu" else max
-    return at_once(layers.values()) if layers else 0
+    sizes = sorted(
+        math.prod(kernel_shape(leaves)) * jnp.dtype(work.compute.dtype).itemsize
+        for leaves in modules(params).values()
+        if is_quantized(leaves)
+    )
+    return sum(sizes if work.compute.platform == "cpu" else sizes[-3:])
 
 
 def _dora_bytes(params: Params, work: Workload) -> int:

@@ -139,7 +139,7 @@ def step_function(
     time; by default `model.compute.loss_chunk_tokens`.
     """
     chunk_tokens = chunk_tokens or model.compute.loss_chunk_tokens
-    shards = row_shards(mesh)
+    model = model.clone(row_shards=row_shards(mesh))
     # In a sweep the rate may be an array; a constant 0 needs no random numbers.
     drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
 
@@ -154,7 +154,7 @@ def step_function(
                 join(trainable, frozen),
                 part,
                 packed=packed,
-                chunk=positions_per_chunk(part, shards, chunk_tokens),
+                chunk=positions_per_chunk(part, model.row_shards, chunk_tokens),
                 dropout_key=jax.random.fold_in(key, index) if drops else None,
             )
 

@@ -13,6 +13,7 @@ from jlora.config.run_config import MeshConfig, OptimConfig
 from jlora.lora.adapter_tree import Params, is_trainable, map_leaves
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
+from jlora.ops.quantize import quantize_kernel
 from jlora.parallel.sharding import make_mesh
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
@@ -75,6 +76,19 @@ def adapted_params(
     config: LlamaConfig, lora: LoraConfig = ALL_LINEAR, *, dtype: Any = jnp.float32
 ) -> Params:
     return add_lora(random_params(config, dtype=dtype), lora, jax.random.key(1))
+
+
+def quantized(params: dict[str, Any]) -> dict[str, Any]:
+    """Returns the tree with every kernel in nf4, but the head's."""
+    if "kernel" not in params:
+        return {
+            name: quantized(part)
+            if isinstance(part, dict) and name != "lm_head"
+            else part
+            for name, part in params.items()
+        }
+    stored = quantize_kernel(np.asarray(params["kernel"]), "nf4")
+    return {k: v for k, v in params.items() if k != "kernel"} | stored
 
 
 def moved(params: Params) -> Params:

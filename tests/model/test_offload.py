@@ -92,10 +92,10 @@ def test_every_copy_is_tied_to_a_layer():
                 assert place == jax.memory.Space.Host or before == tied
     # All but the last layer's, which is needed again at once.
     assert places == [jax.memory.Space.Host] * 2 + [jax.memory.Space.Device] * 2
-    # Each copy to the host and back, what the last layer is made again from, and the end
-    # of each layer's gradient.
+    # Each copy to the host and back, what the last layer is made again from, each layer's
+    # leaves, and the end of its gradient.
     names = [step.primitive.name for step in steps]
-    assert names.count("optimization_barrier") == 2 + 2 + 1 + 3
+    assert names.count("optimization_barrier") == 2 + 2 + 1 + 3 + 3
 
 
 def test_eight_devices_train_as_without_remat():
