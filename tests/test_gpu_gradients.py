@@ -14,6 +14,7 @@ from helpers.training_cases import llama_config, moved
 
 import jlora
 from jlora.lora.adapter_tree import Params, join, map_leaves, split, trainable_mask
+from jlora.model import layer_memory
 from jlora.ops.quantize import kernel_of, quantize_kernel
 from jlora.train.step import COMPILER_OPTIONS, summed_loss
 
@@ -161,11 +162,25 @@ def test_gradients_of_every_format_equal_float32(
     check(run(attention="cudnn", remat=remat), stored, length)
 
 
-@pytest.mark.parametrize("remat", ["minimal", "full"])
-@pytest.mark.parametrize("length", [512, 2048])
-def test_gradients_of_the_fused_kernels_equal_float32(length: int, remat: str) -> None:
-    run = gradient(adapted("none")[1], "none", length, jnp.bfloat16)
-    check(run(attention="cudnn", remat=remat, kernels="hopper"), "none", length)
+@pytest.mark.parametrize("stored", FORMATS)
+@pytest.mark.parametrize(
+    ("length", "remat"), [(512, "full"), (2048, "minimal"), (2048, "offload")]
+)
+def test_gradients_of_the_fused_kernels_equal_float32(
+    stored: str, length: int, remat: str
+) -> None:
+    run = gradient(adapted(stored)[1], stored, length, jnp.bfloat16)
+    check(run(attention="cudnn", remat=remat, kernels="hopper"), stored, length)
+
+
+@pytest.mark.parametrize("kernels", ["xla", "hopper"])
+@pytest.mark.parametrize("remat", ["full", "offload"])
+def test_gradients_of_the_mlp_in_pieces_equal_float32(
+    monkeypatch: pytest.MonkeyPatch, remat: str, kernels: str
+) -> None:
+    monkeypatch.setattr(layer_memory, "_PIECE_SIZE", 512 * CONFIG.intermediate_size)
+    run = gradient(adapted("nf4")[1], "nf4", 2048, jnp.bfloat16)
+    check(run(attention="cudnn", remat=remat, kernels=kernels), "nf4", 2048)
 
 
 @pytest.mark.parametrize("stored", ["none", "nf4"])

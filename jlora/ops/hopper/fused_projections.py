@@ -28,10 +28,18 @@ from jlora.ops.hopper import (
 )
 from jlora.ops.hopper.kernel_parts import DEPTH, MAX_RANK
 from jlora.ops.hopper.lora_factors import Adapter, Adapters, Dropout
+from jlora.ops.quantize import (
+    QUANTIZED_LEAVES,
+    is_quantized,
+    kernel_of,
+    kernel_shape,
+)
 
 Leaves = Mapping[str, Any]
-_PLAIN = {"kernel"}
-_ADAPTED = {"kernel", "lora_A", "lora_B", "lora_scaling"}
+Weights = Mapping[str, Array]
+"""A projection's `kernel`, or the leaves of its quantised form."""
+_WEIGHTS = {"kernel", *QUANTIZED_LEAVES}
+_ADAPTER = {"lora_A", "lora_B", "lora_scaling"}
 # Saved for the backward pass when layers are recomputed: s is small, and computing it
 # again would read all of x.
 DOWN_NAME = "lora_down"
@@ -42,9 +50,9 @@ PRODUCT_NAME = "product"
 def takes_weights(leaves: Leaves, dtype: Any) -> bool:
     """Returns whether the kernels support a layer with these leaves (or their shapes)."""
     return (
-        set(leaves) in (_PLAIN, _ADAPTED)
-        and leaves["kernel"].dtype == dtype
-        and all(size % matmul_kernel.COLUMNS == 0 for size in leaves["kernel"].shape)
+        set(leaves) - _WEIGHTS in (set(), _ADAPTER)
+        and (is_quantized(leaves) or leaves["kernel"].dtype == dtype)
+        and all(size % matmul_kernel.COLUMNS == 0 for size in kernel_shape(leaves))
     )
 
 
@@ -69,9 +77,12 @@ def fused_linear(
     With a residual there is one projection, to which it is added. `dropout` has seeds
     for every layer, also for those without an adapter.
     """
-    kernels = [leaves["kernel"] for leaves in layers]
     outs: Any = _linear(
-        _rate(dropout), _rows(x), kernels, _adapters(layers, dropout), _rows(residual)
+        _rate(dropout),
+        _rows(x),
+        _weights(layers),
+        _adapters(layers, dropout),
+        _rows(residual),
     )
     return [out.reshape(*x.shape[:-1], -1) for out in outs]
 
@@ -83,9 +94,12 @@ def fused_mlp(
     dropout: Dropout | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns residual + down(silu(gate(x)) * up(x)); layers: gate, up and down."""
-    kernels = [leaves["kernel"] for leaves in layers]
     out: Any = _mlp(
-        _rate(dropout), _rows(x), kernels, _adapters(layers, dropout), _rows(residual)
+        _rate(dropout),
+        _rows(x),
+        _weights(layers),
+        _adapters(layers, dropout),
+        _rows(residual),
     )
     return out.reshape(x.shape)
 
@@ -93,6 +107,28 @@ def fused_mlp(
 def _rows(x: Any) -> Any:
     """Returns x with all axes but the last as one."""
     return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _weights(layers: Sequence[Leaves]) -> list[Weights]:
+    return [{k: leaves[k] for k in leaves if k in _WEIGHTS} for leaves in layers]
+
+
+def _kernels(weights: Sequence[Weights], dtype: Any) -> list[Array]:
+    """Returns the kernels in `dtype`; quantised ones are dequantised for this use."""
+    return [kernel_of(own, dtype) for own in weights]
+
+
+def _kernels_again(
+    weights: Sequence[Weights], dys: list[Array]
+) -> tuple[list[Array], list[Array]]:
+    """Returns the kernels for the backward pass, and the gradients unchanged.
+
+    Without the barrier XLA would use the dequantised kernels of the forward pass, and so
+    keep them.
+    """
+    if any(is_quantized(own) for own in weights):
+        weights, dys = jax.lax.optimization_barrier((weights, dys))
+    return _kernels(weights, dys[0].dtype), dys
 
 
 def _rate(dropout: Dropout | None) -> float:
@@ -118,18 +154,19 @@ def _linear(*args: Any) -> list[Array]:
 def _linear_forward(
     rate: float,
     x: Array,
-    kernels: list[Array],
+    weights: list[Weights],
     adapters: Adapters,
     residual: Array | None,
 ) -> tuple[list[Array], Any]:
     s = _x_times_a(x, adapters, rate)
-    terms = _forward_terms(x, s, kernels, adapters)
+    terms = _forward_terms(x, s, _kernels(weights, x.dtype), adapters)
     outs = product_kernels.sum_of_products(*terms, residual)
-    return outs, (x, s, kernels, adapters, residual is not None)
+    return outs, (x, s, weights, adapters, residual is not None)
 
 
 def _linear_backward(rate: float, saved: Any, dys: list[Array]) -> tuple[Any, ...]:
-    x, s, kernels, adapters, has_residual = saved
+    x, s, weights, adapters, has_residual = saved
+    kernels, dys = _kernels_again(weights, dys)
     ds = _s_gradient(dys, adapters)
     dx, d_a = _x_and_a_gradients(x, dys, ds, kernels, adapters, rate)
     gradients = _without_padding(adapters, d_a, _b_gradients(s, dys, adapters))
@@ -145,8 +182,9 @@ def _mlp(*args: Any) -> Array:
 
 
 def _mlp_forward(
-    rate: float, x: Array, kernels: list[Array], adapters: Adapters, residual: Array
+    rate: float, x: Array, weights: list[Weights], adapters: Adapters, residual: Array
 ) -> tuple[Array, Any]:
+    kernels = _kernels(weights, x.dtype)
     s = _x_times_a(x, adapters[:2], rate)
     xs, (gates, ups) = _forward_terms(x, s, kernels[:2], adapters[:2])
     gate, up, act = product_kernels.swiglu_forward(xs, gates, ups)
@@ -154,11 +192,12 @@ def _mlp_forward(
     s_act = _x_times_a(act, adapters[2:], rate)
     terms = _forward_terms(act, s_act, kernels[2:], adapters[2:])
     (out,) = product_kernels.sum_of_products(*terms, residual)
-    return out, (x, s, gate, up, s_act, kernels, adapters)
+    return out, (x, s, gate, up, s_act, weights, adapters)
 
 
 def _mlp_backward(rate: float, saved: Any, dy: Array) -> tuple[Any, ...]:
-    x, s, gate, up, s_act, kernels, adapters = saved
+    x, s, gate, up, s_act, weights, adapters = saved
+    kernels, (dy,) = _kernels_again(weights, [dy])
     first, last = adapters[:2], adapters[2:]
     ds_act = _s_gradient([dy], last)
     # With dropout the ranks are small enough, as `can_fuse` makes sure.

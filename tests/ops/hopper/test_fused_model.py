@@ -16,6 +16,7 @@ from helpers.training_cases import (
     equations,
     llama_config,
     moved,
+    quantized,
     ragged_batch,
 )
 
@@ -30,9 +31,12 @@ from jlora.train.evaluation import make_eval_step
 ONE_LAYER = llama_config(num_hidden_layers=1)
 
 
-def loss_and_gradient(use_dora: bool, rate: float, **options: Any) -> Any:
+def loss_and_gradient(
+    use_dora: bool, rate: float, stored: str, **options: Any
+) -> Any:
     config = llama_config()
-    params = moved(adapted_params(config, replace(ALL_LINEAR, use_dora=use_dora)))
+    params = adapted_params(config, replace(ALL_LINEAR, use_dora=use_dora))
+    params = moved(quantized(params) if stored == "nf4" else params)
     tokens = jax.random.randint(jax.random.key(0), (2, 5), 0, config.vocab_size)
     model = Llama(config, lora_dropout=rate, **options)
 
@@ -50,13 +54,23 @@ plain_loss_and_gradient = functools.cache(loss_and_gradient)
 @pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize("remat", ["minimal", "full"])
 @pytest.mark.parametrize(
-    ("use_dora", "rate"), [(False, 0.0), (True, 0.0), (False, 0.3)]
+    ("use_dora", "rate", "stored"),
+    [
+        (False, 0.0, "float32"),
+        (True, 0.0, "float32"),
+        (False, 0.3, "float32"),
+        (False, 0.0, "nf4"),
+        (True, 0.0, "nf4"),
+        (False, 0.3, "nf4"),
+    ],
 )
 def test_fused_model_equals_the_plain_one(
-    remat: str, use_dora: bool, rate: float
+    remat: str, use_dora: bool, rate: float, stored: str
 ) -> None:
-    expected, expected_gradient = plain_loss_and_gradient(use_dora, rate)
-    found, gradient = loss_and_gradient(use_dora, rate, remat=remat, kernels="hopper")
+    expected, expected_gradient = plain_loss_and_gradient(use_dora, rate, stored)
+    found, gradient = loss_and_gradient(
+        use_dora, rate, stored, remat=remat, kernels="hopper"
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for (path, a), (_, b) in zip(
         jax.tree_util.tree_leaves_with_path(gradient),
