@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,10 @@ from jlora.config.rope_config import RopeParameters
 from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
+from jlora.ops.quantize import BLOCK, NF4
 from jlora.parallel.sharding import batch_sharding, make_mesh
 from jlora.train.flops import flops_per_token, peak_flops
-from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
+from jlora.train.memory_estimate import memory_bytes, peak_memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
 
@@ -70,6 +72,7 @@ def llama(
 
 LLAMA_2_7B = llama(32000, 4096, 11008, 32, 32, 32, theta=1e4)
 LLAMA_3_8B = llama(128256, 4096, 14336, 32, 32, 8, theta=5e5)
+LLAMA_3_70B = llama(128256, 8192, 28672, 80, 64, 8, theta=5e5)
 TINY = llama(512, 128, 256, 2, 4, 2, theta=1e4)
 SMOLLM2 = llama(49152, 576, 1536, 30, 9, 3, theta=1e5, tie_word_embeddings=True)
 QV = LoraConfig(r=8)
@@ -106,28 +109,71 @@ WORKLOADS = {
     "B-packed": replace(B, document=512),
     "B-8k": replace(B, rows=1, length=8192),
     "B-16k": replace(B, rows=1, length=16384),
+    "B-short": replace(B, length=2048, compute=replace(BFLOAT16, remat="offload")),
+    "C": Workload(LLAMA_3_70B, ALL, 1, 4096, replace(BFLOAT16, remat="offload")),
     "E": E,
     "tiny": replace(E, config=TINY, rows=2, length=32),
     "E-bfloat16": replace(E, compute=ComputeConfig(dtype="bfloat16")),
 }
 
 
-def random_base(config: LlamaConfig, dtype: Any) -> Params:
-    """Returns random frozen weights, drawn leaf by leaf on the device."""
+def random_base(config: LlamaConfig, dtype: Any, stored: str = "keep") -> Params:
+    """Returns random frozen weights, drawn and quantised leaf by leaf on the device."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["params"]
-    draw = jax.jit(
-        lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype),
-        static_argnums=1,
-    )
-    leaves, structure = jax.tree.flatten(shapes)
-    made = [
-        draw(jax.random.key(i), leaf.shape)
-        if leaf.ndim > 1
-        else jnp.ones(leaf.shape, dtype)
-        for i, leaf in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(structure, made)
+    number = iter(range(2**31))
+
+    def draw(shape: tuple[int, ...], name: str, module: str) -> dict[str, Any]:
+        if len(shape) == 1:
+            return {name: jnp.ones(shape, dtype)}
+        quantize = stored if stored in QUANTIZERS and module.endswith("_proj") else None
+        key = jax.random.key(next(number))
+        return _draw(key, shape, name, dtype, quantize)
+
+    def visit(tree: Params, module: str = "") -> Params:
+        made: Params = {}
+        for name, part in tree.items():
+            made |= (
+                {name: visit(part, name)}
+                if isinstance(part, dict)
+                else draw(part.shape, name, module)
+            )
+        return made
+
+    return visit(shapes)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _draw(
+    key: Any, shape: tuple[int, ...], name: str, dtype: Any, quantize: str | None
+) -> dict[str, Any]:
+    drawn = 0.02 * jax.random.normal(key, shape, dtype)
+    return {name: drawn} if quantize is None else QUANTIZERS[quantize](drawn)
+
+
+def _per_column(kernel: Any, largest: float, dtype: Any) -> dict[str, Any]:
+    scale = jnp.abs(kernel).max(axis=0).astype(jnp.float32) / largest
+    codes = kernel / scale
+    codes = jnp.rint(codes) if dtype == jnp.int8 else codes
+    return {"kernel_q": codes.astype(dtype), "kernel_scale": scale}
+
+
+def _nf4(kernel: Any) -> dict[str, Any]:
+    blocks = kernel.astype(jnp.float32).reshape(-1, BLOCK, kernel.shape[1])
+    absmax = jnp.abs(blocks).max(axis=1)
+    blocks = (blocks / absmax[:, None]).reshape(kernel.shape)
+    borders = (NF4[1:] + NF4[:-1]) / 2
+    codes: Any = sum((blocks > border).astype(jnp.uint8) for border in borders)
+    return {"kernel_q": codes[::2] << 4 | codes[1::2], "kernel_absmax": absmax}
+
+
+# The quantisation of `jlora.ops.quantize`, which runs on the host, on the device. Codes
+# drawn at random would not do: their mean is not 0, which gives a matrix of large norm.
+QUANTIZERS = {
+    "nf4": _nf4,
+    "int8": partial(_per_column, largest=127.0, dtype=jnp.int8),
+    "fp8": partial(_per_column, largest=448.0, dtype=jnp.float8_e4m3fn),
+}
 
 
 def random_batch(work: Workload, mesh: Mesh) -> dict[str, Any]:
@@ -141,14 +187,14 @@ def random_batch(work: Workload, mesh: Mesh) -> dict[str, Any]:
 def unpadded_batch(tokens: np.ndarray, document: int | None = None) -> dict[str, Any]:
     """Returns the batch that trains on rows of T + 1 tokens, split into documents."""
     rows, length = tokens.shape[0], tokens.shape[1] - 1
-    document = document or length
+    size = document or length
     index = np.arange(length, dtype=np.int32)
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "loss_mask": np.ones((rows, length), np.float32),
-        "segment_ids": np.tile(1 + index // document, (rows, 1)),
-        "positions": np.tile(index % document, (rows, 1)),
+        "segment_ids": np.tile(1 + index // size, (rows, 1)),
+        "positions": np.tile(index % size, (rows, 1)),
     }
 
 
@@ -158,10 +204,12 @@ def prepare(
     """Returns (jitted step, its state, frozen weights, entries of the result line)."""
     dtype = jnp.dtype(work.compute.dtype)
     start = time.perf_counter()
-    base = jax.block_until_ready(random_base(work.config, dtype))
+    base = jax.block_until_ready(
+        random_base(work.config, dtype, work.compute.base_dtype)
+    )
     weights_s = time.perf_counter() - start
     params = jlora.add_lora(base, work.lora, jax.random.key(1))
-    plan = plan_workload(
+    planned = plan_workload(
         work.config,
         params,
         mesh,
@@ -169,7 +217,8 @@ def prepare(
         rows=work.rows * mesh.size,
         length=work.length,
         max_segments=work.length // (work.document or work.length),
-    ).compute
+    )
+    plan = planned.compute
     model = Llama.with_compute(work.config, plan)
     model = model.clone(lora_dropout=work.lora.lora_dropout)
     settings = OptimConfig()
@@ -184,6 +233,8 @@ def prepare(
         "remat": plan.remat,
         "attention": plan.attention,
         "kernels": plan.kernels,
+        "base_dtype": work.compute.base_dtype,
+        "planned_gib": round(sum(memory_bytes(params, planned).values()) / 2**30, 2),
         "flops": flops_per_token(params, work.config, work.document or work.length),
     }
     return step, state, frozen, facts
@@ -248,6 +299,8 @@ def main() -> None:
         "--out", type=Path, default=RESULTS, help="append the lines to this file"
     )
     parser.add_argument("--kernels", choices=("auto", "xla", "hopper"), default="auto")
+    parser.add_argument("--base-dtype", choices=QUANTIZERS, help="quantise the weights")
+    parser.add_argument("--remat", choices=("none", "minimal", "full", "offload"))
     parser.add_argument(
         "--cache", action="store_true", help="keep compiled programs between runs"
     )
@@ -265,7 +318,12 @@ def main() -> None:
         keep_compiled()
     (name,) = args.workloads
     work = WORKLOADS[name]
-    compute = replace(work.compute, kernels=args.kernels)
+    compute = replace(
+        work.compute,
+        kernels=args.kernels,
+        base_dtype=args.base_dtype or work.compute.base_dtype,
+        remat=args.remat or work.compute.remat,
+    )
     layers = args.layers or work.config.num_hidden_layers
     config = replace(work.config, num_hidden_layers=layers)
     devices = jax.devices()[: args.data * args.fsdp]

@@ -15,7 +15,7 @@ BENCHMARKS = ROOT / "benchmarks"
 # Scripts that import torch, run by tests/parity; tests of data and conversion run these.
 ELSEWHERE = {"cpu_peer", "loss_curve", "packing_peer", "convert_speed", "data_speed"}
 ELSEWHERE |= {"memory_table"}  # tests/test_docs.py
-HERE = {"step_time", "sweep_time", "packing_gpu", "table", "peers"}
+HERE = {"step_time", "sweep_time", "packing_gpu", "table", "peers", "compiled_memory"}
 
 
 def run_script(name: str, *arguments: str) -> list[str]:
@@ -36,6 +36,16 @@ def run_script(name: str, *arguments: str) -> list[str]:
 
 def test_every_benchmark_is_run_by_a_test() -> None:
     assert {path.stem for path in BENCHMARKS.glob("*.py")} == HERE | ELSEWHERE
+
+
+def test_compiled_memory_has_a_line_for_each_number_of_layers() -> None:
+    lines = run_script(
+        *("compiled_memory", "tiny", "--device", "cpu", "--layers", "1", "2"),
+        *("--base-dtype", "nf4", "--remat", "full"),
+    )
+    one, two = map(json.loads, lines)
+    assert (one["layers"], two["layers"]) == (1, 2)
+    assert (one["remat"], one["kernels"], one["base_dtype"]) == ("full", "xla", "nf4")
 
 
 def test_step_time_measures_a_step_and_appends_the_line(tmp_path: Path) -> None:

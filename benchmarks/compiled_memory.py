@@ -1,0 +1,150 @@
+"""Compiles a training step for an H200 that is only described, and prints its memory.
+
+No GPU is needed, but the compiler for one (not with `--device cpu`):
+
+    pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvrtc nvidia-cuda-runtime
+    python benchmarks/compiled_memory.py B --base-dtype nf4 --remat full --layers 4 8
+
+The JSON line of each number of layers has the compiler's own bytes, in GiB: `arguments` are
+weights, adapter, optimizer state and batch; `temporary` is what a step adds on the device;
+`planned` is the estimate of `jlora train --plan`. What each further layer adds to
+`temporary` is what is saved for the backward pass, so a few layers tell about all.
+"""
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Choosing among kernels by timing them needs the device.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+)
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from step_time import QUANTIZERS, WORKLOADS, Workload, random_base
+
+from jlora.config.run_config import MeshConfig, OptimConfig
+from jlora.lora.adapter_tree import split, trainable_mask
+from jlora.lora.initialisation import add_lora
+from jlora.model.llama import Llama
+from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings
+from jlora.train.memory_estimate import memory_bytes, plan_workload
+from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.step import TrainState, make_train_step
+
+DESCRIPTION = Path(__file__).parent / "h200.txtpb"
+
+
+def described_h200() -> Mesh:
+    """Returns a mesh of one H200 that is not there."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    # The rule for attention asks the installed cuDNN for its version.
+    fused_attention_stablehlo.check_cudnn_version = lambda: 91200
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=DESCRIPTION.read_text(), topology="1x1x1"
+    )
+    return make_mesh(MeshConfig(), list(topology.devices))
+
+
+def compiled_memory(work: Workload, mesh: Mesh) -> dict[str, Any]:
+    """Returns the memory of the compiled step of a workload."""
+
+    def make_params() -> Any:
+        dtype = jnp.dtype(work.compute.dtype)
+        base = random_base(work.config, dtype, work.compute.base_dtype)
+        return add_lora(base, work.lora, jax.random.key(1))
+
+    params = jax.eval_shape(make_params)
+    planned = plan_workload(
+        work.config,
+        params,
+        mesh,
+        compute=work.compute,
+        rows=work.rows,
+        length=work.length,
+    )
+    model = Llama.with_compute(work.config, planned.compute)
+    optimizer = make_optimizer(OptimConfig(), make_schedule(OptimConfig(), 100))
+    trainable, frozen = split(params, trainable_mask(params))
+    state = TrainState(
+        step=jax.ShapeDtypeStruct((), jnp.int32),
+        trainable=trainable,
+        opt_state=jax.eval_shape(optimizer.init, params),
+        skipped=jax.ShapeDtypeStruct((), jnp.int32),
+        skipped_in_a_row=jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    state, frozen = (
+        _placed(tree, tree_shardings(mesh, tree)) for tree in (state, frozen)
+    )
+    step = make_train_step(
+        model, optimizer, mesh, state=state, frozen=frozen, packed=False
+    )
+    shape = work.rows, work.length
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+        for name, dtype in {
+            "tokens": jnp.int32,
+            "targets": jnp.int32,
+            "loss_mask": jnp.float32,
+            "segment_ids": jnp.int32,
+            "positions": jnp.int32,
+        }.items()
+    }
+    found = step.lower(state, frozen, batch).compile().memory_analysis()
+    gib = 2**30
+    return {
+        "layers": work.config.num_hidden_layers,
+        "remat": planned.compute.remat,
+        "kernels": planned.compute.kernels,
+        "base_dtype": work.compute.base_dtype,
+        "arguments": round(found.argument_size_in_bytes / gib, 3),
+        "temporary": round(found.temp_size_in_bytes / gib, 3),
+        "host": round(found.host_temp_size_in_bytes / gib, 3),
+        "planned": round(sum(memory_bytes(params, planned).values()) / gib, 3),
+    }
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding
+        ),
+        tree,
+        shardings,
+    )
+
+
+def main() -> None:
+    """Prints a line for each number of layers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("--device", choices=("h200", "cpu"), default="h200")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--kernels", choices=("auto", "xla", "hopper"), default="auto")
+    parser.add_argument("--base-dtype", choices=QUANTIZERS, help="quantise the weights")
+    parser.add_argument("--remat", choices=("none", "minimal", "full", "offload"))
+    args = parser.parse_args()
+    work = WORKLOADS[args.workload]
+    mesh = described_h200() if args.device == "h200" else make_mesh(MeshConfig())
+    compute = replace(
+        work.compute,
+        kernels=args.kernels,
+        base_dtype=args.base_dtype or work.compute.base_dtype,
+        remat=args.remat or work.compute.remat,
+    )
+    for layers in args.layers:
+        config = replace(work.config, num_hidden_layers=layers)
+        found = compiled_memory(replace(work, config=config, compute=compute), mesh)
+        print(json.dumps({"workload": args.workload} | found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
