@@ -31,9 +31,7 @@ from jlora.train.evaluation import make_eval_step
 ONE_LAYER = llama_config(num_hidden_layers=1)
 
 
-def loss_and_gradient(
-    use_dora: bool, rate: float, stored: str, **options: Any
-) -> Any:
+def loss_and_gradient(use_dora: bool, rate: float, stored: str, **options: Any) -> Any:
     config = llama_config()
     params = adapted_params(config, replace(ALL_LINEAR, use_dora=use_dora))
     params = moved(quantized(params) if stored == "nf4" else params)
@@ -45,7 +43,7 @@ def loss_and_gradient(
         logits: Any = model.apply({"params": params}, tokens, rngs=rngs)
         return jnp.mean(jax.nn.log_softmax(logits)[..., 3])
 
-    return jax.jit(jax.value_and_grad(loss))(params)
+    return jax.jit(jax.value_and_grad(loss, allow_int=True))(params)
 
 
 plain_loss_and_gradient = functools.cache(loss_and_gradient)
