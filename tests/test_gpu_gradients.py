@@ -14,7 +14,7 @@ from helpers.training_cases import llama_config, moved
 
 import jlora
 from jlora.lora.adapter_tree import Params, join, map_leaves, split, trainable_mask
-from jlora.model import layer_memory
+from jlora.model.remat import layer_memory
 from jlora.ops.quantize import kernel_of, quantize_kernel
 from jlora.train.step import COMPILER_OPTIONS, summed_loss
 

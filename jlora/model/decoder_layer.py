@@ -25,7 +25,7 @@ from jlora.lora.adapter_tree import Params
 from jlora.lora.lora_dense import NORM_NAME, LoRADense
 from jlora.lora.projections import add_projection, add_swiglu, project_all
 from jlora.model.kv_cache import KeysValues, write_at
-from jlora.model.layer_memory import in_pieces, num_pieces
+from jlora.model.remat.layer_memory import in_pieces, num_pieces
 from jlora.model.rotary import apply_rope
 from jlora.ops.attention import attend
 from jlora.ops.compute_choices import Compute

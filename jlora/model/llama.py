@@ -19,8 +19,8 @@ from jlora.lora.embedding_and_head import embed, head_logits, head_parameters
 from jlora.lora.lora_dense import LoRADense
 from jlora.model.decoder_layer import DecoderLayer, RMSNorm, SharedInputs
 from jlora.model.kv_cache import KeysValues, KVCache
-from jlora.model.layer_memory import gradients_together
-from jlora.model.offload import run_offloaded
+from jlora.model.remat.layer_memory import gradients_together
+from jlora.model.remat.offload import run_offloaded
 from jlora.model.rotary import rope_angles
 from jlora.ops.compute_choices import Compute, default_platform
 from jlora.ops.dropout import drop
@@ -40,7 +40,7 @@ class Llama(nn.Module):
         dtype: of activations and matrix products.
         attention: xla, cudnn or splash; see `jlora.ops.attention`.
         remat: none, minimal, full or offload: what the backward pass recomputes; see
-            `jlora.model.decoder_layer.SAVED_NAMES` and `jlora.model.offload`.
+            `jlora.model.decoder_layer.SAVED_NAMES` and `jlora.model.remat.offload`.
         lora_dropout: rate on the input of every lora_A, when a "dropout" rng is given.
         max_segments: most documents in a row; cudnn needs it for packed rows.
         kernels: of the projections, xla or hopper; see `jlora.lora.projections`.

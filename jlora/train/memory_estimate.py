@@ -21,7 +21,7 @@ from jlora.lora.adapter_tree import (
     trainable_mask,
 )
 from jlora.lora.projections import can_fuse_any
-from jlora.model.layer_memory import num_pieces
+from jlora.model.remat.layer_memory import num_pieces
 from jlora.ops.compute_choices import Compute, choose_compute
 from jlora.ops.quantize import is_quantized, kernel_shape
 from jlora.train.optimizer import stack_layers

@@ -12,19 +12,19 @@ import pytest
 from helpers import ROOT
 from helpers.commands import Done, adapter_bytes, call, losses, succeed, train_flags
 
-pytestmark = pytest.mark.usefixtures("compiled", "in_workdir")
+pytestmark = pytest.mark.usefixtures("in_workdir")
 
 
 def flags(folder: object) -> list[object]:
     return train_flags(folder, "--train.save_every", 10, "--train.keep", 3)
 
 
-def shell(compiled: dict[str, str], line: str, folder: Path) -> Done:
+def shell(line: str, folder: Path) -> Done:
     """Trains as TRAIN in a line of bash, without a terminal."""
     train = [sys.executable, str(ROOT / "train.py"), *map(str, flags(folder))]
     done = subprocess.run(
         ["bash", "-c", line.replace("TRAIN", '"$@"'), "bash", *train],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **compiled},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=120,
@@ -41,7 +41,7 @@ def check(done: Done, words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(workdir, compiled, tmp_path_factory) -> Path:
+def whole(workdir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workdir)
@@ -55,17 +55,15 @@ def check_continued(folder: Path, whole: Path) -> None:
     assert losses(folder) == losses(whole)
 
 
-@pytest.mark.parametrize("blocks", [0, 30, 60])  # of 1,024 bytes
-def test_a_limit_of_files_is_one_message_and_the_run_continues(
-    compiled, whole, tmp_path, blocks
-):
-    done = shell(compiled, f"ulimit -f {blocks}; exec TRAIN", tmp_path / "run")
+@pytest.mark.parametrize("blocks", [0, 15, 30])  # of 1,024 bytes
+def test_a_limit_of_files_is_one_message_and_the_run_continues(whole, tmp_path, blocks):
+    done = shell(f"ulimit -f {blocks}; exec TRAIN", tmp_path / "run")
     check(done, "a file may not become larger (ulimit -f)")
     check_continued(tmp_path / "run", whole)
 
 
-def test_too_few_open_files_is_one_message(compiled, tmp_path):
-    done = shell(compiled, "ulimit -n 14; exec TRAIN", tmp_path / "run")
+def test_too_few_open_files_is_one_message(tmp_path):
+    done = shell("ulimit -n 14; exec TRAIN", tmp_path / "run")
     check(done, "no more files may be open (ulimit -n)")
 
 
@@ -105,22 +103,20 @@ def test_a_full_disk_is_one_message_and_the_run_continues(
         "TRAIN > /dev/full",
     ],
 )
-def test_a_run_whose_output_nobody_reads_trains_to_its_end(
-    compiled, whole, tmp_path, line
-):
-    done = shell(compiled, line, tmp_path / "run")
+def test_a_run_whose_output_nobody_reads_trains_to_its_end(whole, tmp_path, line):
+    done = shell(line, tmp_path / "run")
     assert (done.status, done.err) == (0, "")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(whole)
     assert losses(tmp_path / "run") == losses(whole)
 
 
-def test_a_run_that_is_stopped_unread_has_the_status_of_a_stop(compiled, tmp_path):
+def test_a_run_that_is_stopped_unread_has_the_status_of_a_stop(tmp_path):
     folder = tmp_path / "run"
     read, write = os.pipe()
     train = [sys.executable, str(ROOT / "train.py"), *map(str, flags(folder))]
     process: Any = subprocess.Popen(
         [*train, "--train.max_steps", "100000"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **compiled},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=write,
         stderr=write,
     )

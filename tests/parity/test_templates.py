@@ -10,7 +10,11 @@ from transformers import PreTrainedTokenizerFast
 
 from jlora.data.chat.control_tokens import Rendered
 from jlora.data.read.records import ChatRecord
-from jlora.data.tokenize.assistant_masks import find_supervised_spans, plan_masks
+from jlora.data.tokenize.assistant_masks import (
+    MaskPlan,
+    find_supervised_spans,
+    plan_masks,
+)
 
 WORDS = [
     *("the", "sum", "of", "five", "café", "\U0001f600", "naïve", "x<y", '"q"', "&amp;"),
@@ -100,6 +104,7 @@ def test_mask_is_what_transformers_renders_between_two_prefixes(name):
                 expected[i] = 0
         record = ChatRecord(1, messages, None, 0)
         (plan,) = plan_masks([record], ours, train_on="assistant", where=str)
+        assert isinstance(plan, MaskPlan)
 
         def encoded(rendered: Rendered):
             return ours.encode_rendered([rendered], with_offsets=True)[0]
@@ -121,6 +126,7 @@ def test_mask_of_generation_blocks_equals_transformers():
         )
         record = ChatRecord(1, messages, None, 0)
         (plan,) = plan_masks([record], ours, train_on="assistant", where=str)
+        assert isinstance(plan, MaskPlan)
         whole = ours.encode_rendered([plan.whole], with_offsets=True)[0]
         _, spans, _ = find_supervised_spans(plan, ours, {plan.whole: whole}.__getitem__)
         mask = np.zeros(len(whole.ids), int)

@@ -73,7 +73,7 @@ def find_additional_tokens(
     values = [settings.get(name) for name in names]
     if "added_tokens_decoder" not in settings:
         values.append(special_map.get(names[0]))
-    texts = [
+    texts: list[Any] = [
         entry.get("content") if isinstance(entry, dict) else entry
         for entries in values
         if isinstance(entries, list)

@@ -13,8 +13,8 @@ from helpers.training_cases import (
 )
 
 from jlora.config.lora_config import LoraConfig
-from jlora.model import layer_memory
-from jlora.model.layer_memory import num_pieces
+from jlora.model.remat import layer_memory
+from jlora.model.remat.layer_memory import num_pieces
 
 CONFIG = llama_config(num_hidden_layers=2, hidden_size=64)
 ADAPTERS = {
