@@ -16,6 +16,7 @@ from jlora.loading import open_adapter
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.parallel.sharding import make_mesh
 from jlora.train.checkpoint import save_checkpoint
+from jlora.train.resuming import record_export
 
 
 @pytest.mark.parametrize("finished", [True, False])
@@ -43,6 +44,7 @@ def test_a_run_folder_gives_its_adapter_or_newest_checkpoint(tmp_path, finished)
     )
     if finished:
         save_adapter(trainable, expected.config, tmp_path / "adapter", "base")
+        record_export(tmp_path, 3)
     adapter = open_adapter(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, adapter.tensors, expected.tensors)
     assert adapter.scalings == expected.scalings

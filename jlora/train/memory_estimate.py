@@ -86,7 +86,7 @@ def plan_workload(
         if compute.kernels == "hopper":
             raise UsageError(
                 "compute.kernels=hopper: no weight of this run is one that the fused "
-                "kernels take (quantised, float32, with biases, or sizes that do not "
+                "kernels take (float32, with biases, or sizes that do not "
                 "divide); use auto or xla"
             )
         chosen = replace(chosen, kernels="xla")

@@ -336,6 +336,8 @@ def test_a_run_that_recorded_no_configuration_is_refused_with_a_way_out(
         meta = json.loads(file.read_text())
         for key in ("config", "rope_parameters", "jlora", "init_adapter"):
             del meta["identity"][key]
+        for key in ("digest", "files"):
+            del meta[key]
         file.write_text(json.dumps(meta | {"schema": 2}))
     done = call("train", *train_flags(finished))
     assert done.status == 3

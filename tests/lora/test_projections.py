@@ -53,7 +53,7 @@ CASES: dict[str, tuple[Callable[[], Any], bool]] = {
     "float32": (partial(tree, "float32"), False),
     "small": (partial(tree, size=96), False),
     "biases": (lambda: tree(bias=jnp.zeros(SIZE)), False),
-    "quantised": (quantised, False),
+    "quantised": (quantised, True),
 }
 
 
@@ -76,7 +76,7 @@ def test_fused_kernels_that_are_asked_for_and_take_no_weight_are_refused():
     with pytest.raises(UsageError, match=r"compute\.kernels=hopper: no weight"):
         plan_workload(
             CONFIG,
-            quantised(),
+            tree(bias=jnp.zeros(SIZE)),
             mesh_of("gpu", capability="9.0"),
             compute=ComputeConfig(remat="none", kernels="hopper"),
             rows=1,
