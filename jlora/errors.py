@@ -99,6 +99,11 @@ _LACKS = {
     errno.ENFILE: "no more files may be open on this system",
     errno.ENOMEM: "out of memory",
 }
+# The same by the text of errors that have no number: Python's and the dynamic linker's.
+_LACKING_TEXTS = {os.strerror(number): said for number, said in _LACKS.items()} | {
+    "can't start new thread": "no more threads may be started (ulimit -u, ulimit -v)",
+    "failed to map segment": "out of memory while a library was loaded (ulimit -v)",
+}
 
 
 def lacking(error: Exception) -> str | None:
@@ -110,7 +115,7 @@ def lacking(error: Exception) -> str | None:
     if number in _LACKS:
         return _LACKS[number]
     text = str(error)
-    return next((said for n, said in _LACKS.items() if os.strerror(n) in text), None)
+    return next((said for t, said in _LACKING_TEXTS.items() if t in text), None)
 
 
 @contextmanager

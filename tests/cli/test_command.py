@@ -34,6 +34,16 @@ from jlora.errors import (
         (StopRequested("a"), 75, "stopped: a\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (
+            RuntimeError("can't start new thread"),
+            5,
+            "error: no more threads may be started (ulimit -u, ulimit -v)\n",
+        ),
+        (
+            ImportError("a.so: failed to map segment from shared object"),
+            5,
+            "error: out of memory while a library was loaded (ulimit -v)\n",
+        ),
+        (
             MemoryError("Unable to allocate 1 GiB"),
             5,
             "error: out of memory: Unable to allocate 1 GiB; "
