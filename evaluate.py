@@ -20,7 +20,7 @@ class Arguments(RowConfig, ModelConfig):
     """Print the loss, perplexity and supervised tokens of a data set."""
 
     data: list[str] | dict[str, float] | str
-    """File, folder or glob with records, or a list of them."""
+    """File, folder, glob or hub id with records, or a list of them."""
     batch_size: int = 8
     """Rows at a time, over all devices."""
     show: bool = False
@@ -42,7 +42,7 @@ def main(args: Arguments) -> None:
 
     from jlora.data.batch.load_dataset import load_dataset
     from jlora.data.batch.preview import preview_lines, preview_samples
-    from jlora.data.read.data_paths import TO_EVALUATE
+    from jlora.data.read.splits import TO_EVALUATE
     from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.load_params import load_params
     from jlora.formats.open_model import open_model
@@ -93,6 +93,8 @@ def main(args: Arguments) -> None:
     model = Llama.with_compute(config, compute)
     step = make_eval_step(model, mesh, params=params, packed=args.packing)
     loss, count = evaluate(step, params, data, mesh)
+    for revision in data.revisions:
+        print(f"data: {revision}")
     print(
         f"loss: {loss:.6f} || perplexity: {math.exp(min(loss, 700)):.4f} || "
         f"tokens: {count:,d}"

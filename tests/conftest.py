@@ -32,3 +32,13 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 def out(tmp_path: Path) -> Path:
     """A path where nothing is yet."""
     return tmp_path / "out"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A hub on this machine, in an empty folder where paths begin."""
+    from helpers.hub_server import asked_hub  # imports the library
+
+    monkeypatch.chdir(tmp_path)
+    with asked_hub(monkeypatch, tmp_path / "caches") as server:
+        yield server

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up: a module may import modules of its own package and of those before.
 PACKAGES = (
     "jlora.errors",
+    "jlora.hub",
     "jlora.limited_process",
     "jlora.limited_regex",
     "jlora.config",
@@ -34,7 +35,7 @@ OWNERS = {
     "pyarrow": ("jlora.data",),
     "safetensors": ("jlora.formats",),
     "gguf": ("jlora.formats",),
-    "huggingface_hub": ("jlora.formats",),
+    "huggingface_hub": ("jlora.hub",),
     "rich": ("jlora.report",),
     "matplotlib": ("jlora.report",),
     "yaml": ("jlora.cli", "jlora.train"),
@@ -198,7 +199,7 @@ def test_every_package_says_what_it_holds():
         ("convert.to_hf", "from train import main", "is a command"),
         ("convert.to_hf", "def f():\n    import convert.info", "is a command"),
         ("jlora.train.step", "import flax.linen as nn", "belongs to"),
-        ("jlora.formats.hub", "import orbax.checkpoint", "belongs to"),
+        ("jlora.hub", "import orbax.checkpoint", "belongs to"),
         ("train", "import torch", "belongs to"),
         ("convert.info", "import pickle", "belongs to"),
         ("jlora.cli.command", "eval('1')", "calls eval"),

@@ -86,7 +86,8 @@ class RowConfig:
 @dataclass(frozen=True)
 class _DataFiles:
     train: list[str] | dict[str, float] | str | None = None
-    """File, folder or glob to train on, a list of them, or {path: passes per epoch}."""
+    """File, folder, glob or hub id (owner/name:config/split) to train on, a list of them, or
+    {path: passes per epoch}."""
     eval: list[str] | dict[str, float] | str | None = None
     """Held-out records, in the same forms, evaluated every train.eval_every steps; null:
     the validation split of data.train, if it is a folder with one."""

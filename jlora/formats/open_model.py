@@ -7,9 +7,9 @@ from jlora.errors import UsageError
 from jlora.formats.base.base_reader import open_base
 from jlora.formats.gguf.gguf_model import open_gguf
 from jlora.formats.hf.hf_folder import open_hf, read_config
-from jlora.formats.hub import hub_folder, is_hub_id, nothing_there
 from jlora.formats.model_source import ModelSource
 from jlora.formats.refusals import refuse_other_file
+from jlora.hub import hub_folder, is_hub_id, nothing_there
 
 
 def open_model(path: str) -> ModelSource:

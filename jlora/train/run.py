@@ -89,6 +89,8 @@ class Run:
             "lora": asdict(lora),
             "seed": settings.seed,
         }
+        if data.revisions:
+            own["data.revisions"] = data.revisions
         return cls(
             name=name,
             folder=Path(settings.output_dir),

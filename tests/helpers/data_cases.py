@@ -13,7 +13,7 @@ from jlora.data.batch.batches import Dataset
 from jlora.data.batch.load_dataset import load_dataset
 from jlora.data.cache.build_cache import make_block
 from jlora.data.cache.token_store import TokenStore
-from jlora.data.read.data_paths import TO_TRAIN
+from jlora.data.read.splits import TO_TRAIN
 from jlora.data.tokenize.tokenize_rows import Example
 from jlora.data.tokenize.tokenizer import Tokenizer
 

@@ -101,9 +101,15 @@ class Dataset:
         return -(-self.num_rows // self.batch_size)
 
     @property
+    def revisions(self) -> list[str]:
+        """The data sets of the hub that it is from, as owner/name@commit."""
+        return sorted({counts.source.hub for counts in self.row_counts} - {""})
+
+    @property
     def fingerprint(self) -> str:
-        """A sha256 of the tokens, masks and lengths of all records."""
+        """A sha256 of the tokens, masks and lengths of all records, and of `revisions`."""
         digest = hashlib.sha256(self.store.digest.encode())
+        digest.update("".join(self.revisions).encode())
         for array in (self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array, "<i8").tobytes())
         return digest.hexdigest()

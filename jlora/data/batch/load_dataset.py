@@ -16,18 +16,13 @@ from jlora.data.cache.build_cache import open_token_store, token_cache_folder
 from jlora.data.cache.row_counts import RowCounts
 from jlora.data.chat.jinja_sandbox import PINNED_DATE
 from jlora.data.read.bad_rows import bad_rows_error
-from jlora.data.read.data_paths import (
-    TO_EVALUATE,
-    TO_TRAIN,
-    DataPaths,
-    DataSource,
-    check_disjoint,
-    find_data_sources,
-)
+from jlora.data.read.data_paths import check_disjoint, find_data_sources
+from jlora.data.read.data_source import DataPaths, DataSource
 from jlora.data.read.row_files import row_location
+from jlora.data.read.splits import TO_EVALUATE, TO_TRAIN
 from jlora.data.tokenize.tokenize_rows import Example
 from jlora.data.tokenize.tokenizer import Tokenizer
-from jlora.errors import CorruptError, UsageError, listing
+from jlora.errors import CorruptError, UsageError, counted, listing
 
 # The log says where the token cache is if it takes at least this much.
 _LARGE_BYTES = 100_000_000
@@ -158,7 +153,13 @@ class _Corpus:
 
     def lines(self) -> list[str]:
         """Returns the lines of the log about each source."""
-        lines = [line for counts in self.counts for line in counts.lines()]
+        hub = [counts.source for counts in self.counts if counts.source.hub]
+        lines = [
+            f"{source.name}: {source.hub} of the hub, the split {source.split}, "
+            f"{counted(len(source.files), 'file')}"
+            for source in hub
+        ]
+        lines += [line for counts in self.counts for line in counts.lines()]
         if self._store.num_bytes >= _LARGE_BYTES:
             size = self._store.num_bytes / 1e9
             lines.append(

@@ -35,13 +35,14 @@ from jlora.data.cache.token_store import (
     file_sha256,
     open_or_build,
 )
-from jlora.data.read.data_paths import DataSource
+from jlora.data.read.data_source import DataSource
 from jlora.data.read.row_files import RowChunk
 from jlora.data.read.row_formats import RowFormat
 from jlora.data.read.source_rows import open_rows
 from jlora.data.tokenize.tokenize_rows import Example, TokenizedRows, tokenize_rows
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import ResourceError
+from jlora.hub import jlora_cache
 
 # The code of `jlora.data`, which decides what a row becomes.
 _CODE = Path(__file__).parent.parent
@@ -54,8 +55,7 @@ _Tokenized = tuple[TokenizedRows, TokenBlock]
 
 def token_cache_folder(config: RowConfig) -> Path:
     """Returns the folder of all stores: in data.cache_dir, $JLORA_CACHE or ~/.cache."""
-    default = os.environ.get("JLORA_CACHE") or Path.home() / ".cache" / "jlora"
-    return Path(config.cache_dir or default) / "tokens"
+    return Path(config.cache_dir or jlora_cache()) / "tokens"
 
 
 def open_token_store(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from jlora.data.cache.token_store import TokenBlock
 from jlora.data.read.bad_rows import MAX_LISTED, BadRow
-from jlora.data.read.data_paths import DataSource
+from jlora.data.read.data_source import DataSource
 from jlora.data.read.row_files import row_location
 from jlora.data.read.row_formats import RowFormat
 from jlora.data.tokenize.tokenize_rows import TokenizedRows

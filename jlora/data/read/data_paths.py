@@ -3,18 +3,19 @@
 import glob
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jlora.config.strict_json import parse_json_object
+from jlora.data.read.data_source import DataPaths, DataSource
+from jlora.data.read.hub_data import find_hub_source, is_data_id
 from jlora.data.read.splits import (
-    TEST,
+    DATA_ENDINGS,
+    TO_TRAIN,
     TRAIN,
-    VALIDATION,
     choose_split,
-    group_by_split,
-    tells_split,
+    files_by_split,
 )
 from jlora.errors import (
     CorruptError,
@@ -24,46 +25,7 @@ from jlora.errors import (
     nearest_path,
 )
 
-_JSON_ENDINGS = tuple(
-    name + compression
-    for name in (".jsonl", ".ndjson", ".json")
-    for compression in ("", ".gz", ".zst")
-)
-_TABLE_ENDINGS = tuple(
-    name + compression
-    for name in (".csv", ".tsv")
-    for compression in ("", ".gz", ".zst")
-)
 _MAX_DEPTH = 4  # of folders, as in owner/name/config/split
-# Which split of a folder is read.
-TO_TRAIN, TO_EVALUATE = (TRAIN,), (VALIDATION, TEST, TRAIN)
-DataPaths = str | Path | Sequence[str] | Mapping[str, float]
-"""One path, several, or {path: passes per epoch}."""
-
-
-@dataclass(frozen=True)
-class DataSource:
-    """One of the given paths and its files, which have the same format."""
-
-    name: str
-    """The path as the user gave it."""
-    files: tuple[Path, ...]
-    weight: float = 1.0
-    """Passes over the source per epoch."""
-    ignored: tuple[str, ...] = ()
-    """Names of the other files in a folder."""
-    split: str = ""
-    """Which split of a folder these files are; "" if its names tell no splits."""
-    other_splits: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
-    """The folder's other splits."""
-
-    def validation(self) -> "DataSource | None":
-        """Returns the validation split beside this one, if there is any."""
-        name = choose_split(self.other_splits, (VALIDATION,))
-        if name is None:
-            return None
-        files = self.other_splits[name]
-        return DataSource(f"{self.name} ({name})", files, split=name)
 
 
 def find_data_sources(
@@ -72,7 +34,7 @@ def find_data_sources(
     """Returns the sources in the given order, the files of each sorted by name.
 
     Args:
-        given: files, folders and globs.
+        given: files, folders, globs, and data sets of the hub.
         splits: of a folder with several splits the first of these is read.
 
     Raises:
@@ -126,6 +88,8 @@ def _find_source(name: str, weight: float, splits: Sequence[str]) -> DataSource:
             raise UsageError(f"{name}: no file matches")
         return DataSource(name, files, weight)
     if not path.exists():
+        if is_data_id(name):
+            return replace(find_hub_source(name, splits), weight=weight)
         raise UsageError(f"{path}: no such file{nearest_path(name)}")
     if not path.is_file():
         raise UsageError(
@@ -144,11 +108,15 @@ def _read_folder(path: Path, wanted: Sequence[str]) -> DataSource:
         for file in path.iterdir()
         if file.is_file() and not file.name.startswith(".")
     )
-    top = _data_names(names)
     if (path / "dataset_dict.json").is_file():
         splits = {name: _saved_files(path / name) for name in _saved_splits(path)}
     else:
-        splits = _group_files(path, top)
+        splits = {
+            split: tuple(path / name for name in found)
+            for split, found in files_by_split([*names, *_nested(path)]).items()
+        }
+        if not splits:
+            _raise_no_data(path)
     split = choose_split(splits, wanted)
     if split is None:
         raise UsageError(
@@ -161,44 +129,8 @@ def _read_folder(path: Path, wanted: Sequence[str]) -> DataSource:
     return DataSource("", chosen, 1.0, ignored, split if splits else "", splits)
 
 
-def _group_files(path: Path, top: list[str]) -> dict[str, tuple[Path, ...]]:
-    """Returns the data files of a folder by split; all are to train on if none is named.
-
-    Args:
-        path: the folder.
-        top: the names of the data files in the folder itself.
-    """
-    nested = _nested_data(path)
-    if top:
-        nested = [name for name in nested if tells_split(name.partition("/")[0])]
-    splits = group_by_split([*top, *nested])
-    if not choose_split(splits, (TRAIN,)):
-        told = {name for names in splits.values() for name in names}
-        untold = top or [name for name in nested if name.startswith("data/")]
-        rest = [name for name in untold if name not in told]
-        if not rest and not splits:
-            _raise_no_data(path)
-        if rest:
-            splits[TRAIN] = rest
-    return {
-        split: tuple(path / name for name in names) for split, names in splits.items()
-    }
-
-
-def _data_names(names: Sequence[str]) -> list[str]:
-    """Returns the names of data files; of tables only if there are no others."""
-    metadata = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-    endings = (*_JSON_ENDINGS, ".parquet", ".arrow")
-    rows = [
-        name
-        for name in names
-        if name.endswith(endings) and name.rpartition("/")[2] not in metadata
-    ]
-    return rows or [name for name in names if name.endswith(_TABLE_ENDINGS)]
-
-
-def _nested_data(path: Path) -> list[str]:
-    """Returns the relative names of the data files in the folders of a folder."""
+def _nested(path: Path) -> list[str]:
+    """Returns the relative names of the files in the folders of a folder."""
     names = []
     for folder, folders, files in os.walk(path):
         here = Path(folder).relative_to(path)
@@ -210,16 +142,13 @@ def _nested_data(path: Path) -> list[str]:
             for name in sorted(files)
             if here.parts and not name.startswith(".")
         ]
-    return _data_names(names)
+    return names
 
 
 def _raise_no_data(path: Path) -> NoReturn:
     inside = sorted(item.name for item in path.iterdir() if item.is_dir())
     hint = f"; it has the folders {listing(inside)}" if inside else ""
-    raise UsageError(
-        f"{path} is a folder with no data files (.jsonl, .ndjson, .json, .csv, .tsv, "
-        f".parquet, .arrow; all but the last two also .gz or .zst){hint}"
-    )
+    raise UsageError(f"{path} is a folder with no data files ({DATA_ENDINGS}){hint}")
 
 
 def _saved_splits(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from jlora.config.run_config import RowConfig
 from jlora.data.read.bad_rows import BadRow, bad_rows_error
-from jlora.data.read.data_paths import DataSource
+from jlora.data.read.data_source import DataSource
 from jlora.data.read.jsonl import parse_rows
 from jlora.data.read.row_files import RowChunk, read_row_chunks, row_location
 from jlora.data.read.row_formats import COLUMNS, RowFormat, detect_format

@@ -1,12 +1,14 @@
 """Finds the splits of a data set by the names of its files, as Hugging Face's datasets does."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from jlora.errors import UsageError, listing
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+# Which of the splits is read: the first of these.
+TO_TRAIN, TO_EVALUATE = (TRAIN,), (VALIDATION, TEST, TRAIN)
 _KEYWORDS = {
     TRAIN: ("train", "training"),
     VALIDATION: ("validation", "valid", "dev", "val"),
@@ -19,6 +21,52 @@ _WORD = {
 }
 # How the hub stores what `push_to_hub` uploads; a split may have any name there.
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
+
+_JSON_ENDINGS = tuple(
+    name + compression
+    for name in (".jsonl", ".ndjson", ".json")
+    for compression in ("", ".gz", ".zst")
+)
+_TABLE_ENDINGS = tuple(
+    name + compression
+    for name in (".csv", ".tsv")
+    for compression in ("", ".gz", ".zst")
+)
+DATA_ENDINGS = (
+    ".jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; all but the last two also .gz "
+    "or .zst"
+)
+
+
+def files_by_split(names: Sequence[str]) -> dict[str, list[str]]:
+    """Returns {split: data files} of a folder; all are to train on if none is named.
+
+    Args:
+        names: relative paths of all its files.
+    """
+    top = data_names([name for name in names if "/" not in name])
+    nested = data_names([name for name in names if "/" in name])
+    if top:
+        nested = [name for name in nested if tells_split(name.partition("/")[0])]
+    splits = group_by_split([*top, *nested])
+    if not choose_split(splits, (TRAIN,)):
+        told = {name for names in splits.values() for name in names}
+        untold = top or [name for name in nested if name.startswith("data/")]
+        if rest := [name for name in untold if name not in told]:
+            splits[TRAIN] = rest
+    return splits
+
+
+def data_names(names: Sequence[str]) -> list[str]:
+    """Returns the names of data files; of tables only if there are no others."""
+    metadata = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+    endings = (*_JSON_ENDINGS, ".parquet", ".arrow")
+    rows = [
+        name
+        for name in names
+        if name.endswith(endings) and name.rpartition("/")[2] not in metadata
+    ]
+    return rows or [name for name in names if name.endswith(_TABLE_ENDINGS)]
 
 
 def group_by_split(names: Iterable[str]) -> dict[str, list[str]]:

@@ -19,7 +19,6 @@ from jlora.errors import (
     nearest,
     warn,
 )
-from jlora.formats.hub import hub_folder, is_hub_id, nothing_there
 from jlora.formats.model_files import inside_folder, read_json
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_config import read_config
@@ -40,6 +39,7 @@ from jlora.formats.peft.other_adapters import (
 from jlora.formats.safetensors_file import Entry, read_header, read_tensor
 from jlora.formats.tensor_checks import first_non_finite
 from jlora.formats.tensor_names import module_path
+from jlora.hub import hub_folder, is_hub_id, nothing_there
 from jlora.lora.adapter_tree import HEAD
 from jlora.lora.target_modules import is_saved
 

@@ -14,7 +14,6 @@ import numpy as np
 from jlora.config.lora_config import LoraConfig
 from jlora.errors import UnsupportedError, UsageError
 from jlora.formats.atomic_folder import atomic_folder
-from jlora.formats.hub import is_hub_id
 from jlora.formats.peft.adapter import Adapter, Tensors
 from jlora.formats.peft.adapter_config import config_to_write
 from jlora.formats.peft.adapter_keys import (
@@ -27,6 +26,7 @@ from jlora.formats.peft.adapter_reader import CONFIG, WEIGHTS
 from jlora.formats.peft.plain_lora import with_initial_factors
 from jlora.formats.safetensors_file import Spec, write_safetensors
 from jlora.formats.tensor_names import module_path
+from jlora.hub import is_hub_id
 from jlora.lora.adapter_tree import (
     HEAD,
     WEIGHT_LEAVES,

@@ -7,11 +7,11 @@ from typing import TypeVar
 import numpy as np
 
 from jlora.errors import JloraError, UsageError, warn
-from jlora.formats.hub import is_hub_id
 from jlora.formats.model_source import ModelSource
 from jlora.formats.open_model import open_config, open_model
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import INPUT, OUTPUT
+from jlora.hub import is_hub_id
 
 Opened = TypeVar("Opened")
 

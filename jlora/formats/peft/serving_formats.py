@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 
 from jlora.errors import UnsupportedError, listing
-from jlora.formats.hub import is_hub_id
 from jlora.formats.open_model import open_config
 from jlora.formats.peft.adapter import Adapter, padded_pair
 from jlora.formats.peft.adapter_keys import EMBED_PATH
 from jlora.formats.peft.named_base import open_named_base
+from jlora.hub import is_hub_id
 from jlora.lora.adapter_tree import HEAD
 
 Reader = Literal["vllm", "gguf"]

@@ -3,8 +3,7 @@ from helpers.data_cases import load, make_tokenizer, write_rows
 
 from jlora.config.run_config import DataConfig
 from jlora.data.batch.load_dataset import load_split
-from jlora.data.read.data_paths import TO_EVALUATE
-from jlora.data.read.splits import group_by_split
+from jlora.data.read.splits import TO_EVALUATE, group_by_split
 from jlora.errors import UsageError
 
 # The names that datasets infers, of lists of files (load_dataset of a folder).

@@ -1,5 +1,3 @@
-import sys
-import types
 from pathlib import Path
 
 import jax
@@ -100,8 +98,7 @@ def test_an_adapter_may_be_named_by_its_hub_id(revision, monkeypatch):
         asked.update(options, repository=repository)
         return str(GOLDEN / "basic")
 
-    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     name = "owner/adapter" if revision is None else f"owner/adapter@{revision}"
     assert open_adapter(name).config == read_adapter(GOLDEN / "basic").config
     assert (asked["repository"], asked["revision"]) == ("owner/adapter", revision)
