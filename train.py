@@ -74,6 +74,7 @@ def main(args: Arguments) -> None:
 def train(args: Arguments, stop: threading.Event) -> None:
     """Runs the whole fine-tune, in the order things happen."""
     from jlora.data.batch.load_dataset import load_split
+    from jlora.data.batch.preview import first_prompt
     from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.digests import fingerprint
     from jlora.formats.load_params import abstract_params, load_params
@@ -89,7 +90,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     from jlora.train.memory_estimate import plan_workload
     from jlora.train.resuming import check_run, locked, model_identity
     from jlora.train.run import Run, write_settings
-    from jlora.train.summary import print_plan, print_summary
+    from jlora.train.summary import print_conclusion, print_plan, print_summary
     from jlora.train.sweep_file import check_members, compute_for_adapters, read_sweep
 
     # Configuration: `args_of` each adapter, by name. Without a sweep there is one, named "".
@@ -189,6 +190,9 @@ def train(args: Arguments, stop: threading.Event) -> None:
             resume=args.resume,
             stop=stop,
             export=partial(export, name_for_peft(source, args.model)),
+            conclude=partial(
+                print_conclusion, first_prompt(held_out or data, tokenizer)
+            ),
         )
 
 

@@ -86,6 +86,16 @@ def _choose_export(words: Sequence[str]) -> list[str]:
     return [*EXPORTS[target], *rest]
 
 
+def start_words(name: str) -> list[str]:
+    """Returns how to start a command, in the way in which this one was started."""
+    if not sys.argv[0].endswith(".py"):
+        return ["jlora", name]
+    script = COMMANDS[name]
+    if _file_of(script).parent.name == "convert":
+        return ["python", "-m", f"convert.{script}"]
+    return ["python", f"{script}.py"]
+
+
 def _file_of(script: str) -> Path:
     """Returns the file of a script, which the wheel carries in jlora/commands."""
     package = Path(__file__).parents[1]

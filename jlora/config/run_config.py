@@ -188,8 +188,10 @@ class TrainConfig:
     """Steps between checkpoints; 0 saves at the end only."""
     eval_every: int = 0
     """Steps between evaluations on data.eval; 0 evaluates at the end only."""
+    eval_at_start: bool = True
+    """Also evaluate before the first step, if there is held-out data."""
     log_every: int = 1
-    """Steps between lines of metrics.jsonl."""
+    """Steps between lines of metrics.jsonl; their loss is the mean of the steps between."""
     keep: int = 2
     """Checkpoints to keep."""
 

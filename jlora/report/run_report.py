@@ -41,7 +41,8 @@ class Report:
         """
         self.path = run / "metrics.jsonl"
         if is_first():
-            drop_lines_after(self.path, start_step)
+            # A run that begins evaluates at step 0 itself.
+            drop_lines_after(self.path, start_step or -1)
         target = self.path if is_first() else Path(os.devnull)
         self._file = target.open("a", encoding="utf-8")
         self._total, self._label = total_steps, f"{name}: " if name else ""
@@ -71,24 +72,10 @@ class Report:
             self._file.close()
 
     def log(self, **metrics: Any) -> None:
-        """Appends one line of metrics and shows it; NaN and infinities become null."""
-        broken = sorted(
-            key
-            for key, value in metrics.items()
-            if isinstance(value, float) and not math.isfinite(value)
-        )
-        line = {**metrics, **dict.fromkeys(broken)}
-        if broken:
-            line["non_finite"] = broken
-        with about_file(self.path):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        self._show(metrics)
-
-    def _show(self, metrics: dict[str, Any]) -> None:
+        """Appends one line of a step's metrics and shows it, on a terminal in the bar."""
+        self._write(metrics)
         formats = {
             "loss": "loss {:.4f}",
-            "eval_loss": "eval_loss {:.4f}",
             "learning_rate": "lr {:.2e}",
             "tokens_per_second": "{:,.0f} tokens/s",
             "mfu": "MFU {:.1%}",
@@ -102,7 +89,27 @@ class Report:
         if self._progress:
             self._progress.update(self._task, completed=step, note=note)
         else:
-            print(f"{self._label}step {step}/{self._total}  {note}", flush=True)
+            self.say(f"step {step}/{self._total}  {note}")
+
+    def log_evaluation(self, step: int, eval_loss: float, *, is_best: bool) -> None:
+        """Appends a line with the loss on held-out data; it stays on the screen."""
+        self._write({"step": step, "eval_loss": eval_loss})
+        best = "  best so far" if is_best else ""
+        self.say(f"step {step}/{self._total}  eval_loss {eval_loss:.4f}{best}")
+
+    def _write(self, metrics: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl; NaN and infinities become null."""
+        broken = sorted(
+            key
+            for key, value in metrics.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        )
+        line = {**metrics, **dict.fromkeys(broken)}
+        if broken:
+            line["non_finite"] = broken
+        with about_file(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def say(self, message: str) -> None:
         """Prints one line, above the progress bar if there is one."""

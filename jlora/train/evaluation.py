@@ -1,5 +1,7 @@
 """The loss of a model on a whole data set."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from jlora.parallel.sharding import (
     row_shards,
     tree_shardings,
 )
-from jlora.train.prefetch import Prefetch
+from jlora.train.prefetch import Prefetch, place_batch
 from jlora.train.step import (
     Batch,
     compiler_options,
@@ -57,3 +59,34 @@ def evaluate(
             summed, supervised = step(params, batch)
             total, count = total + float(summed), count + float(supervised)
     return total / count, int(count)
+
+
+class Evaluator:
+    """Evaluates adapters of the same shapes; its step is compiled before it is used."""
+
+    def __init__(
+        self,
+        model: Llama,
+        mesh: Mesh,
+        *,
+        packed: bool,
+        compiling: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        """Takes the arguments of `make_eval_step`, and what times and reports compiling."""
+        self._model, self._mesh, self._packed = model, mesh, packed
+        self._compiling = compiling
+        self._step: Any = None
+
+    def prepare(self, params: Params, dataset: Dataset) -> None:
+        """Compiles the step for this tree and data, if that has not been done."""
+        if self._step is None:
+            batch = place_batch(dataset, 0, self._mesh)
+            with self._compiling("the evaluation"):
+                step = make_eval_step(
+                    self._model, self._mesh, params=params, packed=self._packed
+                )
+                self._step = step.lower(params, batch).compile()
+
+    def loss(self, params: Params, dataset: Dataset) -> float:
+        """Returns the mean loss in nats per supervised token."""
+        return evaluate(self._step, params, dataset, self._mesh)[0]

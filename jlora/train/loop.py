@@ -4,7 +4,7 @@ A sweep trains several adapters at once, so the loop takes a list of runs: one p
 """
 
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -17,8 +17,10 @@ from jlora.errors import DivergedError, StopRequested, UsageError, listing
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
 from jlora.parallel.processes import check_agreement, is_first, stop_vote
-from jlora.train.evaluation import make_eval_step
+from jlora.train.evaluation import Evaluator
+from jlora.train.pauses import Pauses
 from jlora.train.prefetch import Prefetch
+from jlora.train.progress import Progress
 from jlora.train.resuming import locked, record_export, resume_all
 from jlora.train.run import Run
 from jlora.train.step import Batch, TrainState
@@ -38,6 +40,7 @@ def train_runs(
     resume: str,
     stop: threading.Event,
     export: Callable[[Run, Params], None],
+    conclude: Callable[[Sequence[Run], Mapping[str, float]], None],
 ) -> None:
     """Trains the adapters from their newest common checkpoint, or step 0, to the end.
 
@@ -52,40 +55,43 @@ def train_runs(
         stop: set when asked to stop, at any time.
         export: called at the end with each run that did not diverge and its whole tree,
             in the first process only.
+        conclude: called after that with the runs and the seconds that each kind of work
+            took.
 
     Raises:
         StopRequested: when asked to, after saving.
         DivergedError: naming adapters that diverged; the others are exported.
         UsageError, CorruptError: as `resume_all`.
     """
+    pauses = Pauses(runs)
     with ExitStack() as stack:
         for run in runs:
             stack.enter_context(locked(run.folder))
         steps_done = _resume(runs, resume, total_steps)
         trainer = _make_trainer(runs, model, mesh, config, total_steps, packed)
         state = trainer.state
-        eval_step = make_eval_step(
-            model, mesh, params=trainer.parameters(state, 0), packed=packed
-        )
+        evaluator = Evaluator(model, mesh, packed=packed, compiling=pauses.compiling)
         for run in runs:
             stack.enter_context(run.open(config, steps_done, total_steps, runs))
         is_asked = stop_vote(stop)
+        if config.eval_at_start and not steps_done:
+            _evaluate(runs, trainer, state, 0, evaluator, pauses)
         stream = _batches(runs, mesh, steps_done, total_steps)
         for step, batches, waited_s in stack.enter_context(closing(stream)):
+            if step == steps_done + 1:
+                with pauses.compiling("the train step"):
+                    trainer = trainer.compiled(state, batches)
             state, metrics = trainer.step(state, batches)
             for run in runs:
                 run.log(step, metrics, waited_s)
             stopping = is_asked() and step < total_steps
             if stopping:  # saved at once: who asked to stop may not wait for long
-                _save(runs, trainer, state, step)
+                _save(runs, trainer, state, step, pauses)
             if is_due(step, config.eval_every, total_steps):
-                for index, run in enumerate(runs):
-                    if run.held_out is not None and not run.error:
-                        params = trainer.parameters(state, index)
-                        run.evaluate(eval_step, step, params, mesh)
+                _evaluate(runs, trainer, state, step, evaluator, pauses)
             # Saved after the evaluation, which a resumed run does not repeat.
             if not stopping and is_due(step, config.save_every, total_steps):
-                _save(runs, trainer, state, step)
+                _save(runs, trainer, state, step, pauses)
             if all(run.error for run in runs):
                 _raise_diverged(runs)
             if stopping:
@@ -96,18 +102,20 @@ def train_runs(
                 if is_first():
                     export(run, params)
                     record_export(run.folder, total_steps)
+    pauses.seconds["training"] = runs[0].training_s
+    conclude(runs, pauses.seconds)
     _raise_diverged(runs)
 
 
 def _resume(runs: Sequence[Run], mode: str, total_steps: int) -> int:
     """Gives every run its newest common state; returns the steps done so far."""
-    states = resume_all(
+    found = resume_all(
         [run.folder for run in runs],
         [run.adapter.state for run in runs],
         [run.meta for run in runs],
         mode=mode,
     )
-    steps_done = int(states[0].step)
+    steps_done = int(found[0][0].step)
     check_agreement([steps_done, [run.meta for run in runs]])
     if steps_done > total_steps:
         raise UsageError(
@@ -117,8 +125,9 @@ def _resume(runs: Sequence[Run], mode: str, total_steps: int) -> int:
         )
     if steps_done == total_steps:
         print(f"all {total_steps} steps are done; only the adapter is written again")
-    for run, state in zip(runs, states, strict=True):
+    for run, (state, progress) in zip(runs, found, strict=True):
         run.adapter = replace(run.adapter, state=state)
+        run.progress = Progress(**progress)
     return steps_done
 
 
@@ -172,16 +181,38 @@ def _datasets(runs: Sequence[Run]) -> dict[int, Any]:
     return {id(run.data): run.data for run in runs}
 
 
-def _save(runs: Sequence[Run], trainer: Trainer, state: TrainState, step: int) -> None:
+def _evaluate(
+    runs: Sequence[Run],
+    trainer: Trainer,
+    state: TrainState,
+    step: int,
+    evaluator: Evaluator,
+    pauses: Pauses,
+) -> None:
+    """Logs the loss of every run that has held-out data, and has not diverged."""
+    for index, run in enumerate(runs):
+        if run.held_out is not None and not run.error:
+            params = trainer.parameters(state, index)
+            evaluator.prepare(params, run.held_out)
+            with pauses.spent("evaluating"):
+                run.evaluate(evaluator, step, params)
+
+
+def _save(
+    runs: Sequence[Run],
+    trainer: Trainer,
+    state: TrainState,
+    step: int,
+    pauses: Pauses,
+) -> None:
     """Writes a checkpoint of every run, unless all have diverged.
 
     One that has diverged is saved as well, so that all have the same steps.
     """
-    for run in runs:
-        run.flush()
-    if not all(run.error for run in runs):
-        for index, run in enumerate(runs):
-            run.save(step, trainer.adapter_state(state, index))
+    with pauses.spent("saving"):
+        if not all(run.error for run in runs):
+            for index, run in enumerate(runs):
+                run.save(step, trainer.adapter_state(state, index))
 
 
 def _raise_diverged(runs: Sequence[Run]) -> None:

@@ -152,8 +152,10 @@ def locked(run: Path) -> Iterator[None]:
 
 def resume_all(
     runs: Sequence[Path], states: Sequence[Any], metas: Sequence[Any], *, mode: str
-) -> list[Any]:
-    """Returns the states to continue from: those of the newest checkpoint, or as given.
+) -> list[tuple[Any, dict[str, Any]]]:
+    """Returns what to continue from: the newest checkpoint, or the states as given.
+
+    With each state comes what `meta["progress"]` was when it was saved; at first {}.
 
     Args:
         runs: the folders of one run, or of several that are trained together; all of them
@@ -176,7 +178,7 @@ def resume_all(
     warn_skipped(problems)
     if not saved:
         _check_first_save(begun, folders, metas[0])
-        return list(states)
+        return [(state, {}) for state in states]
     for run, before, meta in zip(runs, saved, metas, strict=True):
         check_identity(before, meta["identity"], run)
     print(f"resuming after step {saved[0].step}", flush=True)
@@ -184,7 +186,10 @@ def resume_all(
     notes = (line for pair in pairs for line in changed_settings(*pair))
     for line in dict.fromkeys(notes):
         print(f"note: {line}", flush=True)
-    return [restore_into(*pair) for pair in zip(states, saved, strict=True)]
+    return [
+        (restore_into(state, before), before.meta.get("progress", {}))
+        for state, before in zip(states, saved, strict=True)
+    ]
 
 
 def _check_first_save(

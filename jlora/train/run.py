@@ -18,8 +18,9 @@ from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.parallel.processes import is_first, to_host
 from jlora.report.run_report import Report
 from jlora.train.checkpoint import save_checkpoint
-from jlora.train.evaluation import evaluate
+from jlora.train.evaluation import Evaluator
 from jlora.train.optimizer import make_schedule
+from jlora.train.progress import Progress
 from jlora.train.step import TrainState
 from jlora.train.step_log import StepLog
 from jlora.train.trainer import TrainedAdapter
@@ -38,6 +39,7 @@ class Run:
         data: what it is trained on.
         held_out: what it is evaluated on, or None.
         flops_per_token: of the model with this adapter.
+        progress: what it remembers besides its state.
         error: why this run has ended before the others, or None.
     """
 
@@ -49,6 +51,7 @@ class Run:
     data: Dataset
     held_out: Dataset | None
     flops_per_token: float
+    progress: Progress = field(default_factory=Progress)
     error: DivergedError | None = None
     report: Report = field(init=False)
     _log: StepLog = field(init=False)
@@ -145,6 +148,7 @@ class Run:
         self._keep = config.keep
         self._log = StepLog(
             self.report,
+            self.progress,
             make_schedule(self.adapter.optim, total_steps),
             flops_per_token=self.flops_per_token,
             steps_per_epoch=self.data.steps_per_epoch,
@@ -172,18 +176,30 @@ class Run:
             if self.name:  # the others go on
                 self.report.say(str(error))
 
-    def evaluate(self, eval_step: Any, step: int, params: Params, mesh: Mesh) -> None:
+    def restart_clock(self) -> None:
+        """Leaves out of the next step's time what came before it."""
+        self._log.restart_clock()
+
+    @property
+    def training_s(self) -> float:
+        """How long the steps took that this process trained."""
+        return self._log.training_s
+
+    def evaluate(self, evaluator: Evaluator, step: int, params: Params) -> None:
         """Logs the loss on the held-out data, which the run must have."""
         assert self.held_out is not None
-        self.flush()
-        if not self.error:
-            loss, _ = evaluate(eval_step, params, self.held_out, mesh)
-            self.report.log(step=step, eval_loss=loss)
+        if self.error:
+            return
+        loss = evaluator.loss(params, self.held_out)
+        was_none = self.progress.best_eval_loss is None
+        is_best = self.progress.add_evaluation(step, loss) and not was_none
+        self.report.log_evaluation(step, loss, is_best=is_best)
 
     def save(self, step: int, state: TrainState) -> None:
         """Writes a checkpoint."""
         folder = self.folder / "checkpoints"
-        save_checkpoint(folder, step, state, self.meta, keep=self._keep)
+        meta = {**self.meta, "progress": asdict(self.progress)}
+        save_checkpoint(folder, step, state, meta, keep=self._keep)
 
     def trained_params(self, state: TrainState) -> Params:
         """Returns the whole tree, the adapter's leaves as NumPy arrays.

@@ -11,6 +11,7 @@ from jlora.errors import DivergedError
 from jlora.report.run_report import Report
 from jlora.train.flops import peak_flops
 from jlora.train.memory_estimate import peak_memory_bytes
+from jlora.train.progress import Progress
 
 MAX_SKIPPED_IN_A_ROW = 5
 # Below it a gradient may be exactly zero because every token has a probability of 1.
@@ -23,12 +24,14 @@ class StepLog:
     """Logs every step, or every few, of one run; tells when training has diverged.
 
     JAX runs ahead of Python. Reading a step's metrics waits for that step, so they are
-    read when the next step has been started.
+    read when the next step has been started. A step's time is from the end of the one
+    before, or of a pause after it, to its own end.
     """
 
     def __init__(
         self,
         report: Report,
+        progress: Progress,
         schedule: Callable[[Any], Any],
         *,
         flops_per_token: float,
@@ -41,6 +44,7 @@ class StepLog:
 
         Args:
             report: where lines go.
+            progress: of the run, which holds the mean of the loss.
             schedule: learning rates of an array of steps.
             flops_per_token: of the model and its adapter.
             steps_per_epoch: of the run's data.
@@ -48,26 +52,34 @@ class StepLog:
             total_steps: of the run; its last step is always logged.
             index: of this run where the metrics are those of several.
         """
-        self._report, self._index = report, index
+        self._report, self._progress, self._index = report, progress, index
         self._log_every, self._total_steps = log_every, total_steps
         # Computed now: asked for late, a rate would queue behind the running step.
         self._rates = np.asarray(schedule(np.arange(total_steps)))
         self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
         self._peak = peak_flops()
-        self._pending: tuple[int, dict[str, Any], float] | None = None
+        self._pending: tuple[int, dict[str, Any], float, float | None] | None = None
         self._zero_gradients = 0
         self._reasons: set[str] = set()  # why the latest steps in a row were skipped
-        # Since the last line: when it was, and the tokens, steps and waiting after it.
-        self._since, self._tokens, self._steps = time.perf_counter(), 0, 0
-        self._waited_s = 0.0
+        self._clock = time.perf_counter()  # where the time of the next step begins
+        # Since the last line: tokens, steps, the time of these, and waiting for batches.
+        self._tokens, self._steps, self._seconds, self._waited_s = 0, 0, 0.0, 0.0
+        self.training_s = 0.0  # of all steps
 
     def add(self, step: int, metrics: dict[str, Any], waited_s: float) -> None:
         """Takes the metrics of a step that may still run, and logs the one before.
 
         `waited_s` is how long the batches of all steps so far were waited for.
         """
+        # On a CPU a step is done when it returns; else its end is seen when it is read.
+        is_done = all(array.is_ready() for array in metrics.values())
+        ended = time.perf_counter() if is_done else None
         self.flush()
-        self._pending = step, metrics, waited_s
+        self._pending = step, metrics, waited_s, ended
+
+    def restart_clock(self) -> None:
+        """Leaves out of the next step's time what came before it."""
+        self._clock = time.perf_counter()
 
     def flush(self) -> None:
         """Logs the pending step, waiting until it is done.
@@ -77,12 +89,16 @@ class StepLog:
         """
         if self._pending is None:
             return
-        (step, arrays, waited_s), self._pending = self._pending, None
+        (step, arrays, waited_s, ended), self._pending = self._pending, None
         metrics = {
             name: np.ravel(array)[self._index].item() for name, array in arrays.items()
         }
         skipped, in_a_row = metrics.pop("skipped"), metrics.pop("in_a_row")
+        ended = ended or time.perf_counter()
+        self._seconds += ended - self._clock
+        self._clock = ended
         self._tokens, self._steps = self._tokens + metrics["tokens"], self._steps + 1
+        self._progress.add_loss(metrics["loss"], metrics["supervised_tokens"])
         self._report_trouble(step, metrics, skipped, in_a_row)
         if is_due(step, self._log_every, self._total_steps):
             self._write_line(step, metrics, skipped, waited_s)
@@ -130,15 +146,17 @@ class StepLog:
     def _write_line(
         self, step: int, metrics: dict[str, Any], skipped: int, waited_s: float
     ) -> None:
-        now = time.perf_counter()
-        elapsed, self._since = now - self._since, now
-        rate, self._tokens = self._tokens / elapsed, 0
-        step_time_s = elapsed / self._steps
+        rate = self._tokens / max(self._seconds, 1e-9)
+        step_time_s = self._seconds / self._steps
         data_wait_s = (waited_s - self._waited_s) / self._steps
-        self._steps, self._waited_s = 0, waited_s
+        self.training_s += self._seconds
+        self._tokens, self._steps, self._seconds = 0, 0, 0.0
+        self._waited_s = waited_s
+        metrics["step_loss"] = metrics.pop("loss")
         self._report.log(
             step=step,
             epoch=step / self._steps_per_epoch,
+            loss=self._progress.take_mean_loss(),
             **metrics,
             # The optimizer counts the steps that it applied.
             learning_rate=self._rates[max(0, step - 1 - skipped)].item(),

@@ -1,15 +1,27 @@
-"""What is printed before step 1: what would be trained, on what, and whether it fits."""
+"""What is printed before the first step of a run, and after the last.
 
-from collections.abc import Mapping
+Before: what would be trained, on what, and whether it fits. After: what came out, and the
+commands that use it.
+"""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 from jax.sharding import Mesh
 
+from jlora.cli.flag_values import as_text
+from jlora.cli.jlora_command import start_words
+from jlora.config.run_config import RowConfig
 from jlora.data.batch.batches import Dataset
 from jlora.data.batch.preview import preview_lines, preview_samples
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.lora.adapter_tree import Params, format_parameter_count
 from jlora.report.samples import show_samples
 from jlora.train.memory_estimate import Workload, memory_table
+from jlora.train.pauses import duration
+from jlora.train.run import Run
 
 
 def print_summary(
@@ -50,3 +62,48 @@ def print_plan(
     """Prints a table of the data, the memory of a step, and samples of the data."""
     print("\n".join([*preview_lines(data), *memory_table(params, work), ""]))
     show_samples(preview_samples(data, tokenizer))
+
+
+def print_conclusion(
+    prompt: str | None, runs: Sequence[Run], seconds: Mapping[str, float]
+) -> None:
+    """Prints how long a run took, its best evaluation, and the commands that use it.
+
+    Args:
+        prompt: to try it with; None: as a chat.
+        runs: what was trained together; those of a sweep have a line each.
+        seconds: that each kind of work took.
+    """
+    parts = [f"{work} {duration(spent)}" for work, spent in seconds.items()]
+    print(f"done in {duration(sum(seconds.values()))} ({', '.join(parts)})")
+    for run in runs:
+        label = f"{run.name}: " if run.name else ""
+        best = run.progress.best_eval_loss
+        if best is not None:
+            print(f"{label}best eval_loss {best:.4f} at step {run.progress.best_step}")
+    if not runs[0].name:
+        commands = next_commands(runs[0].meta["settings"], prompt)
+        for what, words in commands.items():
+            print(f"{what + ':':<9} {shlex.join(words)}", flush=True)
+
+
+def next_commands(
+    settings: Mapping[str, Any], prompt: str | None
+) -> dict[str, list[str]]:
+    """Returns the words of the commands that try, evaluate and export a finished run."""
+    model, run, data = settings["model"], settings["output_dir"], settings["data"]
+    trained = ["--model", model, "--adapter", run]
+    ask = ["--chat"] if prompt is None else ["--prompt", prompt]
+    if prompt and prompt.startswith("-"):  # would be taken for a flag
+        ask = [f"--prompt={prompt}"]
+    rows = [
+        f"--{item.name}={as_text(data[item.name])}"
+        for item in fields(RowConfig)
+        if data[item.name] != item.default
+    ]
+    held_out = as_text(data["eval"] or "HELD_OUT.jsonl")
+    return {
+        "try": [*start_words("generate"), *trained, *ask],
+        "evaluate": [*start_words("evaluate"), *trained, "--data", held_out, *rows],
+        "export": [*start_words("export"), *trained, f"{run.rstrip('/')}-merged"],
+    }

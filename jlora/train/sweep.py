@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.model.llama import Llama
@@ -41,9 +41,13 @@ from jlora.train.trainer import TrainedAdapter, Trainer
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Varied:
-    """What a step of one adapter takes besides its state; stacked, a leading axis k."""
+    """What a step of one adapter takes besides its state; stacked, a leading axis k.
 
-    rates: Float[Array, "... steps"]
+    `rates` are float32 [steps]. No field is typed as an array: while a step is compiled, a
+    tree of this form describes its arguments.
+    """
+
+    rates: Any
     numbers: Hyperparameters
     key: Any
     dropout: Any
@@ -94,7 +98,7 @@ def make_sweep_trainer(
         return step_of_all(state, frozen, batch, varied)
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    compiled: Any = jax.jit(
+    jitted: Any = jax.jit(
         step,
         donate_argnums=0,
         compiler_options=compiler_options(mesh),
@@ -124,7 +128,8 @@ def make_sweep_trainer(
 
     return Trainer(
         state=state,
-        step=lambda state, batches: compiled(state, frozen, batches, varied),
+        jitted=jitted,
+        arguments=lambda state, batches: (state, frozen, batches, varied),
         parameters=parameters,
         adapter_state=adapter_state,
     )

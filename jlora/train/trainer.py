@@ -1,7 +1,7 @@
 """What the loop steps: one adapter, or several that share a base and one compiled step."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jax.sharding import Mesh
@@ -42,22 +42,38 @@ class TrainedAdapter:
 
 @dataclass(frozen=True)
 class Trainer:
-    """A compiled train step and its state, of one adapter or of several.
+    """A train step and its state, of one adapter or of several.
 
     Attributes:
         state: where training begins; of several adapters every leaf has a leading axis.
-        step: (state, batches) -> (state, metrics), which donates the state. There is one
-            batch per order of the data, and metrics have an axis of adapters if there are
-            several.
+        jitted: the step, which donates the state, of `arguments`.
+        arguments: (state, batches) -> what the step takes; see `step`.
         parameters: (state, index) -> the whole tree of one adapter, to evaluate it. In a
             sweep all have the same shapes, so that the evaluation is compiled once.
         adapter_state: (state, index) -> the state of one adapter as a run of its own has it.
     """
 
     state: TrainState
-    step: Callable[[TrainState, list[Batch]], tuple[TrainState, Metrics]]
+    jitted: Any
+    arguments: Callable[[TrainState, list[Batch]], tuple[Any, ...]]
     parameters: Callable[[TrainState, int], Params]
     adapter_state: Callable[[TrainState, int], TrainState]
+
+    def step(
+        self, state: TrainState, batches: list[Batch]
+    ) -> tuple[TrainState, Metrics]:
+        """Returns the next state, and metrics, with an axis of adapters if there are several.
+
+        Args:
+            state: is donated.
+            batches: one per order of the data.
+        """
+        return self.jitted(*self.arguments(state, batches))
+
+    def compiled(self, state: TrainState, batches: list[Batch]) -> "Trainer":
+        """Returns the trainer with its step compiled for such arguments, and no others."""
+        lowered = self.jitted.lower(*self.arguments(state, batches))
+        return replace(self, jitted=lowered.compile())
 
 
 def make_trainer(
@@ -91,7 +107,8 @@ def make_trainer(
     )
     return Trainer(
         state=adapter.state,
-        step=lambda state, batches: step(state, adapter.frozen, batches[0]),
+        jitted=step,
+        arguments=lambda state, batches: (state, adapter.frozen, batches[0]),
         parameters=lambda state, _: join(state.trainable, adapter.frozen),
         adapter_state=lambda state, _: state,
     )

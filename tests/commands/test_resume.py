@@ -200,8 +200,35 @@ def test_an_evaluation_that_is_due_at_the_step_of_a_stop_is_made(tmp_path, monke
     folder = tmp_path / "run"
     evaluation = ("--data.eval", "eval.jsonl", "--train.eval_every", 20)
     assert call("train", *train_flags(folder, *evaluation)).status == 75
-    assert [m["step"] for m in metrics(folder) if "eval_loss" in m] == [20]
+    assert [m["step"] for m in metrics(folder) if "eval_loss" in m] == [0, 20]
     assert (folder / "checkpoints" / "20").is_dir()
+
+
+def test_a_line_after_a_resume_is_the_mean_of_the_steps_before_it_too(
+    tmp_path, monkeypatch
+):
+    evaluation = ("--data.eval", "eval.jsonl", "--train.eval_every", 4)
+    more = ("--train.max_steps", 9, "--train.log_every", 4, *evaluation)
+    whole, cut = (
+        train_flags(tmp_path / "whole", *more),
+        train_flags(tmp_path / "cut", *more),
+    )
+    succeed("train", *whole)
+    take = Run.log
+
+    def log_and_stop(run: Run, step: int, *rest: Any) -> None:
+        take(run, step, *rest)
+        if step == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", log_and_stop)
+        assert call("train", *cut).status == 75
+    out = succeed("train", *cut)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "whole")) == 3
+    best = min(m["eval_loss"] for m in metrics(tmp_path / "whole") if "eval_loss" in m)
+    assert f"best eval_loss {best:.4f}" in out
 
 
 def test_resume_never_refuses_a_folder_with_a_run(run):

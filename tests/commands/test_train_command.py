@@ -1,3 +1,5 @@
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("in_workdir")
 PER_STEP = {
     *("step", "epoch", "loss", "learning_rate", "grad_norm"),
     *("tokens", "supervised_tokens", "tokens_per_second"),
-    *("step_time_s", "data_wait_s", "mfu", "peak_memory_bytes"),
+    *("step_loss", "step_time_s", "data_wait_s", "mfu", "peak_memory_bytes"),
 }
 
 
@@ -43,10 +45,39 @@ def test_each_step_has_one_line_of_metrics_with_every_key(run):
     assert all(line.keys() >= PER_STEP for line in lines)
 
 
-def test_held_out_data_is_evaluated_every_so_often_and_at_the_end(run):
+def test_held_out_data_is_evaluated_at_the_start_every_so_often_and_at_the_end(run):
     lines = [line for line in metrics(run) if "eval_loss" in line]
-    assert [line["step"] for line in lines] == [20, STEPS]
-    assert lines[1]["eval_loss"] < lines[0]["eval_loss"]
+    assert [line["step"] for line in lines] == [0, 20, STEPS]
+    assert lines[2]["eval_loss"] < lines[1]["eval_loss"] < lines[0]["eval_loss"]
+    assert lines[0]["eval_loss"] == pytest.approx(
+        evaluated_loss("--model", "hf"), abs=1e-6
+    )
+
+
+def test_the_first_evaluation_can_be_left_out(tmp_path):
+    flags = train_flags(tmp_path / "run", "--train.max_steps", 1)
+    more = ("--data.eval", "eval.jsonl", "--train.eval_at_start", "false")
+    out = succeed("train", *flags, *more)
+    assert [m["step"] for m in metrics(tmp_path / "run") if "eval_loss" in m] == [1]
+    assert out.index("compiling the train step") < out.index("compiling the evaluation")
+
+
+def test_the_last_lines_say_what_came_out_and_which_commands_use_it(run, tmp_path):
+    *_, done, best, tried, evaluated, exported = (run / "out").read_text().splitlines()
+    assert re.match(r"done in .* \(compiling .* evaluating .* training .*\)$", done)
+    loss = metrics(run)[-1]["eval_loss"]
+    assert best == f"best eval_loss {loss:.4f} at step {STEPS}"
+    words = [shlex.split(line.partition(": ")[2]) for line in (tried, evaluated)]
+    assert words[0] == [
+        *("python", "generate.py", "--model", "hf", "--adapter", "run"),
+        *("--prompt", "What is a?"),
+    ]
+    assert words[1][:2] == ["python", "evaluate.py"]
+    printed = succeed("evaluate", *words[1][2:])
+    assert float(printed.split()[1]) == pytest.approx(loss, abs=2e-5)
+    assert exported == (
+        "export:   python -m convert.to_hf --model hf --adapter run run-merged"
+    )
 
 
 def test_a_run_folder_holds_what_the_design_says(run):

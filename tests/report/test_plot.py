@@ -10,7 +10,7 @@ def test_the_plot_is_a_png(tmp_path):
     with Report(tmp_path, total_steps=9) as report:
         for step in (1, 2):
             report.log(step=step, loss=2.0, learning_rate=1e-4)
-        report.log(step=2, eval_loss=1.5)
+        report.log_evaluation(2, 1.5, is_best=True)
     target = plot_run(tmp_path)
     assert target == tmp_path / "report.png"
     assert target is not None

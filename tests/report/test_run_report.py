@@ -92,11 +92,40 @@ def test_a_damaged_line_is_kept_aside_and_the_run_goes_on(
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_that_begins_drops_the_evaluation_of_step_0(tmp_path):
+    write(tmp_path, 0, 1)
+    write(tmp_path, 0)
+    assert steps_in(tmp_path) == [0]
+
+
+def test_an_evaluation_is_a_line_of_its_own_and_the_best_is_marked(tmp_path, capsys):
+    with Report(tmp_path, total_steps=9) as report:
+        report.log_evaluation(3, 2.5, is_best=False)
+        report.log_evaluation(6, 1.25, is_best=True)
+    assert capsys.readouterr().out == (
+        "step 3/9  eval_loss 2.5000\nstep 6/9  eval_loss 1.2500  best so far\n"
+    )
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 3, "eval_loss": 2.5},
+        {"step": 6, "eval_loss": 1.25},
+    ]
+
+
+def test_an_evaluation_stays_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with Report(tmp_path, total_steps=9) as report:
+        report.log_evaluation(3, 2.5, is_best=False)
+        report.log(step=4, **LINE)
+    shown = capsys.readouterr().out
+    assert "step 3/9  eval_loss 2.5000\n" in shown.replace("\r", "")
+
+
 def test_a_log_without_damage_stays_as_it_is(tmp_path):
     write(tmp_path, 1, 2)
     with Report(tmp_path, total_steps=9, start_step=1) as report:
         report.log(step=2, loss=float("nan"), learning_rate=0.1)
-        report.log(step=2, eval_loss=1.5)
+        report.log_evaluation(2, 1.5, is_best=True)
     before = (tmp_path / "metrics.jsonl").read_bytes()
     write(tmp_path, start_step=2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -257,7 +257,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     first.train(3)
     save_checkpoint(tmp_path / "checkpoints", 3, first.state, META, keep=2)
     second = Run(lora_dropout=0.2)
-    [second.state] = resume_all([tmp_path], [second.state], [META], mode="must")
+    [(second.state, _)] = resume_all([tmp_path], [second.state], [META], mode="must")
     second.train(3)
     assert_same_bits(whole.state, second.state)
 
@@ -268,7 +268,7 @@ def test_a_run_goes_on_from_one_device_to_eight(tmp_path):
     first.train(2)
     save_checkpoint(tmp_path / "checkpoints", 2, first.state, META, keep=2)
     second = Run(MeshConfig(data=2, fsdp=2, tensor=2))
-    [second.state] = resume_all([tmp_path], [second.state], [META], mode="auto")
+    [(second.state, _)] = resume_all([tmp_path], [second.state], [META], mode="auto")
     assert second.train(2)[-1]["loss"] == pytest.approx(expected, abs=1e-6)
 
 
@@ -302,7 +302,7 @@ def test_a_run_that_fell_back_saves_over_the_damaged_steps(saved_run, step):
     for damaged in ("2", "3"):
         replace_arrays(folder, damaged, "1")
     run = Run()
-    [run.state] = resume_all([saved_run], [run.state], [META], mode="must")
+    [(run.state, _)] = resume_all([saved_run], [run.state], [META], mode="must")
     run.train(step - 1)
     save_checkpoint(folder, step, run.state, META, keep=2)
     saved, _ = load_newest(folder)

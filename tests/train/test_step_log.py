@@ -2,10 +2,12 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jlora.errors import DivergedError
 from jlora.report.run_report import Report
+from jlora.train.progress import Progress
 from jlora.train.step_log import MAX_SKIPPED_IN_A_ROW, StepLog, is_due
 
 
@@ -35,6 +37,9 @@ def arrays(**changes: float) -> dict[str, Any]:
     return {name: jnp.asarray(x) for name, x in (values | changes).items()}
 
 
+ONE = arrays()
+
+
 class Listener(Report):
     """Keeps what a StepLog reports."""
 
@@ -57,6 +62,7 @@ def make_log(
 ) -> StepLog:
     return StepLog(
         listener,
+        Progress(),
         schedule,
         flops_per_token=1.0,
         steps_per_epoch=4,
@@ -86,7 +92,7 @@ def test_a_line_has_every_key_of_the_design():
     log = make_log(listener)
     log.add(2, arrays(), 0.0)
     log.flush()
-    keys = """step epoch loss learning_rate grad_norm tokens supervised_tokens
+    keys = """step epoch loss step_loss learning_rate grad_norm tokens supervised_tokens
     tokens_per_second step_time_s data_wait_s mfu peak_memory_bytes"""
     assert set(keys.split()) <= listener.lines[0].keys()
     assert listener.lines[0]["step"] == 2
@@ -119,6 +125,69 @@ def test_waiting_for_data_is_a_mean_over_the_steps_of_a_line():
         log.add(step, arrays(), waited)
     log.flush()
     assert [line["data_wait_s"] for line in listener.lines] == [1.5, 0.5]
+
+
+class Clock:
+    """Stands in for time.perf_counter; a test moves it on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.now)
+
+
+class Running:
+    """An array of a step that runs until it is read, which moves the clock on."""
+
+    def __init__(self, value: float, clock: Clock, ends_at: float) -> None:
+        self.value, self.clock, self.ends_at = value, clock, ends_at
+
+    def is_ready(self) -> bool:
+        return self.clock.now >= self.ends_at
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        self.clock.now = max(self.clock.now, self.ends_at)
+        return np.asarray(self.value)
+
+
+def test_a_step_that_is_done_ends_when_it_returns_and_pauses_do_not_count(monkeypatch):
+    clock, listener = Clock(monkeypatch), Listener()
+    log = make_log(listener)
+    clock.now += 50  # compiling
+    log.restart_clock()
+    for step in (1, 2, 3):
+        clock.now += step
+        log.add(step, arrays(), 0.0)
+        if step == 2:
+            clock.now += 70  # before it is logged
+            log.flush()
+            clock.now += 1000  # an evaluation
+            log.restart_clock()
+    log.flush()
+    assert [line["step_time_s"] for line in listener.lines] == [1, 2, 3]
+    assert [line["tokens_per_second"] for line in listener.lines] == [5, 2.5, 5 / 3]
+    assert log.training_s == 6
+
+
+def test_a_step_that_still_runs_ends_when_it_is_read(monkeypatch):
+    clock, listener = Clock(monkeypatch), Listener()
+    log = make_log(listener)
+    for step in (1, 2, 3):  # each takes 10 s, and Python is ahead by one
+        running = {k: Running(a.item(), clock, 100 + 10 * step) for k, a in ONE.items()}
+        clock.now += 1
+        log.add(step, running, 0.0)
+    log.flush()
+    assert [line["step_time_s"] for line in listener.lines] == [10, 10, 10]
+
+
+def test_the_loss_of_a_line_is_the_mean_of_its_steps_by_supervised_tokens():
+    listener = Listener()
+    log = make_log(listener, log_every=2)
+    for step, (loss, count) in enumerate([(2.0, 1), (4.0, 3), (7.0, 5), (math.nan, 9)]):
+        log.add(step + 1, arrays(loss=loss, supervised_tokens=count), 0.0)
+    log.flush()
+    assert [line["loss"] for line in listener.lines] == [3.5, 7.0]
+    assert [line["step_loss"] for line in listener.lines[:1]] == [4.0]
+    assert math.isnan(listener.lines[1]["step_loss"])
 
 
 def test_a_skipped_step_is_reported():

@@ -78,6 +78,19 @@ def choose_samples(count: int) -> list[int]:
     return list(dict.fromkeys(last * step // steps for step in range(NUM_SAMPLES)))
 
 
+def first_prompt(dataset: Dataset, tokenizer: Tokenizer) -> str | None:
+    """Returns what comes before the answer in the first sample; None of a conversation.
+
+    Of a text without an answer, its first words.
+    """
+    if dataset.row_counts[0].row_format.is_chat:
+        return None
+    example = dataset.samples[0]
+    tokens = example.tokens.tolist()
+    counted = example.loss_mask.tolist().index(1)
+    return tokenizer.decode(tokens[:counted]) or tokenizer.decode(tokens[:8])
+
+
 def preview_samples(dataset: Dataset, tokenizer: Tokenizer) -> list[Sample]:
     """Returns the text of the dataset's samples, and which parts the loss counts."""
     return [_sample(example, tokenizer) for example in dataset.samples]

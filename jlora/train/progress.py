@@ -1,0 +1,48 @@
+"""What a run remembers besides its state.
+
+Every checkpoint keeps it, so that a resumed run logs, and chooses its best step, as one
+that was never interrupted.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """The past of a run, as plain numbers.
+
+    Attributes:
+        mean_loss: of the steps since the last line of the log, by supervised tokens; steps
+            without a finite loss are left out.
+        supervised_tokens: of these steps.
+        best_eval_loss: the lowest so far; None before the first finite one.
+        best_step: where it was found.
+    """
+
+    mean_loss: float = 0.0
+    supervised_tokens: int = 0
+    best_eval_loss: float | None = None
+    best_step: int | None = None
+
+    def add_loss(self, loss: float, supervised_tokens: int) -> None:
+        """Takes a step into the mean."""
+        if math.isfinite(loss) and supervised_tokens:
+            self.supervised_tokens += supervised_tokens
+            # In this form the mean of one step is its loss, bit for bit.
+            share = supervised_tokens / self.supervised_tokens
+            self.mean_loss += (loss - self.mean_loss) * share
+
+    def take_mean_loss(self) -> float:
+        """Returns the mean, NaN without a step in it, and begins a new one."""
+        mean = self.mean_loss if self.supervised_tokens else math.nan
+        self.mean_loss, self.supervised_tokens = 0.0, 0
+        return mean
+
+    def add_evaluation(self, step: int, eval_loss: float) -> bool:
+        """Takes an evaluation; returns whether it is the best so far."""
+        best = math.inf if self.best_eval_loss is None else self.best_eval_loss
+        if not eval_loss < best:  # NaN is never the best
+            return False
+        self.best_eval_loss, self.best_step = eval_loss, step
+        return True
