@@ -3,7 +3,6 @@
 What was written is read back and compared before the folder appears.
 """
 
-import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,20 +11,17 @@ from jlora.cli.command import run_command
 from jlora.cli.flags import POSITIONAL
 from jlora.config.run_config import Dtype
 
-# Comparing the logits of a larger model takes minutes; the bytes are compared anyway.
-MAX_VERIFIED_PARAMETERS = 1_000_000_000
-
 
 @dataclass(frozen=True)
 class Arguments:
     """Merge an adapter into its base model and write a Hugging Face folder."""
 
+    adapter: str = field(metadata=POSITIONAL)
+    """Run folder of jlora train, or PEFT adapter folder."""
     out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
-    model: str
-    """Base model: converted base, HF folder, hub id (owner/name) or .gguf file."""
-    adapter: str
-    """PEFT adapter folder or run folder of jlora train."""
+    model: str | None = None
+    """Base model, as of jlora train; null: the one that the adapter was trained on."""
     dtype: Dtype = "keep"
     """Storage of every tensor; keep: as in the base."""
     overwrite: bool = False
@@ -43,25 +39,21 @@ def main(arguments: Arguments) -> None:
     from jlora.formats.model_source import size_as
     from jlora.formats.open_model import open_model
     from jlora.formats.peft.adapter_placement import place_adapter
-    from jlora.formats.verify_export import verify_export
-    from jlora.loading import open_adapter
+    from jlora.formats.verify_export import is_verified, verify_export
+    from jlora.loading import base_model_of, open_adapter
 
     began = time.perf_counter()
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
-    source = open_model(arguments.model)
+    source = open_model(arguments.model or base_model_of(arguments.adapter))
     adapter = open_adapter(arguments.adapter)
     check_target(out, arguments.overwrite, adapter.location)
     place_adapter(adapter, source.config)  # refuses another model's adapter at once
     check_space(out, size_as(source, arguments.dtype))
-    verify = arguments.verify
-    if verify is None:
-        parameters = sum(math.prod(spec.shape) for spec in source.tensors.values())
-        verify = parameters < MAX_VERIFIED_PARAMETERS
     with atomic_folder(out, arguments.overwrite, source.location) as folder:
         for line in write_merged(source, adapter, folder, arguments.dtype):
             print(line)
-        if verify:
+        if is_verified(source, arguments.verify):
             print(verify_export(source, adapter, folder))
     for note in reader_notes(source.config):
         print(note)

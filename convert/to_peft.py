@@ -12,10 +12,10 @@ from jlora.cli.flags import POSITIONAL
 class Arguments:
     """Write a run's adapter as a PEFT adapter folder."""
 
+    adapter: str = field(metadata=POSITIONAL)
+    """Run folder of jlora train, or PEFT adapter folder."""
     out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
-    adapter: str
-    """Run folder of jlora train, or PEFT adapter folder."""
     for_: Literal["peft", "vllm", "gguf"] = "peft"
     """Who reads it: PEFT, vLLM, or llama.cpp's convert_lora_to_gguf.py."""
     overwrite: bool = False

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jlora.cli.strict_yaml import read_yaml
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UsageError, listing
 from jlora.formats.load_params import BASE_DTYPES, BaseDtype, load_params
@@ -114,6 +115,22 @@ def open_adapter(folder: str | Path) -> Adapter:
         tree = join(tree, add_lora(base, config, jax.random.key(settings["seed"])))
     name = config.base_model_name_or_path or _name_for_peft(settings["model"])
     return adapter_of(tree, config, Path(folder), name)
+
+
+def base_model_of(adapter: str) -> str:
+    """Returns the model that a run was trained on, or that a PEFT adapter names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    folder = Path(adapter)
+    for run in (folder, folder.parent):
+        if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+            return str(read_yaml(run / "config.yaml").get("model"))
+    name = open_adapter(adapter).config.base_model_name_or_path
+    if not name:
+        raise UsageError(f"{adapter}: does not say for which model it is; give --model")
+    return name
 
 
 def _name_for_peft(model: str) -> str | None:

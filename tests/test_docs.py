@@ -16,7 +16,8 @@ from jlora.cli.flags import flags_of
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {file.name: file.read_text("utf-8") for file in DOCS}
 SCRIPTS = ["train", "generate", "evaluate"] + [
-    f"convert.{name}" for name in ("from_hf", "to_hf", "to_peft", "combine", "info")
+    f"convert.{name}"
+    for name in ("from_hf", "to_hf", "to_gguf", "to_peft", "combine", "info")
 ]
 # Flags of llama.cpp's script, and those that every command has.
 OTHER_FLAGS = {"--base", "--config", "--help", "--version", "--to"}

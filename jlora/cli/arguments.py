@@ -26,9 +26,11 @@ def parse(cls: type[T], words: Sequence[str]) -> T:
         UsageError: an unknown flag or key, a value of the wrong type, or one missing.
     """
     flags = flags_of(cls)
-    named = {key: flag for key, flag in flags.items() if not flag.is_positional}
     placed = [flag for flag in flags.values() if flag.is_positional]
-    given, free = _split_words(words, named, may_repeat=not placed)
+    given, free = _split_words(words, flags, may_repeat=not placed)
+    named = {key: flag for key, flag in flags.items() if not flag.is_positional}
+    by_name = {flag.key for flag, _ in given}
+    placed = [flag for flag in placed if flag.key not in by_name]
     if len(free) > len(placed):
         raise UsageError(
             f"unexpected: {' '.join(free[len(placed) :])}; a flag starts with --, "

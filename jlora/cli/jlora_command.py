@@ -28,10 +28,10 @@ EXPORTS = {
     "hf": ["to_hf"],
     "peft": ["to_peft"],
     "vllm": ["to_peft", "--for=vllm"],
-    "gguf": ["to_peft", "--for=gguf"],
+    "gguf": ["to_gguf"],
 }
 _EXPORT = (
-    "Writes the merged model; --to peft, vllm or gguf: the adapter, for that reader."
+    "Writes the merged model, as GGUF with --to gguf; --to peft or vllm: the adapter."
 )
 
 

@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from jlora.errors import JloraError, ResourceError, UsageError, lacking
+from jlora.errors import JloraError, ResourceError, UsageError, lacking, listing
 
-_MODEL_FILES = ("config.json", "adapter_config.json")
+_MODEL_FILES = ("config.json", "adapter_config.json", "model.gguf")
 
 
 @contextlib.contextmanager
@@ -100,7 +100,7 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
         )
     if not any((target / name).is_file() for name in _MODEL_FILES):
         raise UsageError(
-            f"{target}: holds neither {' nor '.join(_MODEL_FILES)}, so it is no model "
+            f"{target}: holds none of {listing(_MODEL_FILES)}, so it is no model "
             "folder and --overwrite does not replace it; choose another OUT"
         )
 

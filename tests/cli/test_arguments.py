@@ -301,8 +301,9 @@ def test_two_files_are_refused():
     assert "2 times" in message("--config", "a.yaml", "--config=b.yaml")
 
 
-def test_words_of_a_command_are_no_flags_nor_keys(config):
-    assert message("--model", "m", cls=Placed).startswith("unknown flag")
+def test_words_of_a_command_may_have_their_name_but_are_no_keys_of_a_file(config):
+    assert parse(Placed, ["--model", "m"]) == parse(Placed, ["m"])
+    assert message("--model", "m", "n", cls=Placed).startswith("unexpected: n;")
     said = message("--config", config("model: m"), cls=Placed)
     assert "unknown key 'model'" in said
 

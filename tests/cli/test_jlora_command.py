@@ -39,20 +39,24 @@ def test_a_failure_of_a_command_is_its_exit_status(capsys):
 
 
 @pytest.mark.parametrize(
-    ("words", "usage"),
+    ("words", "flag"),
     [
-        ([], "OUT --model MODEL --adapter ADAPTER"),
-        (["--to", "hf"], "OUT --model MODEL --adapter ADAPTER"),
-        (["--to=peft"], "OUT --adapter ADAPTER"),
+        ([], "--dtype"),
+        (["--to", "hf"], "--dtype"),
+        (["--to", "gguf"], "--type"),
+        (["--to=peft"], "--for"),
     ],
 )
-def test_export_writes_the_merged_model_or_the_adapter(words, usage, capsys):
+def test_export_writes_the_merged_model_or_the_adapter(words, flag, capsys):
     assert main(["export", *words, "--help"]) == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first == f"usage: jlora export [--to hf|peft|vllm|gguf] {usage} [flags]"
+    text = capsys.readouterr().out
+    usage = "usage: jlora export [--to hf|peft|vllm|gguf] ADAPTER OUT [flags]"
+    assert text.splitlines()[0] == usage
+    assert f"\n  {flag} " in text
 
 
-def test_export_passes_on_for_whom_it_writes(monkeypatch):
+@pytest.mark.parametrize("words", [["run", "out"], ["--adapter", "run", "out"]])
+def test_export_passes_on_for_whom_it_writes(words, monkeypatch):
     taken = []
 
     def run(main, arguments, *, argv, program):
@@ -60,7 +64,7 @@ def test_export_passes_on_for_whom_it_writes(monkeypatch):
         return 0
 
     monkeypatch.setattr("jlora.cli.jlora_command.run_command", run)
-    assert main(["export", "--adapter", "run", "--to", "vllm", "out"]) == 0
+    assert main(["export", "--to", "vllm", *words]) == 0
     [got] = taken
     assert (got.adapter, got.out, got.for_) == ("run", "out", "vllm")
 

@@ -4,14 +4,16 @@ import stat
 import numpy as np
 import pytest
 from helpers.adapters import changed_copy, files, golden
+from helpers.commands import call, succeed
 from helpers.exports import HF_GOLDEN, copy_base, export
 
 from convert import to_hf
 from jlora.cli.command import run_command
 from jlora.errors import CorruptError, UsageError
-from jlora.formats import export_merged
+from jlora.formats import export_merged, verify_export
 from jlora.formats.base.base_writer import write_base
 from jlora.formats.open_model import open_model
+from jlora.loading import base_model_of
 
 
 def test_figures_of_an_export_are_printed(out, capsys):
@@ -35,8 +37,8 @@ def test_a_wrong_merge_is_found_and_nothing_is_written(out, monkeypatch):
 
 
 def test_large_models_are_only_verified_on_request(out, monkeypatch, capsys):
-    monkeypatch.setattr(to_hf, "MAX_VERIFIED_PARAMETERS", 1000)
-    monkeypatch.setattr("jlora.formats.verify_export.verify_export", None)
+    monkeypatch.setattr(verify_export, "MAX_PARAMETERS", 1000)
+    monkeypatch.setattr(verify_export, "verify_export", None)
     export(golden("basic"), out, check=None)
     assert "logit" not in capsys.readouterr().out
 
@@ -116,6 +118,22 @@ def test_the_command_reports_and_succeeds(out, capsys):
     words = ["--model", str(case.base), "--adapter", str(case.folder), str(out)]
     assert run_command(to_hf.main, to_hf.Arguments, argv=words) == 0
     assert "merged 14 of 21 tensors" in capsys.readouterr().out
+
+
+def test_a_run_or_adapter_says_which_model_it_is_for(
+    out, workdir, run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(workdir)
+    for folder in (run, run / "adapter"):
+        assert base_model_of(str(folder)) == "hf"
+    flags = ("--verify", "false", "--overwrite")
+    for words in ([run, out], ["--adapter", run, out], [run / "adapter", out]):
+        assert "merged 14 of 21 tensors" in succeed("convert.to_hf", *words, *flags)
+    nameless = changed_copy(
+        tmp_path / "nameless", "basic", {"base_model_name_or_path": None}
+    )
+    done = call("convert.to_hf", nameless, out)
+    assert (done.status, "give --model" in done.err) == (2, True)
 
 
 def test_the_command_fails_with_one_message(out, capsys):

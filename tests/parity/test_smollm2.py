@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
-from convert import to_hf
+import jlora
+from convert import to_gguf, to_hf
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.formats.open_model import open_model
 from jlora.model.generation import generate_tokens
@@ -125,6 +126,28 @@ def merged(gguf, tmp_path_factory):
     )
     to_hf.main(arguments)
     return folder / "merged"
+
+
+def test_a_gguf_export_is_read_alike_by_transformers(gguf, merged, tmp_path):
+    adapter = merged.parent / "adapter"
+    to_gguf.main(
+        to_gguf.Arguments(
+            adapter=str(adapter), out=str(tmp_path / "out"), model=str(gguf), type="F32"
+        )
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    tokens = np.random.default_rng(0).integers(0, 49152, (2, 64)).astype(np.int32)
+    model, params, _ = jlora.load(gguf, adapter=adapter)
+    logits = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens))
+    expected = llamas.torch_logits(theirs, tokens)
+    np.testing.assert_allclose(np.asarray(logits), expected, rtol=0, atol=2e-3)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    own = Tokenizer(open_model(str(gguf)).files, model.config)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        assert ids == own.encode(prompt, add_bos=False)
 
 
 def test_a_merged_export_is_read_alike_by_transformers(merged, their_tokenizer):

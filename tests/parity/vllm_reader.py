@@ -213,7 +213,7 @@ def check_adapters() -> list[str]:
             out = Path(folder) / "out"
             try:
                 with contextlib.redirect_stdout(None):
-                    to_peft.main(to_peft.Arguments(str(out), name, for_="vllm"))
+                    to_peft.main(to_peft.Arguments(name, str(out), for_="vllm"))
             except JloraError as error:
                 refused += 1
                 print(f"{name}: refused: {error}")

@@ -159,7 +159,7 @@ def _divided(
         "original_max_position_embeddings": 8192,
     }
     theta = file.metadata.get("llama.rope.freq_base", 10000.0)
-    expected = _llama3_divisors(theta, head_dim, llama3)
+    expected = llama3_divisors(theta, head_dim, llama3)
     if divisors[-1] >= 1 and np.allclose(divisors, expected, rtol=1e-5):
         return llama3
     values = [float(value) for value in divisors]
@@ -173,9 +173,7 @@ def _divided(
     }
 
 
-def _llama3_divisors(
-    theta: float, head_dim: int, scaling: dict[str, Any]
-) -> np.ndarray:
+def llama3_divisors(theta: float, head_dim: int, scaling: dict[str, Any]) -> np.ndarray:
     """Returns the divisors that llama.cpp's converter stores for rope type llama3."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     with np.errstate(over="ignore"):  # a theta that the config's own check refuses

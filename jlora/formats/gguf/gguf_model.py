@@ -1,7 +1,4 @@
-"""Opens GGUF files: their tensor names, rotary layout and quantised blocks.
-
-The rows of q and k are put back in HF's order, as llama.cpp's converter interleaves
-rotary pairs. Quantised blocks become float32, one tensor at a time.
+"""Opens GGUF files, and reads their tensors, quantised blocks as float32, one at a time.
 
 Source: llama.cpp, convert_hf_to_gguf.py and src/llama-model.cpp; gguf.constants.
 """
@@ -15,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError, listing
 from jlora.formats.array_blocks import Index
 from jlora.formats.gguf.gguf_config import ROPE_FREQS, to_hf_config
 from jlora.formats.gguf.gguf_file import PLAIN, GGUFFile, Tensor, read_gguf
+from jlora.formats.gguf.gguf_layout import gguf_name, restore_rows
 from jlora.formats.gguf.gguf_tokenizer import tokenizer_files
 from jlora.formats.model_source import ModelSource, parse_config
 from jlora.formats.safetensors_file import Spec, read_bytes
 from jlora.formats.tensor_checks import check_names, check_values
-from jlora.formats.tensor_names import Name, all_names
+from jlora.formats.tensor_names import all_names
 
 _BLOCKS = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
@@ -32,20 +29,6 @@ _BLOCKS = (
     *("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
     *("IQ4_NL", "IQ4_XS"),
 )
-_MODULES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(\w+_exps|\w+_shexp|gate_inp|\w+\.\d+)\..*")
 # As `rotary_emb.inv_freq` in old files of Hugging Face.
 _ROT_EMBD = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
@@ -80,14 +63,14 @@ def open_gguf(path: Path) -> ModelSource:
         UnsupportedError: another architecture, block format or tokenizer.
         CorruptError: a damaged file, or tensors that do not fit the metadata.
     """
-    gguf = _import_gguf(path)
+    gguf = import_gguf(path)
     file = read_gguf(path)
     _refuse_other_models(file)
     type_names = _type_names(gguf, file)
     hf_config = to_hf_config(file, type_names)
     config = parse_config(hf_config, f"{path}: its metadata as ")
     names = {name.path: name for name in all_names(config)}
-    stored = {path: _gguf_name(name.key) for path, name in names.items()}
+    stored = {path: gguf_name(name.key) for path, name in names.items()}
     check_names(
         str(path),
         {k: v.shape for k, v in file.tensors.items() if not _is_rotary(k)},
@@ -98,7 +81,7 @@ def open_gguf(path: Path) -> ModelSource:
         name = stored[path]
         array = _read_tensor(gguf, file.path, file.tensors[name], type_names[name])
         check_values(array, f"{file.path}: tensor {name!r}")
-        array = names[path].to_params(_restore_rows(array, names[path], config))
+        array = names[path].to_params(restore_rows(array, names[path], config))
         return array if box is None else array[box]
 
     return ModelSource(
@@ -124,13 +107,18 @@ def open_gguf(path: Path) -> ModelSource:
     )
 
 
-def _import_gguf(path: Path) -> ModuleType:
+def import_gguf(path: Path) -> ModuleType:
+    """Returns the gguf package.
+
+    Raises:
+        UsageError: it is not installed; `path` is the file that needs it.
+    """
     try:
         import gguf
         import gguf.quants
     except ImportError as error:
         raise UsageError(
-            f"{path}: reading GGUF needs the gguf package: pip install jlora[gguf]"
+            f"{path}: GGUF needs the gguf package: pip install jlora[gguf]"
         ) from error
     return gguf
 
@@ -240,26 +228,3 @@ def _read_tensor(gguf: ModuleType, path: Path, tensor: Tensor, kind: str) -> np.
     with np.errstate(all="ignore"):  # a damaged scale is reported as NaN or infinity
         values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(tensor.type))
     return values.astype(np.float32, copy=False).reshape(tensor.shape)
-
-
-def _restore_rows(array: np.ndarray, name: Name, config: LlamaConfig) -> np.ndarray:
-    """Returns q and k with their rows in HF's order (head, half, pair); others unchanged.
-
-    llama.cpp stores (head, pair, half), as its rotary embedding interleaves pairs.
-    """
-    if ".q_proj." in name.key:
-        heads = config.num_attention_heads
-    elif ".k_proj." in name.key:
-        heads = config.num_key_value_heads
-    else:
-        return array
-    pairs = array.reshape(heads, config.head_dim // 2, 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
-
-
-def _gguf_name(key: str) -> str:
-    module, _, suffix = key.rpartition(".")
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", module)
-    if layer:
-        return f"blk.{layer[1]}.{_MODULES[layer[2]]}.{suffix}"
-    return f"{_MODULES[module]}.{suffix}"

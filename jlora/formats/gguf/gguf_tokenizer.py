@@ -10,8 +10,12 @@ from jlora.errors import CorruptError, UnsupportedError, listing
 from jlora.formats.gguf.gguf_file import GGUFFile
 from jlora.formats.model_files import reading
 
-_CONTROL, _USER_DEFINED = 3, 4
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Types of tokens."""
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+# dbrx cuts a text as Llama 3 does, but merges every word.
+PRE_TOKENIZERS = ("smollm", "gpt-2", "dbrx", *LLAMA3_NAMES)
+"""llama.cpp's names of the pre-tokenizers that can be rebuilt."""
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,12 +28,12 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
     tokens = get("tokenizer.ggml.tokens") or []
     ids = {
         kind: _token_id(file, kind, len(tokens))
-        for kind in ("bos", "eos", "unknown", "padding", "eot")
+        for kind in ("bos", "eos", "unknown", "padding", "eot", "eom")
     }
     add_bos = get("tokenizer.ggml.add_bos_token")
     if add_bos is None:  # llama.cpp's defaults
         add_bos = (
-            get("tokenizer.ggml.pre") in _LLAMA3_NAMES
+            get("tokenizer.ggml.pre") in LLAMA3_NAMES
             or get("tokenizer.ggml.model") == "llama"
         )
     names = {kind: None if i is None else tokens[i] for kind, i in ids.items()}
@@ -44,7 +48,7 @@ def tokenizer_files(file: GGUFFile) -> dict[str, bytes]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": names["unknown"],
     }
-    stops = sorted({i for i in (ids["eos"], ids["eot"]) if i is not None})
+    stops = sorted({i for i in (ids["eos"], ids["eot"], ids["eom"]) if i is not None})
     generation_config = {
         "bos_token_id": ids["bos"],
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
@@ -84,12 +88,11 @@ def _build_tokenizer(file: GGUFFile, tokens: list[str], bos: str | None) -> byte
 
     get = file.metadata.get
     model, pre = get("tokenizer.ggml.model"), get("tokenizer.ggml.pre")
-    known = ("smollm", "gpt-2", *_LLAMA3_NAMES)
-    if model != "gpt2" or pre not in known:
+    if model != "gpt2" or pre not in PRE_TOKENIZERS:
         raise UnsupportedError(
             f"{file.path}: tokenizer.ggml.model={model!r}, tokenizer.ggml.pre={pre!r} "
             "cannot be rebuilt exactly (known: model 'gpt2' with pre "
-            f"{listing(known)}); put the model's tokenizer.json beside the file"
+            f"{listing(PRE_TOKENIZERS)}); put the model's tokenizer.json beside the file"
         )
     types = get("tokenizer.ggml.token_type") or [1] * len(tokens)
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -102,18 +105,18 @@ def _build_tokenizer(file: GGUFFile, tokens: list[str], bos: str | None) -> byte
     try:
         tokenizer = Tokenizer(
             models.BPE(
-                vocab=vocabulary, merges=merges, ignore_merges=pre in _LLAMA3_NAMES
+                vocab=vocabulary, merges=merges, ignore_merges=pre in LLAMA3_NAMES
             )
         )
     except Exception as error:  # tokenizers raises nothing more precise
         raise CorruptError(f"{file.path}: tokenizer.ggml.merges: {error}") from error
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
-            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            AddedToken(token, special=kind == CONTROL, normalized=False)
             for token, kind in zip(tokens, types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
+            if kind in (CONTROL, USER_DEFINED)
         ]
     )
     if bos is not None:
@@ -125,7 +128,7 @@ def _build_tokenizer(file: GGUFFile, tokens: list[str], bos: str | None) -> byte
     return tokenizer.to_str().encode()
 
 
-def _pre_tokenizer(pre: str) -> Any:
+def make_pre_tokenizer(pre: str) -> Any:
     """Returns the pre-tokenizer that llama.cpp calls `pre`."""
     from tokenizers import Regex, pre_tokenizers
 
