@@ -132,7 +132,7 @@ def test_a_run_or_adapter_says_which_model_it_is_for(
     nameless = changed_copy(
         tmp_path / "nameless", "basic", {"base_model_name_or_path": None}
     )
-    done = call("convert.to_hf", nameless, out)
+    done = call("convert.to_hf", nameless, tmp_path / "other")
     assert (done.status, "give --model" in done.err) == (2, True)
 
 
