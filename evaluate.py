@@ -58,7 +58,7 @@ def main(args: Arguments) -> None:
     source = open_model(args.model)
     adapter = None if args.adapter is None else open_adapter(args.adapter)
     config = adapted_config(adapter, source.config) if adapter else source.config
-    rows = args.sized(config.max_position_embeddings)
+    rows = args.sized(config.longest)
     config.check_length(rows.row_length, "seq_len")
     tokenizer = Tokenizer(source.files, config)
     data = load_dataset(

@@ -74,7 +74,7 @@ def main(args: Arguments) -> None:
     )
 
     def complete(tokens: list[int]) -> str:
-        count = count_new_tokens(args, len(tokens), config.max_position_embeddings)
+        count = count_new_tokens(args, len(tokens), config.longest)
         return print_text(sample(tokens, max_new_tokens=count), tokenizer.decode)
 
     if args.prompt is not None and not args.chat:

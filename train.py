@@ -103,7 +103,7 @@ def train(args: Arguments, stop: threading.Event) -> None:
     keep_compiled()
     source = open_model(args.model)
     config = source.config
-    data_config = args.data.sized(config.max_position_embeddings)
+    data_config = args.data.sized(config.longest)
     config.check_length(data_config.row_length, "data.seq_len")
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
 

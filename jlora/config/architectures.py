@@ -10,8 +10,13 @@ from typing import Any
 from jlora.config.json_fields import joined
 from jlora.errors import UnsupportedError, listing
 
-LLAMA = ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel")
-MISTRAL = ("MistralForCausalLM", "MistralModel")
+# Model type -> the names of its classes, the one that is exported first. The others are
+# Llamas whose attention may have a window.
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"),
+    "mistral": ("MistralForCausalLM", "MistralModel"),
+    "ministral": ("MinistralForCausalLM", "MinistralModel"),
+}
 # Model types that resemble a Llama, and how they differ.
 SIMILAR = {
     "apertus": "xIELU instead of SwiGLU",
@@ -62,51 +67,47 @@ _NEUTRAL_VALUES: tuple[tuple[tuple[Any, ...], str], ...] = (
 NEUTRAL = {key: values for values, keys in _NEUTRAL_VALUES for key in keys.split()}
 
 
-def refuse_other_architectures(config: dict[str, Any]) -> bool:
-    """Returns True for a Mistral without a sliding window, and False for a Llama.
+def find_family(config: dict[str, Any]) -> str:
+    """Returns llama, mistral or ministral.
 
     Raises:
         UnsupportedError: anything else; the message names every key that shows it.
     """
-    is_mistral = _refuse_names(config)
+    family = _family_of_names(config)
     _refuse_quantised(config.get("quantization_config"))
+    has_window = family != "llama"
     problems = [
         f"{key}={config[key]!r:.80} changes the computation"
         for key, neutral in NEUTRAL.items()
         if config.get(key) not in neutral
+        and not (has_window and key == "sliding_window")
     ]
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         problems.append(f"hidden_act={config['hidden_act']!r:.80}, supported: 'silu'")
     layer_types = config.get("layer_types")
+    kinds = ("full_attention", "sliding_attention")[: 1 + has_window]
     if layer_types and not (
-        isinstance(layer_types, list)
-        and all(attention == "full_attention" for attention in layer_types)
+        isinstance(layer_types, list) and all(kind in kinds for kind in layer_types)
     ):
         problems.append(
-            f"layer_types={layer_types!r:.120}, supported: full_attention in every layer"
-        )
-    if is_mistral and "sliding_window" not in config:
-        problems.append(
-            "sliding_window is absent, which means 4096 for a Mistral; if the model was "
-            "trained without a window, add sliding_window: null"
+            f"layer_types={layer_types!r:.120}, supported: {' and '.join(kinds)}"
         )
     if problems:
         raise UnsupportedError(
             f"config.json: this is not a plain Llama: {joined(problems)}; jlora has no "
             "such layers, fine-tune it with another tool"
         )
-    return is_mistral
+    return family
 
 
-def _refuse_names(config: dict[str, Any]) -> bool:
-    """Returns whether the model is called a Mistral; raises unless that or a Llama."""
+def _family_of_names(config: dict[str, Any]) -> str:
     names, model_type = config.get("architectures") or [], config.get("model_type")
     if not isinstance(names, list):
         names = [names]
-    for known, ours in ((LLAMA, "llama"), (MISTRAL, "mistral")):
-        if all(name in known for name in names) and model_type in (None, ours):
+    for family, known in FAMILIES.items():
+        if all(name in known for name in names) and model_type in (None, family):
             if names or model_type is not None:
-                return ours == "mistral"
+                return family
             raise UnsupportedError(
                 "config.json: neither architectures nor model_type says what this "
                 "model is; jlora supports model_type 'llama' only"
@@ -115,7 +116,7 @@ def _refuse_names(config: dict[str, Any]) -> bool:
     raise UnsupportedError(
         f"config.json: architectures={listing(names) or 'none'}, "
         f"model_type={model_type!r:.80} is not a Llama{f' ({reason})' if reason else ''}; "
-        "jlora supports LlamaForCausalLM, and MistralForCausalLM without a sliding window"
+        "jlora supports LlamaForCausalLM, MistralForCausalLM and MinistralForCausalLM"
     )
 
 

@@ -1,12 +1,13 @@
 """The architecture of a model: `LlamaConfig`, read from a config.json of Hugging Face's."""
 
+import functools
 from dataclasses import dataclass, fields
 from typing import Any
 
-from jlora.config.architectures import NEUTRAL, refuse_other_architectures
-from jlora.config.json_fields import Fields, joined
+from jlora.config.architectures import NEUTRAL, find_family
+from jlora.config.json_fields import MAX_SIZE, Fields, joined
 from jlora.config.rope_config import RopeParameters, read_rope
-from jlora.errors import CorruptError, UsageError
+from jlora.errors import CorruptError, UnsupportedError, UsageError, warn
 
 # The names of all tensors of all layers are made before a file is opened.
 MAX_LAYERS = 10_000
@@ -32,6 +33,9 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    sliding_window: int | None = None
+    """Tokens that a token sees, itself included; None for all before it. No text may be
+    longer, and up to this length the window changes nothing."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "LlamaConfig":
@@ -43,7 +47,7 @@ class LlamaConfig:
 
         Source: transformers `LlamaConfig`, `modeling_rope_utils`.
         """
-        is_mistral = refuse_other_architectures(config)
+        is_mistral = find_family(config) != "llama"
         problems: list[str] = []
         values = Fields(config, problems)
         heads = values.size("num_attention_heads")
@@ -53,6 +57,8 @@ class LlamaConfig:
         # The default of a Mistral is another number, so it has to be given.
         default = None if is_mistral else 2048
         positions = values.size("max_position_embeddings", default)
+        # An absent key is the default of Mistral's configuration, and null is no window.
+        has_window = is_mistral and config.get("sliding_window", 0) is not None
         result = cls(
             vocab_size=values.size("vocab_size"),
             hidden_size=hidden,
@@ -72,6 +78,7 @@ class LlamaConfig:
             bos_token_id=values.token_id("bos_token_id"),
             eos_token_id=values.token_ids("eos_token_id"),
             pad_token_id=values.token_id("pad_token_id"),
+            sliding_window=values.size("sliding_window", 4096) if has_window else None,
         )
         if not problems and config.get("head_dim") is None and hidden % heads:
             problems.append(
@@ -91,14 +98,44 @@ class LlamaConfig:
             )
         return result
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return min(self.max_position_embeddings, self.sliding_window or MAX_SIZE)
+
     def check_length(self, length: int, name: str) -> None:
-        """Raises UsageError if the model has fewer than `length` positions."""
+        """Says once that a text of this length is within the attention window, if there is one.
+
+        Raises:
+            UsageError: the model has fewer positions.
+            UnsupportedError: the window is shorter.
+        """
         if length > self.max_position_embeddings:
             raise UsageError(
                 f"{name}={length} exceeds the model's "
                 f"max_position_embeddings={self.max_position_embeddings}; "
                 "give at most that"
             )
+        self.check_window(length, name)
+        if self.sliding_window is not None:
+            _say_within(name, self.sliding_window)
+
+    def check_window(self, length: int, name: str) -> None:
+        """Raises UnsupportedError if a text of this length exceeds the attention window."""
+        if self.sliding_window is not None and length > self.sliding_window:
+            raise UnsupportedError(
+                f"{name}={length} exceeds the model's sliding_window={self.sliding_window}, "
+                "and jlora computes full attention, which is the same up to that length "
+                "only; give at most that"
+            )
+
+
+@functools.cache
+def _say_within(name: str, window: int) -> None:
+    warn(
+        f"{name} is within the model's sliding_window={window}, where it is the same as "
+        "full attention; longer texts are refused"
+    )
 
 
 def unused_keys(config: dict[str, Any]) -> list[str]:

@@ -49,7 +49,8 @@ def describe_model(source: ModelSource) -> list[str]:
         else f"{source.quantize}: the layers' projections",
         "size": f"{sum(spec.nbytes for spec in stored):,} bytes",
         "rope": f"{_rope(config.rope_parameters)}, up to "
-        f"{config.max_position_embeddings:,} positions",
+        f"{config.max_position_embeddings:,} positions"
+        + (f", a window of {config.sliding_window:,}" if config.sliding_window else ""),
         "tokenizer": _tokenizer(source.files),
         "end tokens": listing(_end_tokens(source)) or "none",
         "chat template": _template(source.files),

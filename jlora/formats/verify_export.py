@@ -90,7 +90,7 @@ def verify_export(source: ModelSource, adapter: Adapter, path: Path) -> str:
 
 def _logits(config: LlamaConfig, params: Params) -> np.ndarray:
     """Returns float64 logits; products are in float32, whatever dtype the weights have."""
-    length = min(LENGTH, config.max_position_embeddings)
+    length = min(LENGTH, config.longest)
     random = np.random.default_rng(0)
     tokens = random.integers(0, config.vocab_size, (ROWS, length), np.int32)
     # Not jitted: three runs of a few tokens take less time than one compilation.

@@ -59,19 +59,20 @@ def generate(
         tokenizer: of the model.
         prompt: text to continue, or messages such as
             [{"role": "user", "content": "Hello"}].
-        max_new_tokens: None: 256, or as many as the model's positions have room for.
+        max_new_tokens: None: 256, or as many as the model has room for.
         temperature: 0 takes the most likely token; higher is more random.
         seed: of the sampling.
 
     Raises:
         UsageError: the prompt is empty or too long.
+        UnsupportedError: it is longer than the model's attention window.
     """
     if isinstance(prompt, str):
         tokens = tokenizer.encode(prompt, add_bos=True)
     else:
         tokens = tokenizer.encode_chat(prompt, add_generation_prompt=True)
     if max_new_tokens is None:
-        room = model.config.max_position_embeddings - len(tokens)
+        room = model.config.longest - len(tokens)
         max_new_tokens = max(1, min(NEW_TOKENS, room))
     new = generate_tokens(
         model,
@@ -122,18 +123,21 @@ def generate_tokens(
 
     Raises:
         UsageError: no prompt, or more positions than the model was made for.
+        UnsupportedError: more tokens than its attention window.
     """
     limit = model.config.max_position_embeddings
     if not prompt:
         raise UsageError("the prompt is empty; give at least one token")
-    if len(prompt) + max_new_tokens > limit:
+    needed = len(prompt) + max_new_tokens
+    if needed > limit:
         room = limit - len(prompt)
         hint = f"give at most max_new_tokens={room}" if room > 0 else "shorten it"
         raise UsageError(
             f"the prompt's {len(prompt)} tokens and max_new_tokens={max_new_tokens} "
             f"exceed the model's max_position_embeddings={limit}; {hint}"
         )
-    size = _cache_size(model.config, len(prompt) + max_new_tokens)
+    model.config.check_length(needed, "prompt + max_new_tokens")
+    size = _cache_size(model.config, needed)
     padded = min(_round_up(len(prompt)), size)
     cache = KVCache.empty(model.config, 1, size, model.dtype)
     tokens = np.zeros((1, padded), np.int32)

@@ -96,6 +96,7 @@ class Llama(nn.Module):
 
         Raises:
             UsageError: tokens are not an array [B, T], or an empty one.
+            UnsupportedError: rows are longer than the model's attention window.
         """
         _check_tokens(tokens)
         hidden = self.hidden_states(
@@ -136,6 +137,8 @@ class Llama(nn.Module):
         cache: KVCache | None,
     ) -> tuple[Array, list[KeysValues]]:
         """Returns the final states, and keys and values of every layer; see `_Layers`."""
+        if cache is None:
+            self.config.check_window(tokens.shape[1], "tokens in a row")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         # Some rotary types depend on the length. A cache has room for the whole text, so

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 from helpers.hf_configs import make
 
-from jlora.errors import UnsupportedError
+from jlora.errors import CorruptError, UnsupportedError
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"])
@@ -59,6 +61,42 @@ def test_other_architectures_are_refused_by_name(changes, words):
 )
 def test_neutral_values_of_other_architectures_are_accepted(neutral):
     assert make(**neutral) == make()
+
+
+def make_mistral(family: str = "Mistral", **changes):
+    names = {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower()}
+    needed = {"num_key_value_heads": 2, "max_position_embeddings": 256}
+    return make(**names, **needed, **changes)
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Ministral"])
+@pytest.mark.parametrize(
+    ("window", "expected"), [({}, 4096), ({"sliding_window": None}, None)]
+)
+def test_window_of_a_mistral(family, window, expected):
+    config = make_mistral(family, **window, layer_types=["sliding_attention"] * 2)
+    plain = make(num_key_value_heads=2, max_position_embeddings=256)
+    assert config == replace(plain, sliding_window=expected)
+
+
+@pytest.mark.parametrize("window", [0, -1, "4096", True, 4096.0, [4096]])
+def test_window_that_is_no_length_is_corrupt(window):
+    with pytest.raises(CorruptError, match="sliding_window"):
+        make_mistral(sliding_window=window)
+
+
+def test_text_beyond_the_window_is_refused_and_within_it_is_said(capsys):
+    config = make_mistral(sliding_window=40)
+    assert config.longest == 40
+    for _ in range(2):
+        config.check_length(40, "data.seq_len")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "data.seq_len is within the model's sliding_window=40" in said
+    with pytest.raises(
+        UnsupportedError, match=r"data\.seq_len=41 exceeds the model's sl"
+    ):
+        config.check_length(41, "data.seq_len")
 
 
 @pytest.mark.parametrize(

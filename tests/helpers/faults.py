@@ -349,12 +349,6 @@ FAULTS = [
         changed(add(**{f"{ATTENTION}.q_proj.lora_A.weight": np.ones((2, 16), "f4")})),
     ),
     Fault(
-        "Mistral, sliding_window absent",
-        3,
-        "absent, which means 4096 for a Mistral",
-        config(architectures=["MistralForCausalLM"], model_type="mistral"),
-    ),
-    Fault(
         "unknown rope type",
         3,
         "jlora supports default, linear, dynamic, llama3, yarn, longrope",

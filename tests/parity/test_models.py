@@ -1,6 +1,8 @@
+import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import llamas
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
@@ -118,21 +121,63 @@ def test_an_exported_configuration_means_the_same_in_transformers(name, tmp_path
     )
 
 
-def test_logits_of_a_mistral_without_a_window_equal_transformers(tmp_path):
+MISTRALS: list[tuple[Any, Any]] = [(MistralConfig, MistralForCausalLM)]
+if hasattr(transformers, "MinistralConfig"):  # since Transformers 5
+    MISTRALS.append((transformers.MinistralConfig, transformers.MinistralForCausalLM))
+
+
+def save_mistral(folder, window, kind=MISTRALS[0], **settings):
     torch.manual_seed(0)
-    settings = llamas.PLAIN | {"num_key_value_heads": 2, "head_dim": 12}
-    model = MistralForCausalLM(MistralConfig(**settings, sliding_window=None))
-    model.save_pretrained(tmp_path)
-    theirs = MistralForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    settings = llamas.PLAIN | {"num_key_value_heads": 2, "head_dim": 12} | settings
+    kind[1](kind[0](**settings, sliding_window=window)).save_pretrained(folder)
+    return kind[1].from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
     )
+
+
+@pytest.mark.parametrize(
+    ("window", "kind"),
+    # Transformers cannot run a Ministral without a window.
+    [(None, MISTRALS[0]), *itertools.product([96, 4096], MISTRALS)],
+)
+def test_logits_of_a_mistral_up_to_its_window_equal_transformers(
+    tmp_path, kind, window
+):
+    theirs = save_mistral(tmp_path, window, kind)
+    assert llamas.random_tokens().shape[1] <= 96
     assert_same_logits(tmp_path, theirs)
 
 
-def test_a_mistral_that_does_not_mention_its_window_is_refused(tmp_path):
-    settings = llamas.PLAIN | {"num_key_value_heads": 2}
-    MistralForCausalLM(MistralConfig(**settings)).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["sliding_window"] == 4096
+def test_window_matters_to_transformers_beyond_its_length_only(tmp_path):
+    tokens = llamas.random_tokens()
+    length = tokens.shape[1]
+    logits = [
+        llamas.torch_logits(save_mistral(tmp_path / str(window), window), tokens)
+        for window in (None, length, length - 1)
+    ]
+    np.testing.assert_array_equal(logits[1], logits[0])
+    np.testing.assert_array_equal(logits[2][:, :-1], logits[0][:, :-1])
+    assert not np.allclose(logits[2][:, -1], logits[0][:, -1])
+    with pytest.raises(
+        UnsupportedError, match=f"={length} exceeds the model's sliding"
+    ):
+        jax_logits(tmp_path / str(length - 1), tokens)
+
+
+def test_exported_mistral_keeps_its_window(tmp_path):
+    theirs = save_mistral(tmp_path, 96)
+    source = open_model(str(tmp_path))
+    exported = export_config(source.hf_config, source.config, "float32")
+    change_config(tmp_path, lambda _: exported)
+    again = MistralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert again.config.sliding_window == theirs.config.sliding_window == 96
+
+
+def test_a_mistral_that_does_not_mention_its_window_has_one_of_4096(tmp_path):
+    theirs = save_mistral(tmp_path, 4096)
     change_config(tmp_path, lambda c: {k: c[k] for k in c if k != "sliding_window"})
-    with pytest.raises(UnsupportedError, match="absent, which means 4096"):
-        convert.load(str(tmp_path))
+    again = MistralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert (
+        again.config.sliding_window == open_model(str(tmp_path)).config.sliding_window
+    )
+    assert_same_logits(tmp_path, theirs)

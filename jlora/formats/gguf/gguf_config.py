@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jlora.config.architectures import FAMILIES
 from jlora.errors import CorruptError, UnsupportedError
 from jlora.formats.gguf.gguf_file import PLAIN, GGUFFile
 from jlora.formats.safetensors_file import read_bytes
@@ -52,8 +53,12 @@ def to_hf_config(file: GGUFFile, type_names: dict[str, str]) -> dict[str, Any]:
         type_names[k] for k, t in file.tensors.items() if len(t.shape) == 2
     )
     common = PLAIN.get(max(dtypes, key=lambda k: dtypes[k], default=""), np.float32)
+    window, longest = get("llama.attention.sliding_window"), get("llama.context_length")
+    if isinstance(window, int) and isinstance(longest, int) and window >= longest:
+        window = None
+    family = "mistral" if window else "llama"
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [FAMILIES[family][0]],
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "bos_token_id": get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": get("tokenizer.ggml.eos_token_id"),
@@ -62,15 +67,16 @@ def to_hf_config(file: GGUFFile, type_names: dict[str, str]) -> dict[str, Any]:
         "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": _of_layers(file, "llama.feed_forward_length"),
-        "max_position_embeddings": get("llama.context_length"),
+        "max_position_embeddings": longest,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
-        "model_type": "llama",
+        "model_type": family,
         "num_attention_heads": heads,
         "num_hidden_layers": get("llama.block_count"),
         "num_key_value_heads": _of_layers(file, "llama.attention.head_count_kv", heads),
         "rms_norm_eps": _decimal(get("llama.attention.layer_norm_rms_epsilon")),
         "rope_scaling": _rope_scaling(file, head_dim),
         "rope_theta": _decimal(theta),
+        "sliding_window": window or None,
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": np.dtype(common).name,
         "vocab_size": rows,

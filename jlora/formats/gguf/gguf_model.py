@@ -32,7 +32,6 @@ _BLOCKS = (
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(\w+_exps|\w+_shexp|gate_inp|\w+\.\d+)\..*")
 # As `rotary_emb.inv_freq` in old files of Hugging Face.
 _ROT_EMBD = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
-_WINDOW = "llama.attention.sliding_window"
 # Metadata that changes the computation -> the values with which the model is a Llama.
 _MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "llama.expert_count": (None, 0),
@@ -40,7 +39,6 @@ _MUST_BE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "llama.embedding_scale": (None, 1.0),
     "llama.residual_scale": (None, 1.0),
     "llama.attention.scale": (None, 0.0),
-    _WINDOW: (None, 0),
     "llama.attention.causal": (None, True),
     "llama.attention.max_alibi_bias": (None, 0.0),
     "llama.attention.clamp_kqv": (None, 0.0),
@@ -123,14 +121,6 @@ def import_gguf(path: Path) -> ModuleType:
     return gguf
 
 
-def _is_never_reached(file: GGUFFile) -> bool:
-    """Returns whether the attention window is as long as any text that the model takes."""
-    window, longest = (
-        file.metadata.get(key) for key in (_WINDOW, "llama.context_length")
-    )
-    return isinstance(window, int) and isinstance(longest, int) and window >= longest
-
-
 def _is_rotary(name: str) -> bool:
     """Returns whether a tensor holds rotary frequencies, which follow from the metadata."""
     return name == ROPE_FREQS or _ROT_EMBD.fullmatch(name) is not None
@@ -145,8 +135,6 @@ def _refuse_other_models(file: GGUFFile) -> None:
             f"{architecture!r}; jlora reads models of architecture 'llama' only"
         )
     for key, neutral in _MUST_BE_NEUTRAL.items():
-        if key == _WINDOW and _is_never_reached(file):
-            continue
         if file.metadata.get(key) not in neutral:
             hint = (
                 "; join the parts with llama-gguf-split --merge"

@@ -7,7 +7,7 @@ different defaults. So each place gets the same numbers. All else is as in the s
 import math
 from typing import Any
 
-from jlora.config.architectures import LLAMA, MISTRAL
+from jlora.config.architectures import FAMILIES, find_family
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.rope_config import RopeParameters, longrope_mscale, yarn_mscale
 
@@ -44,10 +44,8 @@ def export_config(
     ):
         config[_ORIGINAL] = original
     # The source may have an old spelling, or the class without a head.
-    names = config.get("architectures") or []
-    is_mistral = config.get("model_type") == "mistral" or names[:1] == [MISTRAL[0]]
-    config["architectures"] = [MISTRAL[0] if is_mistral else LLAMA[0]]
-    config["model_type"] = "mistral" if is_mistral else "llama"
+    family = find_family({**config, "quantization_config": None})
+    config["architectures"], config["model_type"] = [FAMILIES[family][0]], family
     config["torch_dtype"] = config["dtype"] = dtype
     return config
 

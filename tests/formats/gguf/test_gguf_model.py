@@ -3,6 +3,7 @@ import json
 import os
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,6 @@ def test_scaling_and_divisors_together_are_refused(path):
         ({"llama.rope.scaling.type": "longrope"}, "type='longrope'.*linear and yarn"),
         ({"llama.rope.scaling.attn_factor": 0.5}, "attn_factor=0.5"),
         ({"llama.attn_logit_softcapping": 30.0}, "softcapping=30.0"),
-        ({"llama.attention.sliding_window": 16}, "sliding_window=16"),
         ({"general.type": "adapter"}, "general.type='adapter'"),
         ({"split.count": 2}, "--merge"),
         ({"tokenizer.ggml.pre": "default"}, "tokenizer.json beside the file"),
@@ -305,7 +305,16 @@ def test_rotary_tensors_of_older_converters_are_left_out(path):
 def test_a_window_that_no_text_reaches_is_none(path):
     window = {"llama.attention.sliding_window": CONFIG["max_position_embeddings"]}
     source = open_model(write_gguf(path, tensors(CONFIG), window))
-    assert source.config.max_position_embeddings == CONFIG["max_position_embeddings"]
+    assert source.config == open_model(write_gguf(path, tensors(CONFIG))).config
+
+
+def test_a_shorter_window_is_that_of_a_mistral(path):
+    window = {"llama.attention.sliding_window": 16}
+    source = open_model(write_gguf(path, tensors(CONFIG), window))
+    plain = open_model(write_gguf(path, tensors(CONFIG)))
+    assert source.config == replace(plain.config, sliding_window=16)
+    assert source.hf_config["architectures"] == ["MistralForCausalLM"]
+    assert source.hf_config["sliding_window"] == 16
 
 
 def test_other_architecture_is_refused_by_name(path):
