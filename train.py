@@ -1,7 +1,6 @@
 """Fine-tune a Llama with LoRA: model and data in, a run folder with the adapter out."""
 
 import math
-import threading
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,6 +23,7 @@ from jlora.config.run_config import (
 if TYPE_CHECKING:
     from jlora.lora.adapter_tree import Params
     from jlora.train.run import Run
+    from jlora.train.stopping import StopRequest
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,22 @@ class Arguments:
 
 def main(args: Arguments) -> None:
     """Joins the processes of this run, and trains until the end or a request to stop."""
-    # What needs JAX is imported here: --help and a wrong flag are answered without it.
-    from jlora.parallel.launch import hide_log_of_aborts
-
-    hide_log_of_aborts()
-    from jlora.parallel.processes import check_agreement, joined_processes
     from jlora.train.stopping import stop_requests
 
-    with unread_output_is_discarded(), joined_processes(), stop_requests() as stop:
-        keep_freed_memory()
-        check_agreement(asdict(args))  # before they compute anything together
-        train(args, stop)
+    with unread_output_is_discarded(), stop_requests() as stop:
+        # What needs JAX is imported here: --help and a wrong flag are answered without it.
+        from jlora.parallel.launch import hide_log_of_aborts
+
+        hide_log_of_aborts()
+        from jlora.parallel.processes import check_agreement, joined_processes
+
+        with joined_processes():
+            keep_freed_memory()
+            check_agreement(asdict(args))  # before they compute anything together
+            train(args, stop)
 
 
-def train(args: Arguments, stop: threading.Event) -> None:
+def train(args: Arguments, stop: "StopRequest") -> None:
     """Runs the whole fine-tune, in the order things happen."""
     from jlora.data.batch.load_dataset import load_split
     from jlora.data.batch.preview import first_prompt
@@ -93,12 +95,14 @@ def train(args: Arguments, stop: threading.Event) -> None:
     from jlora.train.summary import print_conclusion, print_plan, print_summary
     from jlora.train.sweep_file import check_members, compute_for_adapters, read_sweep
 
+    stop.check()
     # Configuration: `args_of` each adapter, by name. Without a sweep there is one, named "".
     args_of = read_sweep(args)
     for run_args in () if args.plan else args_of.values():
         check_run(Path(run_args.output_dir), args.resume)
 
     # Mesh and model: everything that can be refused before something large is read.
+    stop.check()
     mesh = make_mesh(args.mesh)
     keep_compiled()
     source = open_model(args.model)
@@ -111,7 +115,8 @@ def train(args: Arguments, stop: threading.Event) -> None:
     tokenizer = Tokenizer(source.files, config)
     load = partial(load_split, tokenizer, data_config, vocab_size=config.vocab_size)
     seeds = dict.fromkeys(run_args.seed for run_args in args_of.values())
-    splits_of = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
+    with stop.ends_body():
+        splits_of = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
     data, held_out = next(iter(splits_of.values()))
     total_steps = args.train.max_steps or math.ceil(
         args.train.num_epochs * data.steps_per_epoch
@@ -144,11 +149,12 @@ def train(args: Arguments, stop: threading.Event) -> None:
         return
 
     # Base, model and adapters: the base is read once and shared.
-    base = load_params(
-        source,
-        dtype=args.compute.base_dtype,  # type: ignore[arg-type]
-        sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
-    )
+    with stop.ends_body():
+        base = load_params(
+            source,
+            dtype=args.compute.base_dtype,  # type: ignore[arg-type]
+            sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
+        )
     model = Llama.with_compute(config, work.compute)
     shared = {
         **model_identity(config),

@@ -128,6 +128,7 @@ class LimitedProcess:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for the caller, also before `serve` runs
             )
         except OSError as error:
             raise ResourceError(f"cannot start a process: {error}") from error

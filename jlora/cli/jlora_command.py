@@ -10,7 +10,7 @@ from types import ModuleType
 
 from jlora.cli.command import run_command
 from jlora.cli.help_page import table
-from jlora.cli.unread_output import allow_closed_output
+from jlora.cli.unread_output import allow_closed_output, say_error
 from jlora.errors import UsageError, listing, nearest, printable
 
 # Commands, and the scripts that hold them.
@@ -62,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_status
-    module = _load(script)
+    try:
+        module = _load(script)
+    except KeyboardInterrupt:
+        say_error("interrupted")
+        return 130
     return run_command(module.main, module.Arguments, argv=words, program=program)
 
 

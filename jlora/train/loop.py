@@ -3,7 +3,6 @@
 A sweep trains several adapters at once, so the loop takes a list of runs: one per adapter.
 """
 
-import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -25,6 +24,7 @@ from jlora.train.resuming import locked, record_export, resume_all
 from jlora.train.run import Run
 from jlora.train.step import Batch, TrainState
 from jlora.train.step_log import is_due
+from jlora.train.stopping import WHILE_TRAINING, StopRequest
 from jlora.train.sweep import make_sweep_trainer
 from jlora.train.trainer import Trainer, make_trainer
 
@@ -38,7 +38,7 @@ def train_runs(
     total_steps: int,
     packed: bool,
     resume: str,
-    stop: threading.Event,
+    stop: StopRequest,
     export: Callable[[Run, Params], None],
     conclude: Callable[[Sequence[Run], Mapping[str, float]], None],
 ) -> None:
@@ -75,12 +75,16 @@ def train_runs(
             stack.enter_context(run.open(config, steps_done, total_steps, runs))
         is_asked = stop_vote(stop)
         if config.eval_at_start and not steps_done:
+            stop.check()
             _evaluate(runs, trainer, state, 0, evaluator, pauses)
         stream = _batches(runs, mesh, steps_done, total_steps)
         for step, batches, waited_s in stack.enter_context(closing(stream)):
             if step == steps_done + 1:
+                stop.check()
                 with pauses.compiling("the train step"):
                     trainer = trainer.compiled(state, batches)
+                stop.check()
+                stop.answer = WHILE_TRAINING
             state, metrics = trainer.step(state, batches)
             for run in runs:
                 run.log(step, metrics, waited_s)

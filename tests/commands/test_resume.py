@@ -27,6 +27,7 @@ from helpers.tiny import CONFIG, tensors
 from jlora.loading import exported_adapter, open_adapter
 from jlora.train.resuming import ADAPTER_FILES, EXPORTED
 from jlora.train.run import Run
+from jlora.train.stopping import BEFORE_TRAINING, WHILE_TRAINING
 
 pytestmark = pytest.mark.usefixtures("in_workdir")
 
@@ -88,8 +89,10 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(interrupted):
 def test_a_run_asked_to_stop_saves_and_exits_with_75(interrupted):
     status, _, err = interrupted.stopped
     assert status == 75
-    assert err.startswith("stopped: step ")
-    step = int(err.split()[2])
+    answer, stopped = err.splitlines()
+    assert answer == WHILE_TRAINING
+    assert stopped.startswith("stopped: step ")
+    step = int(stopped.split()[2])
     assert f"resuming after step {step}\n" in interrupted.resumed.out
 
 
@@ -178,14 +181,18 @@ def test_an_adapter_folder_that_no_run_has_written_is_not_replaced(
     assert (folder / "adapter" / "notes.txt").read_text() == "mine"
 
 
-def test_a_stop_signal_during_the_loading_of_the_weights_is_obeyed(tmp_path):
+@pytest.mark.parametrize("moment", ["trainable params", "compiling the train step"])
+def test_a_run_that_is_stopped_before_its_first_step_ends_without_it(moment, tmp_path):
     process = start_train(*long_run(tmp_path / "early", 4000))
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("trainable params")
-    process.send_signal(signal.SIGTERM)
+    next(line for line in process.stdout if line.startswith(moment))
+    process.send_signal(signal.SIGINT)
     status, _, err = finish(process)
     assert status == 75
-    assert err == "stopped: step 1 is saved; run it again to go on\n"
+    assert err == (
+        f"{BEFORE_TRAINING}\nstopped: no step was made; run it again to go on\n"
+    )
+    assert not (tmp_path / "early" / "checkpoints").exists()
 
 
 def test_an_evaluation_that_is_due_at_the_step_of_a_stop_is_made(tmp_path, monkeypatch):

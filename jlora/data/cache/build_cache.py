@@ -8,6 +8,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -198,7 +199,7 @@ def _tokenize_with(
     pending: deque[Future[_Tokenized]] = deque()
     try:
         for chunk in chunks:
-            with _without_main_module():
+            with _without_main_module(), _interrupts_blocked():
                 pending.append(pool.submit(_work, chunk, row_format))
             if len(pending) > ahead:
                 yield pending.popleft().result()
@@ -223,6 +224,16 @@ def _without_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = script
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Has processes that are started meanwhile not notice Ctrl-C, which is for this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker_tokenizer: list[Tokenizer] = []

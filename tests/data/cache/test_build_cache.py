@@ -2,6 +2,7 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -270,3 +271,14 @@ def test_a_worker_that_dies_is_an_error_and_leaves_nothing(
     with pytest.raises(ResourceError, match="a process that tokenises died"):
         load(path)
     assert not [p for p in (tmp_path / "cache" / "tokens").iterdir() if p.is_dir()]
+
+
+def test_processes_that_tokenise_do_not_notice_ctrl_c():
+    survive = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"
+    with build._interrupts_blocked():
+        child = subprocess.run(
+            [sys.executable, "-c", survive], capture_output=True, text=True, check=False
+        )
+    assert (child.stdout, child.stderr) == ("alive\n", "")
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
