@@ -29,6 +29,7 @@ class Arguments(RowConfig, ModelConfig):
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         super().__post_init__()
+        ModelConfig.__post_init__(self)
         if not 1 <= self.batch_size <= MAX_SIZE:
             raise UsageError(
                 f"batch_size={self.batch_size}; expected 1 to {MAX_SIZE:,}"
@@ -56,7 +57,7 @@ def main(args: Arguments) -> None:
     from jlora.train.evaluation import evaluate, make_eval_step
 
     source = open_model(args.model)
-    adapter = None if args.adapter is None else open_adapter(args.adapter)
+    adapter = None if args.adapter is None else open_adapter(args.adapter, args.step)
     config = adapted_config(adapter, source.config) if adapter else source.config
     rows = args.sized(config.longest)
     config.check_length(rows.row_length, "seq_len")

@@ -31,6 +31,7 @@ class Arguments(ModelConfig):
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
+        super().__post_init__()
         check_seed(self.seed)
         if self.prompt is None and not self.chat:
             raise UsageError("give --prompt TEXT, or --chat")
@@ -59,7 +60,7 @@ def main(args: Arguments) -> None:
     keep_compiled()
     config, params = source.config, load_params(source)
     if args.adapter is not None:
-        adapter = open_adapter(args.adapter)
+        adapter = open_adapter(args.adapter, args.step)
         params = attach_adapter(params, config, adapter)
         config = adapted_config(adapter, config)
     model = Llama(config, choose_dtype(args.dtype, default_platform()))

@@ -118,6 +118,8 @@ def train(args: Arguments, stop: "StopRequest") -> None:
     with stop.ends_body():
         splits_of = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
     data, held_out = next(iter(splits_of.values()))
+    if held_out is None:
+        args.train.check_evaluation()
     total_steps = args.train.max_steps or math.ceil(
         args.train.num_epochs * data.steps_per_epoch
     )
@@ -202,8 +204,8 @@ def train(args: Arguments, stop: "StopRequest") -> None:
         )
 
 
-def export(base_name: str | None, run: "Run", trained: "Params") -> None:
-    """Writes the adapter as a PEFT folder, and the plot of the run."""
+def export(base_name: str | None, run: "Run", trained: "Params", step: int) -> None:
+    """Writes the adapter of a step as a PEFT folder, and the plot of the run."""
     from jlora.formats.peft.adapter_writer import save_adapter
     from jlora.report.plot import plot_run
 
@@ -214,7 +216,7 @@ def export(base_name: str | None, run: "Run", trained: "Params") -> None:
         "; it names no base, as no folder or hub id that PEFT could load is known: set "
         "base_model_name_or_path in its adapter_config.json"
     )
-    print(f"adapter written to {out}{'' if name else unnamed}")
+    print(f"adapter of step {step} written to {out}{'' if name else unnamed}")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,11 @@ class Arguments:
     """Merge an adapter into its base model and write a GGUF file with an Ollama Modelfile."""
 
     adapter: str = field(metadata=POSITIONAL)
-    """Run folder of jlora train, or PEFT adapter folder."""
+    """Run folder of jlora train, one of its checkpoints, or PEFT adapter folder."""
     out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
+    step: int | None = None
+    """Step of the run's checkpoint to take; null: its adapter/, or the newest if it went on."""
     model: str | None = None
     """Base model, as of jlora train; null: the one that the adapter was trained on."""
     type: Literal["F32", "F16", "BF16", "Q8_0"] = "F16"
@@ -45,7 +47,7 @@ def main(arguments: Arguments) -> None:
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
     source = open_model(arguments.model or base_model_of(arguments.adapter))
-    adapter = open_adapter(arguments.adapter)
+    adapter = open_adapter(arguments.adapter, arguments.step)
     check_target(out, arguments.overwrite, adapter.location)
     place_adapter(adapter, source.config)  # refuses another model's adapter at once
     width = {"F32": 4, "Q8_0": 34 / 32}.get(arguments.type, 2)

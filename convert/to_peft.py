@@ -13,9 +13,11 @@ class Arguments:
     """Write a run's adapter as a PEFT adapter folder."""
 
     adapter: str = field(metadata=POSITIONAL)
-    """Run folder of jlora train, or PEFT adapter folder."""
+    """Run folder of jlora train, one of its checkpoints, or PEFT adapter folder."""
     out: str = field(metadata=POSITIONAL)
     """Folder to write; it appears whole or not at all."""
+    step: int | None = None
+    """Step of the run's checkpoint to take; null: its adapter/, or the newest if it went on."""
     for_: Literal["peft", "vllm", "gguf"] = "peft"
     """Who reads it: PEFT, vLLM, or llama.cpp's convert_lora_to_gguf.py."""
     overwrite: bool = False
@@ -34,7 +36,7 @@ def main(arguments: Arguments) -> None:
 
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
-    adapter = open_adapter(arguments.adapter)
+    adapter = open_adapter(arguments.adapter, arguments.step)
     source = adapter.location
     adapter, hint = mark_own_embeddings(plain_lora(adapter)), None
     if arguments.for_ != "peft":

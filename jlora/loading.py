@@ -23,7 +23,7 @@ from jlora.lora.adapter_tree import Params, join
 from jlora.lora.initialisation import add_lora, needs_residual_base
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import parameter_sharding, tree_shardings
-from jlora.train.checkpoint import newest_adapter, saved_steps
+from jlora.train.checkpoint import adapter_of_step, saved_steps
 from jlora.train.resuming import is_newest_export
 
 
@@ -96,17 +96,28 @@ def exported_adapter(folder: str | Path) -> Path | None:
     return found if is_newest_export(run) else None
 
 
-def open_adapter(folder: str | Path) -> Adapter:
-    """Returns the adapter of a PEFT folder or hub id, or of a run's newest checkpoint.
+def open_adapter(folder: str | Path, step: int | None = None) -> Adapter:
+    """Returns the adapter of a PEFT folder or hub id, or of a run's checkpoint.
+
+    Args:
+        folder: RUN/checkpoints/30 is a step of a run. Of a run's own folder its adapter/ is
+            read, or the newest checkpoint if the run went on after that.
+        step: of the run's checkpoint to read instead.
 
     Raises:
-        UsageError: neither an adapter nor a run.
+        UsageError: neither an adapter nor a run, or it has no such step.
         UnsupportedError, CorruptError: as `read_adapter`.
     """
-    found = exported_adapter(folder)
-    if found is not None:
-        return read_adapter(found)
-    config, tree, meta = newest_adapter(Path(folder))
+    run = run_of(folder)
+    if run != Path(folder) and step is None:
+        step = int(Path(folder).name)
+    if step is None:
+        found = exported_adapter(folder)
+        if found is not None:
+            return read_adapter(found)
+    elif not (run / "checkpoints").is_dir():
+        raise UsageError(f"{run}: holds no checkpoints, so step={step} has no effect")
+    config, tree, meta = adapter_of_step(run / "checkpoints", step)
     settings = meta["settings"]
     if needs_residual_base(config):  # the initial value is not in the checkpoint
         base = load_params(
@@ -117,6 +128,15 @@ def open_adapter(folder: str | Path) -> Adapter:
     return adapter_of(tree, config, Path(folder), name)
 
 
+def run_of(folder: str | Path) -> Path:
+    """Returns the run of RUN/checkpoints/STEP, and any other path as it is."""
+    path = Path(folder)
+    is_step = path.parent.name == "checkpoints" and path.name in map(
+        str, saved_steps(path.parent)
+    )
+    return path.parent.parent if is_step else path
+
+
 def base_model_of(adapter: str) -> str:
     """Returns the model that a run was trained on, or that a PEFT adapter names.
 
@@ -124,7 +144,7 @@ def base_model_of(adapter: str) -> str:
         UsageError: it names none.
     """
     folder = Path(adapter)
-    for run in (folder, folder.parent):
+    for run in (run_of(folder), folder.parent):
         if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
             return str(read_yaml(run / "config.yaml").get("model"))
     name = open_adapter(adapter).config.base_model_name_or_path

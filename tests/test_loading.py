@@ -10,6 +10,7 @@ from helpers.tiny import CONFIG, tensors, write_hf
 import convert
 import jlora
 from jlora.config.run_config import MeshConfig
+from jlora.errors import UsageError
 from jlora.formats.peft.adapter_reader import read_adapter
 from jlora.formats.peft.adapter_writer import save_adapter
 from jlora.loading import open_adapter
@@ -44,12 +45,20 @@ def test_a_run_folder_gives_its_adapter_or_newest_checkpoint(tmp_path, finished)
     )
     if finished:
         save_adapter(trainable, expected.config, tmp_path / "adapter", "base")
-        record_export(tmp_path, 3)
+        record_export(tmp_path, 3, 3)
     adapter = open_adapter(tmp_path)
     jax.tree.map(np.testing.assert_array_equal, adapter.tensors, expected.tensors)
     assert adapter.scalings == expected.scalings
     assert adapter.config.base_model_name_or_path == "base"
     assert adapter.location == (tmp_path / "adapter" if finished else tmp_path)
+    step = tmp_path / "checkpoints" / "3"
+    for same in (open_adapter(step), open_adapter(tmp_path, 3), open_adapter(step, 3)):
+        jax.tree.map(np.testing.assert_array_equal, same.tensors, expected.tensors)
+    with pytest.raises(UsageError, match="no step 2; there are 3"):
+        open_adapter(tmp_path, 2)
+    if finished:
+        with pytest.raises(UsageError, match="holds no checkpoints, so step=3"):
+            open_adapter(tmp_path / "adapter", 3)
 
 
 def test_a_loaded_adapter_drops_out_where_a_key_is_given(tmp_path):

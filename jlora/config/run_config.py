@@ -25,9 +25,19 @@ class ModelConfig:
     model: str
     """HF folder, hub id, .gguf file or converted base."""
     adapter: str | None = None
-    """Run folder or PEFT adapter folder."""
+    """Run folder, one of its checkpoints (RUN/checkpoints/30) or PEFT adapter folder."""
+    step: int | None = None
+    """Step of the run's checkpoint to take; null: its adapter/, or the newest if it went on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a step of nothing."""
+        if self.step is not None and self.adapter is None:
+            raise UsageError(
+                f"step={self.step} has no effect without an adapter; "
+                "give a run's folder as --adapter"
+            )
 
 
 R = TypeVar("R", bound="RowConfig")
@@ -193,12 +203,22 @@ class TrainConfig:
     log_every: int = 1
     """Steps between lines of metrics.jsonl; their loss is the mean of the steps between."""
     keep: int = 2
-    """Checkpoints to keep."""
+    """Checkpoints to keep, the newest."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest eval_loss, and write that one as adapter/."""
+    early_stopping_patience: int = 0
+    """End the run after so many evaluations without a lower eval_loss; 0: never. A sweep ends
+    when that is so of every adapter."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         for name in ("max_steps", "save_every", "eval_every"):
             _at_least("train", self, name, 0)
+        _at_least("train", self, "early_stopping_patience", 0)
+        if self.early_stopping_patience and not self.eval_every:
+            raise UsageError(
+                "train.early_stopping_patience has no effect without train.eval_every"
+            )
         for name in ("batch_size", "grad_accum_steps", "log_every", "keep"):
             _at_least("train", self, name, 1)
         if not self.max_steps and not 0 < self.num_epochs < MAX_SIZE:
@@ -210,6 +230,15 @@ class TrainConfig:
                 f"train.batch_size={self.batch_size} is not a multiple of "
                 f"train.grad_accum_steps={self.grad_accum_steps}"
             )
+
+    def check_evaluation(self) -> None:
+        """Raises UsageError for a setting that has no effect without held-out data."""
+        for name in ("eval_every", "keep_best", "early_stopping_patience"):
+            if getattr(self, name):
+                raise UsageError(
+                    f"train.{name} has no effect without held-out data; give data.eval or "
+                    "data.eval_fraction, or leave it out"
+                )
 
 
 @dataclass(frozen=True)

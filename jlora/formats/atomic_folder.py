@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jlora.errors import JloraError, ResourceError, UsageError, lacking, listing
@@ -16,7 +16,10 @@ _MODEL_FILES = ("config.json", "adapter_config.json", "model.gguf")
 
 @contextlib.contextmanager
 def atomic_folder(
-    out: Path, overwrite: bool, source: Path | None = None
+    out: Path,
+    overwrite: bool,
+    source: Path | None = None,
+    marks: Sequence[str] = _MODEL_FILES,
 ) -> Iterator[Path]:
     """Yields a temporary folder that becomes `out` when the body has succeeded.
 
@@ -24,20 +27,21 @@ def atomic_folder(
         out: the folder to make.
         overwrite: whether to replace `out` if it is a model or adapter folder.
         source: what the folder is made from, which must not be inside `out`.
+        marks: files of which a folder that is replaced must have one.
 
     Raises:
         UsageError: `out` is not empty, not a folder, the source, or not writable.
         ResourceError: the disk is full; nothing is left behind.
     """
     target = out.resolve()
-    check_target(out, overwrite, source)
+    check_target(out, overwrite, source, marks)
     old = target.with_name(f".{target.name}.old")
     temporary = target.with_name(f".{target.name}.partial")
     with _disk_errors(out):
         target.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not target.exists():  # killed between two renames
             old.rename(target)
-            check_target(out, overwrite, source)
+            check_target(out, overwrite, source, marks)
         temporary.mkdir(exist_ok=True)
     with _naming(temporary, out), _locked(temporary, out), _disk_errors(out):
         try:
@@ -83,7 +87,12 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
-def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None:
+def check_target(
+    out: Path,
+    overwrite: bool,
+    source: Path | None = None,
+    marks: Sequence[str] = _MODEL_FILES,
+) -> None:
     """Raises UsageError if `out` must not be written; arguments as of `atomic_folder`."""
     target = out.resolve()
     if not target.name:
@@ -98,9 +107,9 @@ def check_target(out: Path, overwrite: bool, source: Path | None = None) -> None
         raise UsageError(
             f"{target}: exists and is not empty; choose another OUT or add --overwrite"
         )
-    if not any((target / name).is_file() for name in _MODEL_FILES):
+    if not any((target / name).is_file() for name in marks):
         raise UsageError(
-            f"{target}: holds none of {listing(_MODEL_FILES)}, so it is no model "
+            f"{target}: holds none of {listing(marks)}, so it is no model "
             "folder and --overwrite does not replace it; choose another OUT"
         )
 

@@ -29,6 +29,7 @@ from jlora.parallel.processes import is_first, to_host
 # jlora's version, and files and settings have digests. What is under "trainable" is the
 # same in all.
 SCHEMA_VERSION = 3
+RECORD = "meta/metadata"  # of a checkpoint's folder
 Tree = dict[str, Any]
 
 
@@ -42,20 +43,27 @@ class Saved:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: Any, meta: dict[str, Any], *, keep: int
+    folder: Path,
+    step: int,
+    state: Any,
+    meta: dict[str, Any],
+    *,
+    keep: int,
+    also: int | None = None,
 ) -> None:
-    """Writes the state as step `step`, and `meta` (JSON) beside it.
+    """Writes the state as step `step`, and `meta` (JSON) beside it; whole, or not at all.
 
-    The step appears whole or not at all. Of several processes all have to call this; only
+    Of several processes all have to call this; only
     the first writes.
 
     Args:
-        folder: `checkpoints/` of a run. Later steps in it are deleted: they exist only if
-            the run resumed from an earlier one because they were damaged.
+        folder: `checkpoints/` of a run. Later steps in it, which were damaged when the run
+            resumed, are deleted then.
         step: number of steps done.
         state: tree of arrays.
         meta: what `Saved.meta` is to be.
         keep: how many steps stay, the newest.
+        also: a step that stays besides these.
 
     Raises:
         ResourceError: the disk is full; earlier steps are still there.
@@ -65,20 +73,22 @@ def save_checkpoint(
         return
     for left in folder.glob(".*.partial"):  # by a save that was killed
         _delete(left)
-    for damaged in saved_steps(folder):
-        if damaged >= step:
-            _delete(folder / str(damaged))
-    with atomic_folder(folder / str(step), overwrite=False) as new:
+    target = folder / str(step)
+    if not (target / RECORD).is_file():  # or what is there is damaged
+        _delete(target)
+    with atomic_folder(target, overwrite=True, marks=[RECORD]) as new:
         with ocp.Checkpointer(_handler(), **_alone()) as checkpointer:
             checkpointer.save(new / "state", args=ocp.args.PyTreeSave(leaves))
         digests = {path: leaf_digest(leaf) for path, leaf in leaves.items()}
         facts = {"sha256": digests, "files": _file_digests(new / "state"), **meta}
         # As it is read back: lists instead of tuples.
         facts = json.loads(json.dumps({"schema": SCHEMA_VERSION, **facts}))
-        (new / "meta").mkdir()
+        (new / RECORD).parent.mkdir()
         text = json.dumps({**facts, "digest": _digest(facts)})
-        (new / "meta" / "metadata").write_text(text, "utf-8")
-    for old in saved_steps(folder)[keep:]:
+        (new / RECORD).write_text(text, "utf-8")
+    steps = saved_steps(folder)
+    kept = {also, *[saved for saved in steps if saved <= step][:keep]}
+    for old in set(steps) - kept:
         _delete(folder / str(old))
 
 
@@ -178,7 +188,7 @@ def _load(path: Path, step: int, schemas: Sequence[int]) -> Saved:
 
 
 def _read_meta(path: Path, schemas: Sequence[int]) -> dict[str, Any]:
-    meta = json.loads((path / "meta" / "metadata").read_text("utf-8"))
+    meta = json.loads((path / RECORD).read_text("utf-8"))
     schema = meta.get("schema") if isinstance(meta, dict) else None
     if type(schema) is not int:
         raise CorruptError(f"{path}: no record of a checkpoint")
@@ -244,17 +254,30 @@ def restore_into(state: Any, saved: Saved) -> Any:
     return jax.tree.unflatten(jax.tree.structure(state), leaves)
 
 
-def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
-    """Returns (LoRA settings, trainable tree of NumPy arrays, meta) of a run's newest step.
+def adapter_of_step(
+    folder: Path, step: int | None = None
+) -> tuple[LoraConfig, Tree, dict[str, Any]]:
+    """Returns (LoRA settings, trainable tree of NumPy arrays, meta) of a step.
+
+    Args:
+        folder: `checkpoints/` of a run.
+        step: None takes the newest that is valid.
 
     Raises:
-        UsageError: the run has no checkpoint.
+        UsageError: there is none, or not that one.
         CorruptError, UnsupportedError: as `load_newest`.
     """
-    saved, problems = load_newest(run / "checkpoints", range(1, SCHEMA_VERSION + 1))
-    warn_skipped(problems)
-    if saved is None:
-        raise UsageError(f"{run}: neither an adapter/ folder nor a checkpoint in it")
+    schemas, steps = range(1, SCHEMA_VERSION + 1), sorted(saved_steps(folder))
+    if not steps:
+        raise UsageError(f"{folder.parent}: no adapter/ folder and no checkpoint in it")
+    if step is None:
+        saved, problems = load_newest(folder, schemas)
+        assert saved is not None
+        warn_skipped(problems)
+    elif step in steps:
+        saved = _load(folder / str(step), step, schemas)
+    else:
+        raise UsageError(f"{folder}: no step {step}; there are {listing(steps)}")
     tree: Tree = {}
     for name, leaf in saved.leaves.items():
         first, *parts = name.split(".")
@@ -267,7 +290,7 @@ def newest_adapter(run: Path) -> tuple[LoraConfig, Tree, dict[str, Any]]:
         lora = LoraConfig(**saved.meta["settings"]["lora"])
     except (KeyError, TypeError) as error:
         raise CorruptError(
-            f"{run}: checkpoint step {saved.step} has no settings of an adapter"
+            f"{folder}: step {saved.step} has no settings of an adapter"
         ) from error
     return lora, tree, saved.meta
 

@@ -39,7 +39,7 @@ def train_runs(
     packed: bool,
     resume: str,
     stop: StopRequest,
-    export: Callable[[Run, Params], None],
+    export: Callable[[Run, Params, int], None],
     conclude: Callable[[Sequence[Run], Mapping[str, float]], None],
 ) -> None:
     """Trains the adapters from their newest common checkpoint, or step 0, to the end.
@@ -53,8 +53,8 @@ def train_runs(
         packed: whether rows hold several documents.
         resume: auto, must or never; see `jlora.train.resuming.resume_all`.
         stop: set when asked to stop, at any time.
-        export: called at the end with each run that did not diverge and its whole tree,
-            in the first process only.
+        export: called at the end with each run that did not diverge, its whole tree and
+            the step that it is of, in the first process only.
         conclude: called after that with the runs and the seconds that each kind of work
             took.
 
@@ -77,7 +77,9 @@ def train_runs(
         if config.eval_at_start and not steps_done:
             stop.check()
             _evaluate(runs, trainer, state, 0, evaluator, pauses)
-        stream = _batches(runs, mesh, steps_done, total_steps)
+        step = steps_done
+        last = steps_done if _patience_is_over(runs) else total_steps
+        stream = _batches(runs, mesh, steps_done, last)
         for step, batches, waited_s in stack.enter_context(closing(stream)):
             if step == steps_done + 1:
                 stop.check()
@@ -91,21 +93,27 @@ def train_runs(
             stopping = is_asked() and step < total_steps
             if stopping:  # saved at once: who asked to stop may not wait for long
                 _save(runs, trainer, state, step, pauses)
-            if is_due(step, config.eval_every, total_steps):
+            evaluating = is_due(step, config.eval_every, total_steps)
+            if evaluating:
                 _evaluate(runs, trainer, state, step, evaluator, pauses)
-            # Saved after the evaluation, which a resumed run does not repeat.
-            if not stopping and is_due(step, config.save_every, total_steps):
+            is_over = _patience_is_over(runs)
+            saving = is_due(step, config.save_every, total_steps) and not stopping
+            if evaluating:  # what it found is saved with it
+                saving |= stopping or is_over or any(run.has_new_best for run in runs)
+            if saving:
                 _save(runs, trainer, state, step, pauses)
             if all(run.error for run in runs):
                 _raise_diverged(runs)
+            if is_over:
+                break
             if stopping:
                 raise StopRequested(f"step {step} is saved; run it again to go on")
         for index, run in enumerate(runs):
             if not run.error:
-                params = run.trained_params(trainer.adapter_state(state, index))
+                params, held = run.trained_params(trainer.adapter_state(state, index))
                 if is_first():
-                    export(run, params)
-                    record_export(run.folder, total_steps)
+                    export(run, params, held)
+                    record_export(run.folder, step, held)
     pauses.seconds["training"] = runs[0].training_s
     conclude(runs, pauses.seconds)
     _raise_diverged(runs)
@@ -200,6 +208,12 @@ def _evaluate(
             evaluator.prepare(params, run.held_out)
             with pauses.spent("evaluating"):
                 run.evaluate(evaluator, step, params)
+
+
+def _patience_is_over(runs: Sequence[Run]) -> bool:
+    """Whether no run that is left had a better evaluation for as long as it may wait."""
+    left = [run for run in runs if not run.error]
+    return bool(left) and all(run.is_out_of_patience for run in left)
 
 
 def _save(

@@ -16,14 +16,18 @@ class Progress:
         mean_loss: of the steps since the last line of the log, by supervised tokens; steps
             without a finite loss are left out.
         supervised_tokens: of these steps.
-        best_eval_loss: the lowest so far; None before the first finite one.
+        initial_eval_loss: before the first step, if it was evaluated.
+        best_eval_loss: the lowest after any step; None before the first finite one.
         best_step: where it was found.
+        evaluations_since_best: how many came after it.
     """
 
     mean_loss: float = 0.0
     supervised_tokens: int = 0
+    initial_eval_loss: float | None = None
     best_eval_loss: float | None = None
     best_step: int | None = None
+    evaluations_since_best: int = 0
 
     def add_loss(self, loss: float, supervised_tokens: int) -> None:
         """Takes a step into the mean."""
@@ -40,9 +44,14 @@ class Progress:
         return mean
 
     def add_evaluation(self, step: int, eval_loss: float) -> bool:
-        """Takes an evaluation; returns whether it is the best so far."""
+        """Takes an evaluation; returns whether it is the best after any step so far."""
+        if not step:
+            self.initial_eval_loss = eval_loss
+            return False
         best = math.inf if self.best_eval_loss is None else self.best_eval_loss
         if not eval_loss < best:  # NaN is never the best
+            self.evaluations_since_best += 1
             return False
         self.best_eval_loss, self.best_step = eval_loss, step
+        self.evaluations_since_best = 0
         return True

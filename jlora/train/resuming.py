@@ -72,23 +72,30 @@ def _check_adapter(run: Path) -> None:
         )
 
 
-def record_export(run: Path, step: int) -> None:
-    """Records that a run's adapter/ folder, as it is now, was exported at a step."""
+def record_export(run: Path, step: int, held: int) -> None:
+    """Records that adapter/, as it is now, was exported at the end of a run.
+
+    Args:
+        run: its folder.
+        step: the run's last.
+        held: the step that adapter/ holds, the last or the best.
+    """
     temporary = run / f"{EXPORTED}.partial"
     with about_file(temporary):
-        temporary.write_text(_export_record(run, step))
+        temporary.write_text(f"{_export_record(run, step)} {held}")
         temporary.replace(run / EXPORTED)
 
 
 def is_newest_export(run: Path) -> bool:
-    """Returns whether adapter/ is what was exported at the newest checkpoint's step.
+    """Returns whether adapter/ was exported when the run was at its newest checkpoint.
 
     If not, as in a run that goes on, readers take the newest checkpoint. A folder that was
     changed since its export is warned of.
     """
     step = max(saved_steps(run / "checkpoints"), default=0)
     try:
-        record = (run / EXPORTED).read_text()
+        # Earlier versions wrote no fourth word, the step that the folder holds.
+        record = " ".join((run / EXPORTED).read_text().split()[:3])
         found = _export_record(run, step)
     except (OSError, ValueError):
         return False

@@ -13,11 +13,17 @@ from jax.sharding import Mesh
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import TrainConfig
 from jlora.data.batch.batches import Dataset
-from jlora.errors import DivergedError, about_file
+from jlora.errors import (
+    CorruptError,
+    DivergedError,
+    UsageError,
+    about_file,
+    warn,
+)
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.parallel.processes import is_first, to_host
 from jlora.report.run_report import Report
-from jlora.train.checkpoint import save_checkpoint
+from jlora.train.checkpoint import adapter_of_step, save_checkpoint
 from jlora.train.evaluation import Evaluator
 from jlora.train.optimizer import make_schedule
 from jlora.train.progress import Progress
@@ -55,7 +61,7 @@ class Run:
     error: DivergedError | None = None
     report: Report = field(init=False)
     _log: StepLog = field(init=False)
-    _keep: int = field(init=False)
+    _config: TrainConfig = field(init=False)
 
     @classmethod
     def create(
@@ -145,7 +151,7 @@ class Run:
                 f"{self.folder / 'adapter'} stays as it is until the end; --adapter "
                 f"{self.folder} takes the newest checkpoint"
             )
-        self._keep = config.keep
+        self._config = config
         self._log = StepLog(
             self.report,
             self.progress,
@@ -191,25 +197,47 @@ class Run:
         if self.error:
             return
         loss = evaluator.loss(params, self.held_out)
-        was_none = self.progress.best_eval_loss is None
-        is_best = self.progress.add_evaluation(step, loss) and not was_none
+        is_best = self.progress.add_evaluation(step, loss)
         self.report.log_evaluation(step, loss, is_best=is_best)
 
     def save(self, step: int, state: TrainState) -> None:
         """Writes a checkpoint."""
         folder = self.folder / "checkpoints"
         meta = {**self.meta, "progress": asdict(self.progress)}
-        save_checkpoint(folder, step, state, meta, keep=self._keep)
+        also = self.progress.best_step if self._config.keep_best else None
+        save_checkpoint(folder, step, state, meta, keep=self._config.keep, also=also)
 
-    def trained_params(self, state: TrainState) -> Params:
-        """Returns the whole tree, the adapter's leaves as NumPy arrays.
+    @property
+    def has_new_best(self) -> bool:
+        """Whether the latest evaluation is the best, and its step is to be kept."""
+        is_best = self.progress.best_step and not self.progress.evaluations_since_best
+        return bool(self._config.keep_best and is_best and not self.error)
 
-        All processes take part: one of them may hold only a part of a leaf.
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether so many evaluations were not the best that training is to end."""
+        patience = self._config.early_stopping_patience
+        return 0 < patience <= self.progress.evaluations_since_best
+
+    def trained_params(self, state: TrainState) -> tuple[Params, int]:
+        """Returns the whole tree and its step: the last, or the best if that is kept.
+
+        The adapter's leaves are NumPy arrays. All processes take part: one of them may
+        hold only a part of a leaf.
         """
-        return map_leaves(
+        trainable, step = state.trainable, int(state.step)
+        best = self.progress.best_step if self._config.keep_best else None
+        if best is not None and best != step:
+            try:
+                trainable = adapter_of_step(self.folder / "checkpoints", best)[1]
+                step = best
+            except (CorruptError, UsageError) as error:
+                warn(f"step {step} is exported instead of the best: {error}")
+        tree = map_leaves(
             lambda path, leaf: to_host(leaf) if is_adapter(path[-1]) else leaf,
-            join(state.trainable, self.adapter.frozen),
+            join(trainable, self.adapter.frozen),
         )
+        return tree, step
 
 
 def _jlora_version() -> str:

@@ -17,6 +17,7 @@ from jlora.config.run_config import RowConfig
 from jlora.data.batch.batches import Dataset
 from jlora.data.batch.preview import preview_lines, preview_samples
 from jlora.data.tokenize.tokenizer import Tokenizer
+from jlora.errors import counted
 from jlora.lora.adapter_tree import Params, format_parameter_count
 from jlora.report.samples import show_samples
 from jlora.train.memory_estimate import Workload, memory_table
@@ -78,9 +79,15 @@ def print_conclusion(
     print(f"done in {duration(sum(seconds.values()))} ({', '.join(parts)})")
     for run in runs:
         label = f"{run.name}: " if run.name else ""
-        best = run.progress.best_eval_loss
-        if best is not None:
-            print(f"{label}best eval_loss {best:.4f} at step {run.progress.best_step}")
+        past = run.progress
+        if run.is_out_of_patience:
+            waited = counted(past.evaluations_since_best, "evaluation")
+            print(f"{label}ended early: no lower eval_loss in {waited}")
+        if past.best_eval_loss is not None:
+            first = past.initial_eval_loss
+            before = "" if first is None else f" ({first:.4f} before the first step)"
+            best = f"best eval_loss {past.best_eval_loss:.4f} at step {past.best_step}"
+            print(f"{label}{best}{before}")
     if not runs[0].name:
         commands = next_commands(runs[0].meta["settings"], prompt)
         for what, words in commands.items():
@@ -105,5 +112,5 @@ def next_commands(
     return {
         "try": [*start_words("generate"), *trained, *ask],
         "evaluate": [*start_words("evaluate"), *trained, "--data", held_out, *rows],
-        "export": [*start_words("export"), *trained, f"{run.rstrip('/')}-merged"],
+        "export": [*start_words("export"), run, f"{run.rstrip('/')}-merged"],
     }

@@ -1,6 +1,8 @@
+import contextlib
 import re
 import shlex
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from helpers.commands import (
 )
 
 from jlora.train.resuming import locked
+from jlora.train.run import Run
 
 pytestmark = pytest.mark.usefixtures("in_workdir")
 
@@ -66,7 +69,10 @@ def test_the_last_lines_say_what_came_out_and_which_commands_use_it(run, tmp_pat
     *_, done, best, tried, evaluated, exported = (run / "out").read_text().splitlines()
     assert re.match(r"done in .* \(compiling .* evaluating .* training .*\)$", done)
     loss = metrics(run)[-1]["eval_loss"]
-    assert best == f"best eval_loss {loss:.4f} at step {STEPS}"
+    before = metrics(run)[0]["eval_loss"]
+    assert best == (
+        f"best eval_loss {loss:.4f} at step {STEPS} ({before:.4f} before the first step)"
+    )
     words = [shlex.split(line.partition(": ")[2]) for line in (tried, evaluated)]
     assert words[0] == [
         *("python", "generate.py", "--model", "hf", "--adapter", "run"),
@@ -75,9 +81,7 @@ def test_the_last_lines_say_what_came_out_and_which_commands_use_it(run, tmp_pat
     assert words[1][:2] == ["python", "evaluate.py"]
     printed = succeed("evaluate", *words[1][2:])
     assert float(printed.split()[1]) == pytest.approx(loss, abs=2e-5)
-    assert exported == (
-        "export:   python -m convert.to_hf --model hf --adapter run run-merged"
-    )
+    assert exported == "export:   python -m convert.to_hf run run-merged"
 
 
 def test_a_run_folder_holds_what_the_design_says(run):
@@ -85,6 +89,105 @@ def test_a_run_folder_holds_what_the_design_says(run):
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "adapter"} <= names
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in (run / "checkpoints").iterdir()] == [str(STEPS)]
+
+
+BEST = (
+    *("--data.eval", "eval.jsonl", "--optim.learning_rate", 0.3, "--train.keep", 1),
+    *("--optim.lr_schedule", "constant", "--train.save_every", 7, "--train.keep_best"),
+    *("--train.eval_every", 2, "--train.early_stopping_patience", 3),
+)
+
+
+@pytest.fixture(scope="module")
+def best(workdir) -> tuple[Path, str]:
+    """A run that ends early, and what it printed."""
+    with contextlib.chdir(workdir):
+        return workdir / "best", succeed("train", *train_flags("best", *BEST))
+
+
+def test_a_run_ends_early_and_exports_its_best_step(best, tmp_path):
+    folder, out = best
+    found = {m["step"]: m["eval_loss"] for m in metrics(folder) if "eval_loss" in m}
+    del found[0]
+    step = min(found, key=found.__getitem__)
+    last = max(found)
+    assert step < last < STEPS
+    assert last - step == 2 * 3
+    steps = {int(path.name) for path in (folder / "checkpoints").iterdir()}
+    assert steps == {step, last}
+    assert f"adapter of step {step} written to best/adapter\n" in out
+    assert "ended early: no lower eval_loss in 3 evaluations\n" in out
+    flags = ("--model", "hf", "--adapter")
+    for chosen in ([folder], [folder / "checkpoints" / str(step)]):
+        assert evaluated_loss(*flags, *chosen) == pytest.approx(found[step], abs=2e-6)
+    succeed("convert.to_peft", folder, tmp_path / "peft", "--step", last)
+    for chosen in ([folder, "--step", last], [tmp_path / "peft"]):
+        assert evaluated_loss(*flags, *chosen) == pytest.approx(found[last], abs=2e-6)
+    done = call("evaluate", *flags[:2], "--data", "eval.jsonl", "--step", last)
+    assert (done.status, done.err.partition(" has no effect")[0]) == (
+        2,
+        f"error: step={last}",
+    )
+
+
+def test_a_run_that_ended_early_goes_on_only_with_more_patience(best, tmp_path):
+    folder = shutil.copytree(best[0], tmp_path / "run")
+    before = metrics(folder)
+    adapter = adapter_bytes(folder)
+    assert "ended early" in succeed("train", *train_flags(folder, *BEST))
+    assert (metrics(folder), adapter_bytes(folder)) == (before, adapter)
+    flags = [*train_flags(folder, *BEST)[:-1], 4]
+    assert "step " in succeed("train", *flags)
+    assert len(metrics(folder)) > len(before)
+
+
+def test_a_run_that_is_stopped_at_an_evaluation_chooses_the_same_step(
+    best, tmp_path, monkeypatch
+):
+    take = Run.log
+
+    def log_and_stop(run: Run, step: int, *rest: Any) -> None:
+        take(run, step, *rest)
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+
+    flags = train_flags(tmp_path / "run", *BEST)
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "log", log_and_stop)
+        assert call("train", *flags).status == 75
+    succeed("train", *flags)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(best[0])
+    key = "eval_loss"
+    assert [m.get(key) for m in metrics(tmp_path / "run")] == [
+        m.get(key) for m in metrics(best[0])
+    ]
+
+
+def test_a_best_step_that_is_damaged_is_replaced_by_the_last_with_a_warning(
+    best, tmp_path
+):
+    folder = shutil.copytree(best[0], tmp_path / "run")
+    step, last = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    next((folder / "checkpoints" / str(step)).rglob("metadata")).write_text("")
+    done = call("train", *train_flags(folder, *BEST))
+    assert done.status == 0
+    assert f"warning: step {last} is exported instead of the best: " in done.err
+    assert f"adapter of step {last} written" in done.out
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--train.eval_every", 5),
+        ("--train.keep_best",),
+        ("--train.eval_every", 5, "--train.early_stopping_patience", 2),
+    ],
+)
+def test_a_setting_of_evaluations_without_held_out_data_is_refused(more, tmp_path):
+    done = call("train", *train_flags(tmp_path / "run", *more))
+    assert done.status == 2
+    assert f"{more[0][2:]} has no effect without held-out data" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_messages_are_trained_on_too(tmp_path):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import CorruptError, UnsupportedError
+from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.train.checkpoint import (
+    adapter_of_step,
     load_newest,
-    newest_adapter,
     save_checkpoint,
     saved_steps,
 )
@@ -117,12 +117,12 @@ def test_damage_to_a_checkpoint_without_digests_of_files_is_found(folder, key):
 def test_settings_without_an_adapter_are_damaged(tmp_path):
     save_checkpoint(tmp_path / "checkpoints", 1, state(1), {"settings": {}}, keep=1)
     with pytest.raises(CorruptError, match="step 1 has no settings of an adapter"):
-        newest_adapter(tmp_path)
+        adapter_of_step(tmp_path / "checkpoints")
 
 
 def test_an_adapter_that_is_read_from_an_older_step_is_warned_of(folder, capsys):
     flip(folder / "2" / "meta" / "metadata")
-    assert newest_adapter(folder.parent)[1]["q_proj"]["lora_A"].tolist() == [[1, 1]] * 3
+    assert adapter_of_step(folder)[1]["q_proj"]["lora_A"].tolist() == [[1, 1]] * 3
     warning = capsys.readouterr().err
     assert warning.startswith("warning: skipped a damaged checkpoint: ")
     assert warning.count("\n") == 1
@@ -159,3 +159,27 @@ def test_a_step_of_a_later_schema_is_refused_and_not_skipped(folder, monkeypatch
     save_checkpoint(folder, 3, state(3), META, keep=2)
     with pytest.raises(UnsupportedError, match="schema 4; this jlora reads schema 3"):
         load_newest(folder)
+
+
+def test_the_newest_steps_stay_and_one_more(tmp_path):
+    for step, also in ((1, None), (2, 2), (3, 2), (4, 2), (5, 2)):
+        save_checkpoint(tmp_path, step, state(step), META, keep=2, also=also)
+    assert saved_steps(tmp_path) == [5, 4, 2]
+    assert adapter_of_step(tmp_path, 2)[1]["q_proj"]["lora_A"].tolist() == [[2, 2]] * 3
+    with pytest.raises(UsageError, match="no step 3; there are 2, 4, 5"):
+        adapter_of_step(tmp_path, 3)
+
+
+def test_a_step_that_is_saved_again_is_there_until_the_new_one_is_whole(
+    folder, monkeypatch
+):
+    save_checkpoint(folder, 2, state(2), {**META, "progress": 1}, keep=2)
+    assert step_of(folder) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr("jlora.train.checkpoint.leaf_digest", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save_checkpoint(folder, 2, state(2), META, keep=2)
+    assert step_of(folder) == 2
+    saved, _ = load_newest(folder)
+    assert saved is not None
+    assert saved.meta["progress"] == 1

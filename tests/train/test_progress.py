@@ -22,7 +22,9 @@ def test_the_mean_counts_supervised_tokens_and_leaves_out_what_is_not_finite():
 
 def test_the_first_of_the_lowest_evaluations_is_the_best_and_nan_never_is():
     progress = Progress()
-    losses = [math.nan, 3.0, 2.0, 2.0, math.nan, 2.5]
+    losses = [1.0, math.nan, 3.0, 2.0, 2.0, math.nan, 2.5]  # the first before step 1
     found = [progress.add_evaluation(step, loss) for step, loss in enumerate(losses)]
-    assert found == [False, True, True, False, False, False]
-    assert (progress.best_step, progress.best_eval_loss) == (2, 2.0)
+    assert found == [False, False, True, True, False, False, False]
+    assert (progress.best_step, progress.best_eval_loss) == (3, 2.0)
+    assert progress.evaluations_since_best == 3
+    assert progress.initial_eval_loss == 1.0

@@ -28,8 +28,8 @@ from jlora.lora.embedding_and_head import head_parameters
 from jlora.model.loss import cross_entropy
 from jlora.ops.compute_choices import Compute
 from jlora.train.checkpoint import (
+    adapter_of_step,
     load_newest,
-    newest_adapter,
     restore_into,
     save_checkpoint,
 )
@@ -329,7 +329,7 @@ def test_the_adapter_of_a_run_of_a_schema_before_can_be_read(saved_run, schema):
     file.write_text(json.dumps(meta | {"schema": schema, "settings": {"lora": lora}}))
     run = Run()
     run.train(2)
-    assert_same_bits(newest_adapter(saved_run)[1], run.state.trainable)
+    assert_same_bits(adapter_of_step(saved_run / "checkpoints")[1], run.state.trainable)
 
 
 def test_resuming_with_other_settings_names_what_differs(saved_run):
