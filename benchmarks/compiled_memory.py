@@ -42,20 +42,22 @@ from jlora.train.step import TrainState, make_train_step
 DESCRIPTION = Path(__file__).parent / "h200.txtpb"
 
 
-def described_h200() -> Mesh:
-    """Returns a mesh of one H200 that is not there."""
+def described_h200(config: MeshConfig) -> Mesh:
+    """Returns a mesh of H200s that are not there."""
     from jax._src.cudnn import fused_attention_stablehlo
 
     # The rule for attention asks the installed cuDNN for its version.
     fused_attention_stablehlo.check_cudnn_version = lambda: 91200
+    size = config.data * config.fsdp * config.tensor
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=DESCRIPTION.read_text(), topology="1x1x1"
+        platform="cuda", target_config=DESCRIPTION.read_text(), topology=f"1x1x{size}"
     )
-    return make_mesh(MeshConfig(), list(topology.devices))
+    return make_mesh(config, list(topology.devices))
 
 
-def compiled_memory(work: Workload, mesh: Mesh) -> dict[str, Any]:
-    """Returns the memory of the compiled step of a workload."""
+def compiled_step(work: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+    """Returns the compiled step of a workload, each device with its rows, and its memory."""
+    rows = work.rows * mesh.shape["data"] * mesh.shape["fsdp"]
 
     def make_params() -> Any:
         dtype = jnp.dtype(work.compute.dtype)
@@ -68,7 +70,7 @@ def compiled_memory(work: Workload, mesh: Mesh) -> dict[str, Any]:
         params,
         mesh,
         compute=work.compute,
-        rows=work.rows,
+        rows=rows,
         length=work.length,
     )
     model = Llama.with_compute(work.config, planned.compute)
@@ -87,7 +89,7 @@ def compiled_memory(work: Workload, mesh: Mesh) -> dict[str, Any]:
     step = make_train_step(
         model, optimizer, mesh, state=state, frozen=frozen, packed=False
     )
-    shape = work.rows, work.length
+    shape = rows, work.length
     batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
         for name, dtype in {
@@ -98,9 +100,10 @@ def compiled_memory(work: Workload, mesh: Mesh) -> dict[str, Any]:
             "positions": jnp.int32,
         }.items()
     }
-    found = step.lower(state, frozen, batch).compile().memory_analysis()
+    compiled = step.lower(state, frozen, batch).compile()
+    found = compiled.memory_analysis()
     gib = 2**30
-    return {
+    return compiled, {
         "layers": work.config.num_hidden_layers,
         "remat": planned.compute.remat,
         "kernels": planned.compute.kernels,
@@ -131,9 +134,13 @@ def main() -> None:
     parser.add_argument("--kernels", choices=("auto", "xla", "hopper"), default="auto")
     parser.add_argument("--base-dtype", choices=QUANTIZERS, help="quantise the weights")
     parser.add_argument("--remat", choices=("none", "minimal", "full", "offload"))
+    for axis in ("data", "fsdp", "tensor"):
+        parser.add_argument(f"--{axis}", type=int, default=1, help="number of devices")
+    parser.add_argument("--hlo", type=Path, help="write the compiled program here")
     args = parser.parse_args()
     work = WORKLOADS[args.workload]
-    mesh = described_h200() if args.device == "h200" else make_mesh(MeshConfig())
+    wanted = MeshConfig(args.data, args.fsdp, args.tensor)
+    mesh = described_h200(wanted) if args.device == "h200" else make_mesh(wanted)
     compute = replace(
         work.compute,
         kernels=args.kernels,
@@ -142,7 +149,11 @@ def main() -> None:
     )
     for layers in args.layers:
         config = replace(work.config, num_hidden_layers=layers)
-        found = compiled_memory(replace(work, config=config, compute=compute), mesh)
+        compiled, found = compiled_step(
+            replace(work, config=config, compute=compute), mesh
+        )
+        if args.hlo:
+            args.hlo.write_text(compiled.as_text())
         print(json.dumps({"workload": args.workload} | found), flush=True)
 
 

@@ -7,14 +7,16 @@ appended to `--out`, from which `table.py` makes the table of docs/performance.m
     python benchmarks/step_time.py A B
     python benchmarks/step_time.py B --data 2
 
-With `--data` or `--fsdp` there are several devices, and each has the rows of the workload.
-Tokens per second and MFU count all of them; memory is that of the first device, which also
-draws the weights.
+With `--data`, `--fsdp` or `--tensor` there are several devices, and a step has the rows of
+the workload for each. Tokens per second and MFU count all of them; memory is that of the
+first device, which also draws the weights. `scaling.py` compares meshes.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -234,10 +236,50 @@ def prepare(
         "attention": plan.attention,
         "kernels": plan.kernels,
         "base_dtype": work.compute.base_dtype,
+        "gib": {
+            "adapter": _gib(state.trainable),
+            "layer": _gib(frozen["layers"]["0"]),
+            "embedding": _gib(frozen["embed_tokens"]),
+        },
         "planned_gib": round(sum(memory_bytes(params, planned).values()) / 2**30, 2),
         "flops": flops_per_token(params, work.config, work.document or work.length),
     }
     return step, state, frozen, facts
+
+
+def _gib(tree: Any) -> float:
+    return round(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**30, 4)
+
+
+def collectives(compiled: Any) -> dict[str, Any]:
+    """Returns {kind: [how many, GiB of their results, how many in loops]} of a program.
+
+    What is in a loop counts once.
+    """
+    found: dict[str, list[float]] = {}
+    in_loop = True
+    for line in compiled.as_text().splitlines():
+        if not line.startswith(" "):
+            in_loop = not line.startswith("ENTRY")
+        # A start has operands and results, the done only results.
+        match = re.match(rf"\s+(?:ROOT )?%?\S+ = (.+?) ({_KINDS})(?:-done)?\(", line)
+        if match:
+            entry = found.setdefault(match[2], [0, 0.0, 0])
+            entry[0] += 1
+            entry[1] = round(entry[1] + _type_bytes(match[1]) / 2**30, 4)
+            entry[2] += in_loop
+    return found
+
+
+_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+def _type_bytes(text: str) -> float:
+    """Returns the bytes of the arrays in the text of a type, such as (f32[2,3]{1,0}, s8[])."""
+    return sum(
+        math.prod(map(int, filter(None, sizes.split(",")))) * max(1, int(bits) // 8)
+        for bits, sizes in re.findall(r"[a-z]+(\d+)\w*\[([\d,]*)\]", text)
+    )
 
 
 def process_seconds() -> float:
@@ -274,6 +316,7 @@ def measure(
     if mesh.size > 1:
         axes = (f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         device = f"{mesh.size} x {device}, {', '.join(axes)}"
+        facts["collectives"] = collectives(compiled)
     return {
         "workload": name,
         "framework": "jlora",
@@ -305,7 +348,7 @@ def main() -> None:
         "--cache", action="store_true", help="keep compiled programs between runs"
     )
     parser.add_argument("--layers", type=int, help="use this many layers")
-    for axis in ("data", "fsdp"):
+    for axis in ("data", "fsdp", "tensor"):
         parser.add_argument(f"--{axis}", type=int, default=1, help="number of devices")
     args = parser.parse_args()
     if len(args.workloads) > 1:  # the peak of memory is counted for a process
@@ -326,8 +369,8 @@ def main() -> None:
     )
     layers = args.layers or work.config.num_hidden_layers
     config = replace(work.config, num_hidden_layers=layers)
-    devices = jax.devices()[: args.data * args.fsdp]
-    mesh = make_mesh(MeshConfig(args.data, args.fsdp), devices)
+    devices = jax.devices()[: args.data * args.fsdp * args.tensor]
+    mesh = make_mesh(MeshConfig(args.data, args.fsdp, args.tensor), devices)
     found = measure(name, replace(work, config=config, compute=compute), mesh)
     line = json.dumps(found | ({"layers": layers} if args.layers else {}))
     print(line, flush=True)

@@ -16,7 +16,8 @@ import jlora
 from jlora.lora.adapter_tree import Params, join, map_leaves, split, trainable_mask
 from jlora.model.remat import layer_memory
 from jlora.ops.quantize import kernel_of, quantize_kernel
-from jlora.train.step import COMPILER_OPTIONS, summed_loss
+from jlora.train.compiler_options import COMPILER_OPTIONS
+from jlora.train.step import summed_loss
 
 pytestmark = [
     pytest.mark.gpu,

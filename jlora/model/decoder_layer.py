@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt32
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.lora.adapter_tree import Params
@@ -26,6 +26,7 @@ from jlora.lora.lora_dense import NORM_NAME, LoRADense
 from jlora.lora.projections import add_projection, add_swiglu, project_all
 from jlora.model.kv_cache import KeysValues, write_at
 from jlora.model.remat.layer_memory import in_pieces, num_pieces
+from jlora.model.remat.layer_stack import LayerParts
 from jlora.model.rotary import apply_rope
 from jlora.ops.attention import attend
 from jlora.ops.compute_choices import Compute
@@ -38,6 +39,11 @@ from jlora.ops.hopper.fused_projections import DOWN_NAME, PRODUCT_NAME
 # rotary embedding, SwiGLU and, outside the kernels, x A are recomputed, but no product with
 # W, except for gate's and up's second one under DoRA with dropout.
 SAVED_NAMES = ("residual", PRODUCT_NAME, DOWN_NAME, NORM_NAME)
+# The projections of a layer, in the order in which the seeds of their dropout are drawn.
+PROJECTIONS = [
+    *(("self_attn", f"{name}_proj") for name in "qkvo"),
+    *(("mlp", f"{name}_proj") for name in ["gate", "up", "down"]),
+]
 
 
 @jax.tree_util.register_dataclass
@@ -138,11 +144,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each after a norm and added to the residual stream.
-
-    Remat "minimal" recomputes the parts before and after attention separately. What lies
-    between them, the flash kernel, keeps its own residuals and never runs twice.
-    """
+    """Attention and MLP, each after a norm and added to the residual stream."""
 
     config: LlamaConfig
     compute: Compute
@@ -212,20 +214,69 @@ class DecoderLayer(nn.Module):
         self, x: Float[Array, "B T D"], shared: SharedInputs, cached: KeysValues | None
     ) -> tuple[Float[Array, "B T D"], KeysValues]:
         """Returns the residual stream and this layer's keys and values."""
-        before: Any = DecoderLayer.before_attention
-        after: Any = DecoderLayer.after_attention
-        attention: Any = partial(
-            attend,
-            compute=self.compute,
+        q, k, v = self.before_attention(x, shared)
+        k, v = written(cached, (k, v), shared)
+        return self.after_attention(x, self.attend(q, k, v, shared)), (k, v)
+
+    @nn.nowrap
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B S K H"],
+        v: Float[Array, "B S K H"],
+        shared: SharedInputs,
+    ) -> Float[Array, "B T N H"]:
+        """Returns the outputs of all heads."""
+        return attend(
+            *(q, k, v),
+            self.compute,
             segment_ids=shared.segment_ids,
             offset=shared.offset,
         )
+
+    @nn.nowrap
+    def parts(self) -> LayerParts:
+        """Returns the layer as functions of its parameters; all but full and offload remat.
+
+        Remat "minimal" recomputes the parts before and after attention separately. What lies
+        between them, the flash kernel, keeps its own residuals and never runs twice.
+        """
+
+        def before(leaves: Params, seeds: Any, x: Array, shared: SharedInputs) -> Any:
+            return self.apply(
+                _variables(leaves, seeds), x, shared, method="before_attention"
+            )
+
+        def after(leaves: Params, seeds: Any, x: Array, out: Array) -> Any:
+            return self.apply(
+                _variables(leaves, seeds), x, out, method="after_attention"
+            )
+
+        attention: Any = self.attend
         if self.compute.remat == "minimal":
             save = jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES)
-            before, after = (nn.remat(half, policy=save) for half in (before, after))
+            before, after = (
+                jax.checkpoint(half, policy=save) for half in (before, after)
+            )
             if self.compute.attention == "xla":  # its residuals are [B, N, T, S]
                 attention = jax.checkpoint(attention)
-        q, k, v = before(self, x, shared)
-        if cached is not None:
-            k, v = write_at(cached, (k, v), shared.offset)
-        return after(self, x, attention(q, k, v)), (k, v)
+        return LayerParts(before, attention, after)
+
+
+def written(
+    cached: KeysValues | None, new: KeysValues, shared: SharedInputs
+) -> KeysValues:
+    """Returns the keys and values that queries see: new ones, in a cache if there is one."""
+    return new if cached is None else write_at(cached, new, shared.offset)
+
+
+def _variables(
+    leaves: Params, seeds: UInt32[Array, "projections 2"] | None
+) -> dict[str, Any]:
+    """Returns a layer's parameters, and its dropout seeds as {block: {projection: seeds}}."""
+    found: dict[str, Any] = {"params": leaves}
+    if seeds is not None:
+        found["dropout"] = {}
+        for (block, name), own in zip(PROJECTIONS, seeds, strict=True):
+            found["dropout"].setdefault(block, {})[name] = {"seeds": own}
+    return found

@@ -3,7 +3,6 @@
 The letters in shapes are those of `jlora.model.decoder_layer`.
 """
 
-from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -11,25 +10,26 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import UsageError
 from jlora.lora.embedding_and_head import embed, head_logits, head_parameters
 from jlora.lora.lora_dense import LoRADense
-from jlora.model.decoder_layer import DecoderLayer, RMSNorm, SharedInputs
+from jlora.model.decoder_layer import (
+    PROJECTIONS,
+    DecoderLayer,
+    RMSNorm,
+    SharedInputs,
+    written,
+)
 from jlora.model.kv_cache import KeysValues, KVCache
 from jlora.model.remat.layer_memory import gradients_together
-from jlora.model.remat.offload import run_offloaded
+from jlora.model.remat.layer_stack import LayerParts, run_stack
 from jlora.model.rotary import rope_angles
 from jlora.ops.compute_choices import Compute, default_platform
 from jlora.ops.dropout import drop
-
-# The projections of a layer, in the order in which the seeds of their dropout are drawn.
-_PROJECTIONS = [
-    *(("self_attn", f"{name}_proj") for name in "qkvo"),
-    *(("mlp", f"{name}_proj") for name in ["gate", "up", "down"]),
-]
+from jlora.parallel.sharding import holds_parts
 
 
 class Llama(nn.Module):
@@ -40,7 +40,7 @@ class Llama(nn.Module):
         dtype: of activations and matrix products.
         attention: xla, cudnn or splash; see `jlora.ops.attention`.
         remat: none, minimal, full or offload: what the backward pass recomputes; see
-            `jlora.model.decoder_layer.SAVED_NAMES` and `jlora.model.remat.offload`.
+            `jlora.model.decoder_layer.SAVED_NAMES` and `jlora.model.remat.layer_stack`.
         lora_dropout: rate on the input of every lora_A, when a "dropout" rng is given.
         max_segments: most documents in a row; cudnn needs it for packed rows.
         kernels: of the projections, xla or hopper; see `jlora.lora.projections`.
@@ -196,27 +196,38 @@ class _Layers(nn.Module):
     ) -> tuple[Array, list[KeysValues]]:
         """Returns the residual stream, and the keys and values of every layer.
 
-        Under remat "offload", keys and values are returned only if there is a cache.
+        Under remat "offload", or on a mesh that splits the weights, keys and values are
+        returned only if there is a cache.
         """
         cached: list[KeysValues | None] = [None] * self.config.num_hidden_layers
         if cache is not None:
             cached = list(zip(cache.keys, cache.values, strict=True))
         filled: list[KeysValues] = []
         # Flax can initialise parameters and capture intermediate values only of submodules,
-        # not in the function below. Their dropout masks are other ones than the function's.
+        # not in the functions below. Their dropout masks are other ones than the functions'.
         if self.is_initializing() or self.is_mutable_collection("intermediates"):
             for i, old in enumerate(cached):
                 x, new = self._make_layer(name=str(i))(x, shared, old)
                 filled.append(new)
             return x, filled
-        run, seeds = self._layer_function(x), self._dropout_seeds()
+        # All layers call the same jitted functions, so JAX traces and lowers one layer only;
+        # XLA inlines the calls. Where x is no tracer they are not jitted, because a call of
+        # the model makes new functions, which would be compiled again each time.
+        jit: Any = jax.jit if isinstance(x, Tracer) else lambda function: function
+        parts, seeds = self._make_layer(parent=None).parts(), self._dropout_seeds()
         leaves = [self.variables["params"][str(i)] for i in range(len(cached))]
-        if self.compute.remat == "offload" and cache is None:
+        remat = self.compute.remat
+        if cache is None and (remat == "offload" or holds_parts()):
+            parts = LayerParts(*map(jit, parts))
+            return run_stack(parts, leaves, seeds, x, shared, remat=remat), filled
 
-            def run_uncached(*args: Any) -> Array:
-                return run(*args, None)[0]
+        def run(leaves: Any, seeds: Any, x: Any, shared: Any, cached: Any) -> Any:
+            q, k, v = parts.before(leaves, seeds, x, shared)
+            k, v = written(cached, (k, v), shared)
+            out = parts.attention(q, k, v, shared)
+            return parts.after(leaves, seeds, x, out), (k, v)
 
-            return run_offloaded(run_uncached, leaves, seeds, x, shared), filled
+        run = jit(jax.checkpoint(run) if remat == "full" else run)
         for own, own_seeds, old in zip(leaves, seeds, cached, strict=True):
             own, x = gradients_together(own, x)
             x, new = run(own, own_seeds, x, shared, old)
@@ -225,27 +236,7 @@ class _Layers(nn.Module):
 
     @nn.nowrap
     def _make_layer(self, **place: Any) -> DecoderLayer:
-        layer: Any = DecoderLayer
-        if self.compute.remat == "full":
-            layer = nn.remat(DecoderLayer)
-        return layer(self.config, self.compute, self.lora_dropout, **place)
-
-    @nn.nowrap
-    def _layer_function(self, x: Array) -> Callable[..., tuple[Array, KeysValues]]:
-        """Returns (leaves, seeds, x, shared, cached) -> (x, keys and values).
-
-        All layers call the same jitted function, so JAX traces and lowers one layer only;
-        XLA inlines the calls. Where x is no tracer it is not jitted, because a call of the
-        model makes a new function, which would be compiled again each time.
-        """
-
-        def run(leaves: Any, seeds: Any, x: Any, shared: Any, cached: Any) -> Any:
-            variables = {"params": leaves}
-            if seeds is not None:
-                variables["dropout"] = _by_projection(seeds)
-            return self._make_layer(parent=None).apply(variables, x, shared, cached)
-
-        return jax.jit(run) if isinstance(x, Tracer) else run
+        return DecoderLayer(self.config, self.compute, self.lora_dropout, **place)
 
     def _dropout_seeds(self) -> list[Any]:
         """Returns every layer's dropout seeds [7, 2], or None for each without dropout."""
@@ -253,16 +244,8 @@ class _Layers(nn.Module):
         if not self.has_rng("dropout"):
             return [None] * layers
         # All at once: making a key for each would be some hundred instructions each.
-        shape = (layers, len(_PROJECTIONS), 2)
+        shape = (layers, len(PROJECTIONS), 2)
         return list(jax.random.bits(self.make_rng("dropout"), shape, jnp.uint32))
-
-
-def _by_projection(seeds: UInt32[Array, "projections 2"]) -> dict[str, Any]:
-    """Returns a layer's collection "dropout": {block: {projection: {"seeds": seeds}}}."""
-    found: dict[str, Any] = {}
-    for (block, name), own in zip(_PROJECTIONS, seeds, strict=True):
-        found.setdefault(block, {})[name] = {"seeds": own}
-    return found
 
 
 def _check_tokens(tokens: Any) -> None:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from jlora.parallel.sharding import BATCH_AXES
+
 
 def drop(x: Float[Array, "... D"], key: Array, rate: float | Array) -> Array:
     """Returns x with a share `rate` of its elements set to 0 and the others scaled up."""
@@ -80,8 +82,8 @@ def axis_codes(
 def _numbers(size: int, axis: int) -> Int[Array, " size"]:
     """Returns the numbers of all rows (axis 0) or columns."""
     # Inside `jlora.parallel.sharding.over_rows` a device has some of the rows only.
-    devices = jax.sharding.get_abstract_mesh().manual_axes
-    first = lax.axis_index(devices) * size if devices and axis == 0 else 0
+    is_split = jax.sharding.get_abstract_mesh().manual_axes and axis == 0
+    first = lax.axis_index(BATCH_AXES) * size if is_split else 0
     return first + jnp.arange(size)
 
 

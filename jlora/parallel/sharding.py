@@ -28,6 +28,9 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("mlp", "tensor"),
+    # Rows as well, because parts that are rows need no further copy to be a whole matrix.
+    ("rows_of_heads", ("tensor", "fsdp")),
+    ("rows_of_mlp", ("tensor", "fsdp")),
     ("lora_rank", None),
     # activations; other names, so that their D is not split as a parameter's D is
     ("batch", BATCH_AXES),
@@ -41,10 +44,10 @@ KERNEL_AXES = {
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "kv_heads"),
     "v_proj": ("embed", "kv_heads"),
-    "o_proj": ("heads", "embed"),
+    "o_proj": ("rows_of_heads", None),
     "gate_proj": ("embed", "mlp"),
     "up_proj": ("embed", "mlp"),
-    "down_proj": ("mlp", "embed"),
+    "down_proj": ("rows_of_mlp", None),
     "lm_head": ("embed", "vocab"),
     "embed_tokens": ("vocab", "embed"),  # the kernel of one-hot tokens
 }
@@ -55,14 +58,6 @@ LEAF_AXES = {
     "token_rows": (None, "embed"),
     "lora_scaling": (),
     "lora_shared": (),
-}
-# Sizes of a model that a mesh axis must divide, as it would cut through a head otherwise.
-_DIVIDED = {
-    "fsdp": ("hidden_size",),
-    "tensor": (
-        *("num_attention_heads", "num_key_value_heads"),
-        *("intermediate_size", "vocab_size"),
-    ),
 }
 
 
@@ -103,18 +98,38 @@ def check_divisible(
             f"the batch (train.batch_size={batch_size} / "
             f"train.grad_accum_steps={grad_accum_steps})"
         )
-    for axis, names in _DIVIDED.items():
-        sizes = {name: getattr(config, name) for name in names}
-        wrong = [f"{n}={size}" for n, size in sizes.items() if size % mesh.shape[axis]]
-        if wrong:
+    for axes, sizes in _divided(config).items():
+        cuts = math.prod(mesh.shape[axis] for axis in axes)
+        wrong = [f"{name}={size}" for name, size in sizes.items() if size % cuts]
+        if wrong and mesh.shape[axes[0]] > 1:
             common = math.gcd(*sizes.values())
             legal = [n for n in range(1, common + 1) if common % n == 0]
             problems.append(
-                f"mesh.{axis}={mesh.shape[axis]} does not divide {listing(wrong)} "
-                f"(legal: {listing(legal)})"
+                f"{'*'.join(f'mesh.{axis}' for axis in axes)}={cuts} does not divide "
+                f"{listing(wrong)} (legal: {listing(legal)})"
             )
     if problems:
         raise UsageError("; ".join(problems))
+
+
+def _divided(config: LlamaConfig) -> dict[tuple[str, ...], dict[str, int]]:
+    """Returns the sizes of a model that mesh axes, or their product, must divide."""
+    heads = config.num_attention_heads
+    width = {"intermediate_size": config.intermediate_size}
+    return {
+        ("fsdp",): {"hidden_size": config.hidden_size},
+        # It would cut through a head otherwise.
+        ("tensor",): {
+            "num_attention_heads": heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            **width,
+            "vocab_size": config.vocab_size,
+        },
+        ("fsdp", "tensor"): {
+            "num_attention_heads*head_dim": heads * config.head_dim,
+            **width,
+        },
+    }
 
 
 def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
@@ -180,40 +195,70 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def has_all_weights(mesh: Mesh) -> bool:
-    """Returns whether every device has all weights, so that only the batch is split."""
-    return mesh.shape["fsdp"] == mesh.shape["tensor"] == 1
+def runs_own_program(mesh: Mesh) -> bool:
+    """Returns whether each device computes its rows alone, with whole weights."""
+    return mesh.shape["tensor"] == 1
 
 
 def row_shards(mesh: Mesh) -> int:
     """Returns the number of shards of the batch axis that a function in `over_rows` sees."""
-    return 1 if has_all_weights(mesh) else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if runs_own_program(mesh) else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def over_rows(function: Callable[[Any, Any], Any], mesh: Mesh) -> Any:
-    """Returns a function of (replicated, batch): sums of `function` over all rows.
+def over_rows(function: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Any:
+    """Returns a function of (whole, frozen, batch): sums of `function` over all rows.
 
-    If every device has all weights, each runs `function` on its own rows only, so that it
-    may use kernels which the compiler cannot partition. Its results are summed once, in
-    their own dtype; the compiler would sum bfloat16 gradients before they are cast to
-    float32, and again for every part of an accumulated batch.
+    If no tensor axis splits the layers, each device runs `function` on its own rows only, so
+    that it may use kernels which the compiler cannot partition. There `whole` is complete on
+    every device, and `frozen`, a tree of parameters, is the device's part of it, which
+    `gathered` completes. The results are summed once, in their own dtype; the compiler would
+    sum bfloat16 gradients before they are cast to float32, and again for every part of an
+    accumulated batch.
     Otherwise the compiler partitions `function` as the mesh says.
     """
-    if mesh.size == 1 or not has_all_weights(mesh):
+    if mesh.size == 1 or not runs_own_program(mesh):
 
-        def partitioned(whole: Any, batch: Any) -> Any:
+        def partitioned(whole: Any, frozen: Any, batch: Any) -> Any:
             with use_mesh(mesh):
-                return function(whole, batch)
+                return function(whole, frozen, batch)
 
         return partitioned
 
-    def summed(whole: Any, batch: Any) -> Any:
-        return jax.lax.psum(function(whole, batch), BATCH_AXES)
+    def summed(whole: Any, frozen: Any, batch: Any) -> Any:
+        return jax.lax.psum(function(whole, frozen, batch), BATCH_AXES)
 
-    return jax.shard_map(
-        summed,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(BATCH_AXES)),
-        out_specs=PartitionSpec(),
-        check_vma=False,  # the kernels do not declare over which axes they vary
-    )
+    def mapped(whole: Any, frozen: Any, batch: Any) -> Any:
+        parts = jax.tree.map(lambda x: x.spec, tree_shardings(mesh, frozen))
+        return jax.shard_map(
+            summed,
+            mesh=mesh,
+            in_specs=(PartitionSpec(), parts, PartitionSpec(BATCH_AXES)),
+            out_specs=PartitionSpec(),
+            check_vma=False,  # the kernels do not declare over which axes they vary
+        )(whole, frozen, batch)
+
+    return mapped
+
+
+def holds_parts() -> bool:
+    """Returns whether the frozen weights here are a device's part, inside `over_rows`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return "fsdp" in mesh.manual_axes and mesh.shape["fsdp"] > 1
+
+
+def gathered(tree: Any) -> Any:
+    """Returns whole parameters, given a device's parts inside `over_rows`; others as is.
+
+    They are gathered as they are stored, so quantised ones as their bytes.
+    """
+    if not holds_parts():
+        return tree
+    rules = dict(RULES)
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        for axis, name in enumerate(logical_axes(tuple(entry.key for entry in path))):
+            if name is not None and "fsdp" in (rules[name] or ()):
+                leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(whole, tree)

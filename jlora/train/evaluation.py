@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jlora.data.batch.batches import Dataset
-from jlora.lora.adapter_tree import Params
+from jlora.lora.adapter_tree import Params, join, split, trainable_mask
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import (
     batch_sharding,
@@ -18,10 +18,11 @@ from jlora.parallel.sharding import (
     row_shards,
     tree_shardings,
 )
+from jlora.train.compiler_options import compiler_options
 from jlora.train.prefetch import Prefetch, place_batch
 from jlora.train.step import (
     Batch,
-    compiler_options,
+    but_layers_gathered,
     positions_per_chunk,
     summed_loss,
 )
@@ -34,16 +35,18 @@ def make_eval_step(
     model = model.clone(row_shards=row_shards(mesh))
     tokens = model.compute.loss_chunk_tokens
 
-    def loss(params: Params, batch: Batch) -> Array:
+    def loss(trainable: Params, frozen: Params, batch: Batch) -> Array:
         chunk = positions_per_chunk(batch, model.row_shards, tokens)
+        params = join(trainable, but_layers_gathered(frozen))
         return summed_loss(model, params, batch, packed=packed, chunk=chunk)
 
     def step(params: Params, batch: Batch) -> tuple[Array, Array]:
-        return over_rows(loss, mesh)(params, batch), jnp.sum(batch["loss_mask"])
+        parts = split(params, trainable_mask(params))
+        return over_rows(loss, mesh)(*parts, batch), jnp.sum(batch["loss_mask"])
 
     return jax.jit(
         step,
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, params),
         in_shardings=(tree_shardings(mesh, params), batch_sharding(mesh)),
         out_shardings=NamedSharding(mesh, PartitionSpec()),
     )

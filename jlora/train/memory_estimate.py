@@ -13,6 +13,8 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import ComputeConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import (
+    EMBEDDING,
+    HEAD,
     Params,
     is_adapter,
     is_trainable,
@@ -43,8 +45,10 @@ class Workload:
     """Rows of a part of the batch."""
     length: int
     """Tokens per row."""
-    weight_shards: int
-    """Devices that share one copy of the weights."""
+    fsdp: int
+    """Devices that split the weights, and gather those of a layer before it computes."""
+    tensor: int
+    """Devices that split the layers."""
     compute: Compute
     adapters: int = 1
     """Adapters that are trained at once, each with its own rows."""
@@ -94,7 +98,8 @@ def plan_workload(
         config=config,
         rows=adapters * rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
         length=length,
-        weight_shards=mesh.shape["fsdp"] * mesh.shape["tensor"],
+        fsdp=mesh.shape["fsdp"],
+        tensor=mesh.shape["tensor"],
         compute=replace(chosen, remat=compute.remat),
         adapters=adapters,
     )
@@ -128,15 +133,26 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
     size = jnp.dtype(work.compute.dtype).itemsize
     per_logit = 12 if work.compute.platform == "cpu" else 2 * size
     logits = per_logit * work.compute.loss_chunk_tokens * work.config.vocab_size
-    dequantised = _dequantised_bytes(params, work) // work.weight_shards
+    dequantised = _dequantised_bytes(params, work) // work.tensor
     layer = _layer_bytes(work, is_quantized=dequantised > 0) + dequantised
+    if work.fsdp > 1:
+        gathered = max(map(_frozen_bytes, params["layers"].values())) // work.tensor
+        found = modules(params)
+        head = found.get(HEAD, {}).get("kernel", found[EMBEDDING]["embedding"])
+        layer += 2 * gathered
+        logits += gathered + head.size * head.dtype.itemsize // work.tensor
     return {
-        "frozen weights": weights // work.weight_shards,
+        "frozen weights": weights // (work.fsdp * work.tensor),
         "adapter": adapter,
         "optimizer and gradients": work.adapters * (trained + 2 * stacked),
         "saved activations": _activation_bytes(work) + _dora_bytes(params, work),
         "one layer, or logits": max(layer, logits),
     }
+
+
+def _frozen_bytes(layer: Params) -> int:
+    leaves = jax.tree.leaves(split(layer, trainable_mask(layer))[1])
+    return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def _layer_bytes(work: Workload, *, is_quantized: bool) -> int:

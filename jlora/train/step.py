@@ -20,25 +20,16 @@ from jlora.model.loss import cross_entropy
 from jlora.ops.dropout import drop
 from jlora.parallel.sharding import (
     batch_sharding,
+    gathered,
     over_rows,
     row_shards,
     tree_shardings,
 )
+from jlora.train.compiler_options import compiler_options
 from jlora.train.optimizer import stack_layers
 
 Batch = dict[str, Any]
 Metrics = dict[str, Array]
-# cuBLASLt adds an adapter's product while it writes the layer's; Triton's matmuls,
-# which XLA prefers for narrow ones, need a pass of their own. The library that multiplies
-# on a CPU is slower than XLA's own loops at the sums and scalings around a product, which
-# by default it is given, too.
-COMPILER_OPTIONS = {
-    "gpu": {"xla_gpu_enable_triton_gemm": False},
-    "cpu": {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
-        "LIBRARY_FUSION_TYPE_REDUCE"
-    },
-}
 
 
 @jax.tree_util.register_dataclass
@@ -123,6 +114,16 @@ def summed_loss(
     )
 
 
+def but_layers_gathered(frozen: Params) -> Params:
+    """Returns frozen weights, of which a device may have its part, with whole ends.
+
+    Embedding and head are gathered here, once for all chunks of the loss and all parts of a
+    batch. A layer is gathered when it computes.
+    """
+    layers = {"layers": frozen["layers"]}
+    return gathered({k: v for k, v in frozen.items() if k not in layers}) | layers
+
+
 def step_function(
     model: Llama,
     optimizer: optax.GradientTransformation,
@@ -144,9 +145,9 @@ def step_function(
     drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
 
     def gradient(
-        whole: tuple[Params, Params, Array], batch: Batch
+        whole: tuple[Params, Array], frozen: Params, batch: Batch
     ) -> tuple[Array, Params]:
-        trainable, frozen, key = whole
+        (trainable, key), frozen = whole, but_layers_gathered(frozen)
 
         def loss(trainable: Params, part: Batch, index: Array | int) -> Array:
             return summed_loss(
@@ -173,8 +174,8 @@ def step_function(
         state: TrainState, frozen: Params, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        whole = state.trainable, frozen, key
-        total, gradients = over_rows(gradient, mesh)(whole, batch)
+        whole = state.trainable, key
+        total, gradients = over_rows(gradient, mesh)(whole, frozen, batch)
         supervised = jnp.sum(batch["loss_mask"])
         share = 1 / jnp.maximum(supervised, 1)
         gradients = jax.tree.map(lambda g: g * share, gradients)
@@ -238,7 +239,7 @@ def make_train_step(
     return jax.jit(
         step,
         donate_argnums=0,
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, frozen),
         in_shardings=(
             state_shardings,
             tree_shardings(mesh, frozen),
@@ -246,11 +247,6 @@ def make_train_step(
         ),
         out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())),
     )
-
-
-def compiler_options(mesh: Mesh) -> Any:
-    """Returns what `jax.jit` is told for the devices of this mesh."""
-    return COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
 
 
 def positions_per_chunk(batch: Batch, shards: int, tokens: int) -> int:

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import batch_sharding, tree_shardings
+from jlora.train.compiler_options import compiler_options
 from jlora.train.optimizer import (
     Hyperparameters,
     make_optimizer,
@@ -31,7 +32,6 @@ from jlora.train.optimizer import (
 from jlora.train.step import (
     Batch,
     TrainState,
-    compiler_options,
     step_function,
 )
 from jlora.train.sweep_file import check_same_leaves
@@ -101,7 +101,7 @@ def make_sweep_trainer(
     jitted: Any = jax.jit(
         step,
         donate_argnums=0,
-        compiler_options=compiler_options(mesh),
+        compiler_options=compiler_options(mesh, frozen),
         in_shardings=(
             shardings,
             jax.tree.map(lambda leaf: leaf.sharding, frozen),

@@ -16,12 +16,14 @@ BENCHMARKS = ROOT / "benchmarks"
 ELSEWHERE = {"cpu_peer", "loss_curve", "packing_peer", "convert_speed", "data_speed"}
 ELSEWHERE |= {"memory_table"}  # tests/test_docs.py
 HERE = {"step_time", "sweep_time", "packing_gpu", "table", "peers", "compiled_memory"}
+HERE |= {"scaling"}
 
 
-def run_script(name: str, *arguments: str) -> list[str]:
+def run_script(name: str, *arguments: str, devices: int = 1) -> list[str]:
     """Returns the lines that the benchmark prints."""
-    # One device, where conftest.py gives the tests eight; of two flags the later one holds.
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    # conftest.py gives the tests eight devices; of two flags the later one holds.
+    count = f" --xla_force_host_platform_device_count={devices}"
+    flags = os.environ["XLA_FLAGS"] + count
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), *arguments],
         capture_output=True,
@@ -52,6 +54,34 @@ def test_step_time_measures_a_step_and_appends_the_line(tmp_path: Path) -> None:
     (line,) = run_script("step_time", "tiny", "--out", str(tmp_path / "lines"))
     assert json.loads(line)["tokens_per_second"] > 0
     assert (tmp_path / "lines").read_text() == line + "\n"
+
+
+def test_scaling_compares_meshes_and_reports_those_that_fail(tmp_path: Path) -> None:
+    meshes = ("data=1", "fsdp=3", "fsdp=2", "data=2,tensor=2")
+    lines = run_script(
+        *("scaling", "tiny", "--meshes", *meshes, "--out", str(tmp_path / "lines")),
+        *("--link", "1e7"),
+        *("--", "--remat", "minimal"),
+        devices=4,
+    )
+    one, failed, *others = map(json.loads, lines)
+    assert [line["mesh"] for line in (one, failed, *others)] == list(meshes)
+    assert one["of_linear"] == one["predicted"] == 1
+    assert failed["exit_status"] == 1
+    assert "error" in failed
+    for line in others:
+        assert line["tokens_per_second_per_device"] > 0
+        assert line["loss"] == pytest.approx(one["loss"], abs=0.1)
+        assert 0 < line["predicted"] < 1
+    # Each layer, though XLA on a CPU removes the barriers, and gathers it only once.
+    _, gib, in_loops = others[0]["collectives"]["all-gather"]
+    assert gib > 2 * one["gib"]["layer"]
+    assert in_loops == 0
+    (skipped,) = run_script(
+        *("scaling", "tiny", "--meshes", "data=1", "--limit-s", "0"),
+        *("--out", str(tmp_path / "lines")),
+    )
+    assert "no time left" in json.loads(skipped)["error"]
 
 
 def test_sweep_time_compares_adapters_together_with_one() -> None:

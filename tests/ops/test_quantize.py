@@ -309,7 +309,8 @@ def test_the_plan_counts_the_weights_that_are_dequantised():
         config=config,
         rows=64,
         length=64,
-        weight_shards=1,
+        fsdp=1,
+        tensor=1,
         compute=Compute("cpu", jnp.dtype(jnp.bfloat16), remat="minimal"),
     )
     layers = sum(

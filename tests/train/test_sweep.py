@@ -21,10 +21,11 @@ from jlora.errors import UsageError
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import make_mesh
+from jlora.train.compiler_options import COMPILER_OPTIONS
 from jlora.train.loop import _make_trainer
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.run import Run
-from jlora.train.step import COMPILER_OPTIONS, TrainState, make_train_step
+from jlora.train.step import TrainState, make_train_step
 from jlora.train.sweep import make_sweep_trainer
 from jlora.train.trainer import TrainedAdapter
 

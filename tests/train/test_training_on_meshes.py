@@ -186,9 +186,9 @@ def test_one_compilation_serves_all_batches(run):
     [
         ("embed_tokens.embedding", ("tensor", "fsdp")),
         ("layers.0.self_attn.q_proj.kernel", ("fsdp", "tensor")),
-        ("layers.0.self_attn.o_proj.kernel", ("tensor", "fsdp")),
+        ("layers.0.self_attn.o_proj.kernel", (("tensor", "fsdp"), None)),
         ("layers.0.mlp.gate_proj.kernel", ("fsdp", "tensor")),
-        ("layers.0.mlp.down_proj.kernel", ("tensor", "fsdp")),
+        ("layers.0.mlp.down_proj.kernel", (("tensor", "fsdp"), None)),
         ("lm_head.kernel", ("fsdp", "tensor")),
         ("norm.scale", (None,)),
     ],

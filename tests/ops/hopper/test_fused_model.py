@@ -25,7 +25,7 @@ from jlora.config.run_config import MeshConfig
 from jlora.formats.digests import flatten
 from jlora.lora.adapter_tree import is_trainable, join, split, trainable_mask
 from jlora.model.llama import Llama
-from jlora.parallel.sharding import make_mesh
+from jlora.parallel.sharding import make_mesh, tree_shardings
 from jlora.train.evaluation import make_eval_step
 
 ONE_LAYER = llama_config(num_hidden_layers=1)
@@ -155,15 +155,45 @@ def test_devices_with_all_weights_and_own_rows_train_as_one(
             )
 
 
+# Sizes of which every device has whole blocks of nf4, and layers that follow each other.
+BLOCKS = llama_config(
+    num_hidden_layers=3, hidden_size=128, intermediate_size=128, head_dim=8
+)
+
+
+@functools.cache
+def trained_with_nf4(mesh: MeshConfig, remat: str) -> Any:
+    params = moved(quantized(adapted_params(BLOCKS)))
+    settings: Any = {"lora_dropout": 0.3, "grad_accum_steps": 2, "kernels": "hopper"}
+    run = Run(mesh, config=BLOCKS, params=params, remat=remat, **settings)
+    metrics = run.train(2)
+    return metrics, {k: v for k, v in flatten(run.state).items() if ".mu." in k}
+
+
 @pytest.mark.usefixtures("plain_kernels")
-def test_devices_with_own_rows_evaluate_as_one() -> None:
+@pytest.mark.parametrize("remat", ["minimal", "offload"])
+def test_devices_that_gather_quantised_weights_train_as_one(remat: str) -> None:
+    metrics, moments = trained_with_nf4(MeshConfig(2, 2), remat)
+    expected, same = trained_with_nf4(MeshConfig(1), "none")
+    for found, wanted in zip(metrics, expected, strict=True):
+        assert found == pytest.approx(wanted, rel=2e-6)
+    for name, moment in moments.items():
+        atol = 1e-4 * np.abs(same[name]).max()  # measured 3.4e-5
+        np.testing.assert_allclose(moment, same[name], rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.mark.usefixtures("plain_kernels")
+@pytest.mark.parametrize("sizes", [(8,), (2, 4)])
+def test_devices_with_own_rows_evaluate_as_one(sizes: tuple[int, ...]) -> None:
     params, batch, found = moved(adapted_params(ONE_LAYER)), ragged_batch(), []
-    for devices, kernels in ((8, "hopper"), (1, "xla")):
-        mesh = make_mesh(MeshConfig(devices), jax.devices()[:devices])
+    for config, kernels in ((MeshConfig(*sizes), "hopper"), (MeshConfig(1), "xla")):
+        devices = config.data * config.fsdp
+        mesh = make_mesh(config, jax.devices()[:devices])
         step = make_eval_step(Llama(ONE_LAYER, kernels=kernels), mesh, params=params)
         jaxpr = step.trace(params, batch).jaxpr.jaxpr
         names = {equation.primitive.name for equation in equations(jaxpr)}
         # The compiler could split the plain products used here, but not the kernels.
         assert ("shard_map" in names) == (devices > 1)
-        found.append([float(x) for x in step(params, batch)])
+        placed = jax.device_put(params, tree_shardings(mesh, params))
+        found.append([float(x) for x in step(placed, batch)])
     assert found[0] == pytest.approx(found[1], rel=1e-6)

@@ -1,5 +1,6 @@
-"""Remat "offload": gradients as without remat, whatever is trained and wherever."""
+"""Remat "offload" and gathered weights: gradients as without, whatever is trained."""
 
+from collections import Counter
 from dataclasses import replace
 
 import jax
@@ -12,9 +13,12 @@ from helpers.training_cases import (
     ALL_LINEAR,
     Run,
     adapted_params,
+    equations,
     llama_config,
+    quantized,
     ragged_batch,
 )
+from jax.extend.core import Var
 
 from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.lora.adapter_tree import join, split, trainable_mask
@@ -96,6 +100,57 @@ def test_every_copy_is_tied_to_a_layer():
     # leaves, and the end of its gradient.
     names = [step.primitive.name for step in steps]
     assert names.count("optimization_barrier") == 2 + 2 + 1 + 3 + 3
+
+
+# Sizes of which every device has whole blocks of nf4.
+BLOCKS = llama_config(
+    num_hidden_layers=4, hidden_size=128, intermediate_size=128, head_dim=8
+)
+
+
+def gathered_names(jaxpr):
+    """The names that hold a gathered array, and which one: barriers give it new names."""
+    names = {}
+    for place, step in enumerate(jaxpr.eqns):
+        if step.primitive.name == "all_gather":
+            names[step.outvars[0]] = place
+        elif step.primitive.name == "optimization_barrier":
+            pairs = zip(step.invars, step.outvars, strict=True)
+            names |= {new: names[old] for old, new in pairs if old in names}
+    return names
+
+
+@pytest.mark.parametrize("stored", ["float32", "nf4"])
+@pytest.mark.parametrize("remat", ["none", "minimal", "full", "offload"])
+def test_a_device_holds_the_weights_of_two_layers(remat, stored):
+    params = adapted_params(BLOCKS)
+    params = quantized(params) if stored == "nf4" else params
+    run = Run(MeshConfig(1, 2), config=BLOCKS, params=params, remat=remat)
+    jaxpr = run.step.trace(run.state, run.frozen, ragged_batch()).jaxpr.jaxpr
+    (mapped,) = [e for e in equations(jaxpr) if e.primitive.name == "shard_map"]
+    steps = mapped.params["jaxpr"].eqns
+    gathers = [e for e in steps if e.primitive.name == "all_gather"]
+    # Quantised weights have codes and scales. Embedding and head are gathered once, and each
+    # layer once more for its gradient.
+    leaves = 7 * (2 if stored == "nf4" else 1)
+    assert len(gathers) == 2 * leaves * BLOCKS.num_hidden_layers + 2
+    assert not [e for e in equations(jaxpr) if e.primitive.name == "all_gather"][
+        len(gathers) :
+    ]
+    dtypes = Counter(e.outvars[0].aval.dtype.name for e in gathers)
+    assert dtypes["uint8"] == (len(gathers) // 2 - 1 if stored == "nf4" else 0)
+    names = gathered_names(mapped.params["jaxpr"])
+    last = {}
+    for place, step in enumerate(steps):
+        for name in step.invars:
+            if isinstance(name, Var) and name in names:
+                last[names[name]] = place
+    most = max(
+        sum(first <= place <= end for first, end in last.items())
+        for place in range(len(steps))
+    )
+    assert len(last) == len(gathers)
+    assert most <= 2 * leaves + 2
 
 
 def test_eight_devices_train_as_without_remat():
