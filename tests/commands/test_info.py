@@ -153,7 +153,7 @@ def test_facts_of_a_run(tmp_path, show):
     shutil.copytree(golden("basic").folder, tmp_path / "run" / "adapter")
     (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "9").mkdir()
-    record_export(tmp_path / "run", 10)
+    record_export(tmp_path / "run", 10, 10)
     facts = show(tmp_path / "run")
     assert (facts["format"], facts["read from"]) == ("run", "adapter")
     assert facts["checkpoints"] == "9, 10"
