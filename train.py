@@ -11,11 +11,11 @@ from jlora.cli.command import run_command
 from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.cli.unread_output import unread_output_is_discarded
 from jlora.config.lora_config import LoraConfig
+from jlora.config.optim_config import OptimConfig
 from jlora.config.run_config import (
     ComputeConfig,
     DataConfig,
     MeshConfig,
-    OptimConfig,
     TrainConfig,
     check_seed,
 )

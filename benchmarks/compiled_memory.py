@@ -30,7 +30,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from step_time import QUANTIZERS, WORKLOADS, Workload, random_base
 
-from jlora.config.run_config import MeshConfig, OptimConfig
+from jlora.config.optim_config import OptimConfig
+from jlora.config.run_config import MeshConfig
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama

@@ -31,7 +31,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert
 import jlora
-from jlora.config.run_config import MeshConfig, OptimConfig
+from jlora.config.optim_config import OptimConfig
+from jlora.config.run_config import MeshConfig
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import make_mesh
 from jlora.train.optimizer import make_optimizer, make_schedule

@@ -128,7 +128,8 @@ class Trainer:
         """Returns the results of one case."""
         import jax
 
-        from jlora.config.run_config import ComputeConfig, OptimConfig
+        from jlora.config.optim_config import OptimConfig
+        from jlora.config.run_config import ComputeConfig
         from jlora.model.llama import Llama
         from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
         from jlora.train.optimizer import make_optimizer, make_schedule

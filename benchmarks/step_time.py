@@ -38,8 +38,9 @@ import jlora
 from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
+from jlora.config.optim_config import OptimConfig
 from jlora.config.rope_config import RopeParameters
-from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
+from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
 from jlora.ops.quantize import BLOCK, NF4

@@ -24,7 +24,8 @@ import numpy as np
 from step_time import ALL, LLAMA_3_8B, SMOLLM2, TINY, random_base, unpadded_batch
 
 import jlora
-from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
+from jlora.config.optim_config import OptimConfig
+from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import make_mesh
 from jlora.train.memory_estimate import peak_memory_bytes, plan_workload

@@ -21,8 +21,9 @@ from helpers.training_cases import (
 import jlora
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
+from jlora.config.optim_config import OptimConfig
 from jlora.config.rope_config import RopeParameters
-from jlora.config.run_config import MeshConfig, OptimConfig
+from jlora.config.run_config import MeshConfig
 from jlora.formats.digests import flatten
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.ops.attention import attend

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from jlora.cli.flag_values import as_text, describe, from_words, from_yaml, list_items
 from jlora.cli.flags import Flag, flags_of, nearest_key
-from jlora.cli.foreign_config import foreign_keys
+from jlora.cli.foreign_config import foreign_keys, name_here
 from jlora.cli.strict_yaml import read_yaml
 from jlora.errors import UsageError, listing, nearest
 
@@ -207,7 +207,7 @@ def _refuse_unknown(
     what: str, show: Callable[[str], str], names: Sequence[str], known: Flags
 ) -> None:
     """Raises UsageError that lists all unknown names, each with the nearest known one."""
-    near = {name: nearest_key(name, known) for name in names}
+    near = {n: name_here(n, known) or nearest_key(n, known) for n in names}
     if len(near) == 1:
         [(name, close)] = near.items()
         hint = f"did you mean {show(close)}?" if close else "--help lists all"

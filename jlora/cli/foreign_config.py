@@ -1,6 +1,6 @@
-"""Recognises a configuration file of another tool, and names what its keys are called here."""
+"""What the flags and keys of other tools are called here."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 # What jlora calls the keys that these tools share.
 NAMES = {
@@ -64,6 +64,46 @@ NAMES = {
     "assistant_only_loss": "data.train_on",
     "completion_only_loss": "data.train_on",
     "dataset_prepared_path": "data.cache_dir",
+    "lr": "optim.learning_rate",
+    "wd": "optim.weight_decay",
+    "warmup": "optim.warmup_ratio",
+    "warmup_steps": "optim.warmup_ratio",
+    "epochs": "train.num_epochs",
+    "iters": "train.max_steps",
+    "steps": "train.max_steps",
+    "grad_accum": "train.grad_accum_steps",
+    "grad_accumulation_steps": "train.grad_accum_steps",
+    "steps_per_report": "train.log_every",
+    "steps_per_eval": "train.eval_every",
+    "save_total_limit": "train.keep",
+    "load_best_model_at_end": "train.keep_best",
+    "early_stopping": "train.early_stopping_patience",
+    "grad_checkpoint": "compute.remat",
+    "fp16": "compute.dtype",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "target_modules": "lora.target_modules",
+    "resume_adapter_file": "init_adapter",
+    "data": "data.train",
+    "train_file": "data.train",
+    "validation_file": "data.eval",
+    "max_seq_len": "data.seq_len",
+    "seq_length": "data.seq_len",
+    "mask_prompt": "data.train_on",
+    "train_on_completions": "data.train_on",
+    "out": "output_dir",
+}
+# The same of the commands that generate.
+_SAMPLING = {
+    "temp": "temperature",
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "num_predict": "max_new_tokens",
+    "adapter_path": "adapter",
+    "lora_path": "adapter",
+    "peft": "adapter",
 }
 # Keys that only this tool has; two of them tell it.
 _SIGNS = {
@@ -90,6 +130,19 @@ _SIGNS = {
         ),
     },
 }
+
+
+def name_here(name: str, known: Collection[str]) -> str | None:
+    """Returns the flag of a command that another tool calls `name`, if it has one.
+
+    Args:
+        name: with dashes or underscores.
+        known: the command's flags; a command may have them without their groups.
+    """
+    plain = name.replace("-", "_").rpartition(".")[2]
+    names = [n for n in (NAMES.get(plain), _SAMPLING.get(plain)) if n]
+    ours = [*names, *(name.rpartition(".")[2] for name in names)]
+    return next((name for name in ours if name in known), None)
 
 
 def foreign_keys(unknown: Iterable[str], known: Iterable[str]) -> str | None:

@@ -1,10 +1,11 @@
-"""Whether a value has the type of a dataclass field, and that type in words for users."""
+"""Whether a value has the type of a dataclass field, or is in range, in words for users."""
 
 import types
 import typing
 from typing import Any
 
-from jlora.config.json_fields import is_int
+from jlora.config.json_fields import MAX_FLOAT, MAX_SIZE, is_int
+from jlora.errors import UsageError
 
 _WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -47,3 +48,14 @@ def type_in_words(kind: Any) -> str:
     if origin is dict:
         return f"an object of {_PLURALS[parts[1]]}"
     return _WORDS[kind]
+
+
+def check_at_least(prefix: str, config: object, name: str, low: int) -> None:
+    """Raises UsageError for a number below `low`, or too large; NaN is neither."""
+    value = getattr(config, name)
+    if not low <= value:  # NaN fails, too
+        raise UsageError(f"{prefix}.{name}={value!r}; expected at least {low}")
+    most = MAX_SIZE if isinstance(value, int) else MAX_FLOAT
+    if value > most:
+        text = f"{most:,}" if isinstance(value, int) else f"{most:g}"
+        raise UsageError(f"{prefix}.{name}={value!r}; expected at most {text}")

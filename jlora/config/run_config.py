@@ -1,16 +1,12 @@
 """The flags of a run in groups: a dataclass each, with defaults, checks and help texts."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from jlora.config.json_fields import MAX_FLOAT, MAX_SIZE
-from jlora.errors import UsageError, listing, nearest
+from jlora.config.field_types import check_at_least
+from jlora.config.json_fields import MAX_SIZE
+from jlora.errors import UsageError
 
-# Groups of trained parameters, see `optimizer.group_of`. `embedding`: the LoRA factors of
-# the embedding; `whole`: matrices that are trained in full; `norm`: scales and biases.
-DECAY_GROUPS: tuple[str, ...] = (
-    *("lora_A", "lora_B", "embedding", "magnitude", "whole", "norm"),
-)
 DEFAULT_SEQ_LEN = 512
 
 # How a converted base is stored: all tensors, and the projections of the layers.
@@ -74,7 +70,12 @@ class RowConfig:
         """Raises UsageError for a value out of range."""
         if self.seq_len is not None and self.seq_len < 2:
             raise UsageError(f"data.seq_len={self.seq_len}; expected at least 2 tokens")
-        _at_least("data", self, "max_bad_rows", 0)
+        check_at_least("data", self, "max_bad_rows", 0)
+        if self.max_bad_rows != RowConfig.max_bad_rows and self.on_bad_row == "fail":
+            raise UsageError(
+                "data.max_bad_rows has no effect with data.on_bad_row=fail, which stops at "
+                "any bad row; give data.on_bad_row=skip, or leave it out"
+            )
         if self.split_turns and self.train_on not in ("auto", "assistant"):
             raise UsageError(
                 f"data.split_turns trains on each answer, and data.train_on={self.train_on} "
@@ -124,65 +125,6 @@ class DataConfig(RowConfig, _DataFiles):
 
 
 @dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer: AdamW on the adapter."""
-
-    learning_rate: float = 2e-4
-    """Peak learning rate."""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay after warm-up; linear and cosine end at 0."""
-    warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises linearly to its peak."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of all trained parameters except norms and biases."""
-    group_weight_decay: dict[str, float] = field(default_factory=dict)
-    """Weight decay by group: lora_A, lora_B, embedding, magnitude, whole, norm."""
-    loraplus_lr_ratio: float | None = None
-    """LoRA+: learning rate of lora_B as a multiple of lora_A's; null: the same."""
-    loraplus_lr_embedding: float = 1e-6
-    """LoRA+: learning rate of the adapter on the embedding."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 turns clipping off."""
-    adam_b1: float = 0.9
-    """Decay of the first moment."""
-    adam_b2: float = 0.999
-    """Decay of the second moment."""
-    adam_eps: float = 1e-8
-    """Added to the denominator of the update."""
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for a value out of range."""
-        for name in ("learning_rate", "weight_decay", "max_grad_norm"):
-            _at_least("optim", self, name, 0)
-        if not 1e-30 < self.adam_eps < MAX_FLOAT:
-            raise UsageError(
-                f"optim.adam_eps={self.adam_eps}; expected a number above 0, from 1e-30: AdamW "
-                "divides by it where a gradient is 0"
-            )
-        for name in ("warmup_ratio", "adam_b1", "adam_b2"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (name != "warmup_ratio" and value == 1):
-                raise UsageError(f"optim.{name}={value}; expected a number in [0, 1)")
-        for group, decay in self.group_weight_decay.items():
-            if group not in DECAY_GROUPS:
-                raise UsageError(
-                    f"optim.group_weight_decay: no group {group!r}"
-                    f"{nearest(group, DECAY_GROUPS)}; there are {listing(DECAY_GROUPS)}"
-                )
-            if not 0 <= decay <= MAX_FLOAT:
-                raise UsageError(
-                    f"optim.group_weight_decay: {group}={decay!r}; expected at least 0"
-                )
-        if self.loraplus_lr_ratio is not None:
-            _at_least("optim", self, "loraplus_lr_ratio", 0)
-            _at_least("optim", self, "loraplus_lr_embedding", 0)
-            if not self.learning_rate:
-                raise UsageError(
-                    "optim.loraplus_lr_ratio needs optim.learning_rate above 0"
-                )
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Length of the training, batch size, and when to log, evaluate and save."""
 
@@ -213,14 +155,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         for name in ("max_steps", "save_every", "eval_every"):
-            _at_least("train", self, name, 0)
-        _at_least("train", self, "early_stopping_patience", 0)
+            check_at_least("train", self, name, 0)
+        check_at_least("train", self, "early_stopping_patience", 0)
         if self.early_stopping_patience and not self.eval_every:
             raise UsageError(
                 "train.early_stopping_patience has no effect without train.eval_every"
             )
         for name in ("batch_size", "grad_accum_steps", "log_every", "keep"):
-            _at_least("train", self, name, 1)
+            check_at_least("train", self, name, 1)
         if not self.max_steps and not 0 < self.num_epochs < MAX_SIZE:
             raise UsageError(
                 f"train.num_epochs={self.num_epochs}; expected a number above 0"
@@ -255,7 +197,7 @@ class MeshConfig:
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         for name in ("data", "fsdp", "tensor"):
-            _at_least("mesh", self, name, 0)
+            check_at_least("mesh", self, name, 0)
 
 
 @dataclass(frozen=True)
@@ -281,13 +223,3 @@ def check_seed(seed: int) -> None:
     """Raises UsageError unless both JAX and NumPy accept the seed."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed={seed}; expected an integer from 0 to 2^32 - 1")
-
-
-def _at_least(prefix: str, config: object, name: str, low: int) -> None:
-    value = getattr(config, name)
-    if not low <= value:  # NaN fails, too
-        raise UsageError(f"{prefix}.{name}={value!r}; expected at least {low}")
-    most = MAX_SIZE if isinstance(value, int) else MAX_FLOAT
-    if value > most:
-        text = f"{most:,}" if isinstance(value, int) else f"{most:g}"
-        raise UsageError(f"{prefix}.{name}={value!r}; expected at most {text}")

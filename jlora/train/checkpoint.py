@@ -269,7 +269,7 @@ def adapter_of_step(
     """
     schemas, steps = range(1, SCHEMA_VERSION + 1), sorted(saved_steps(folder))
     if not steps:
-        raise UsageError(f"{folder.parent}: no adapter/ folder and no checkpoint in it")
+        raise UsageError(f"{folder.parent}: neither an adapter/ nor a checkpoint in it")
     if step is None:
         saved, problems = load_newest(folder, schemas)
         assert saved is not None

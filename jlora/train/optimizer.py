@@ -4,7 +4,7 @@
 `set_to_zero`. So the global norm is that of the adapter's gradients, and only its leaves
 have moments. (`optax.masked` would return raw gradients as the updates of frozen leaves.)
 
-Every trainable leaf belongs to one of `run_config.DECAY_GROUPS`, with a learning rate
+Every trainable leaf belongs to one of `optim_config.DECAY_GROUPS`, with a learning rate
 (LoRA+) and a weight decay. The layers are stacked first: to compile updates of some hundred
 small leaves took a quarter of the compile time of a step.
 """
@@ -19,7 +19,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from jlora.config.run_config import DECAY_GROUPS, OptimConfig
+from jlora.config.optim_config import DECAY_GROUPS, OptimConfig
 from jlora.lora.adapter_tree import Params, map_leaves, trainable_mask
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jlora.config.run_config import OptimConfig
+from jlora.config.optim_config import OptimConfig
 from jlora.lora.adapter_tree import Params, join
 from jlora.model.llama import Llama
 from jlora.train.optimizer import make_optimizer, make_schedule

@@ -1,6 +1,9 @@
 import pytest
 from helpers import GOLDEN
 
+import evaluate
+import generate
+import train
 from jlora.cli.arguments import parse
 from jlora.cli.flags import flags_of
 from jlora.cli.foreign_config import NAMES
@@ -69,3 +72,33 @@ def test_all_unknown_keys_are_listed(tmp_path):
     (tmp_path / "run.yaml").write_text("".join(f"{key}: 1\n" for key in keys))
     message = refused(tmp_path / "run.yaml")
     assert all(key in message for key in keys)
+
+
+FLAGS = {
+    "--lr": "--optim.learning_rate",
+    "--temp": "--temperature",
+    "--seq_len": "--data.seq_len",
+    "--data.seq_len": "--seq_len",
+    "--max-seq-length": "--data.seq_len",
+    "--iters": "--train.max_steps",
+    "--epochs": "--train.num_epochs",
+    "--dataset": "--data.train",
+    "--data": "--data.train",
+    "--per_device_train_batch_size": "--train.batch_size",
+    "--batch-size": "--train.batch_size",
+    "--model_name_or_path": "--model",
+    "--max_tokens": "--max_new_tokens",
+    "--adapter-path": "--adapter",
+    "--bf16": "--compute.dtype",
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), FLAGS.items())
+def test_a_flag_of_another_tool_or_command_is_answered_with_its_name_here(theirs, ours):
+    commands = [train.Arguments, generate.Arguments, evaluate.Arguments]
+    has = [command for command in commands if ours[2:] in flags_of(command)]
+    assert has
+    for command in has:
+        if theirs[2:] not in flags_of(command):
+            with pytest.raises(UsageError, match=f"{theirs}; did you mean {ours}\\?"):
+                parse(command, [theirs, "1"])

@@ -313,12 +313,21 @@ def test_a_continued_adapter_keeps_its_own_settings(run, tmp_path):
     flags = [
         *("--model", "hf", "--output_dir", tmp_path / "run", "--data.seq_len", 64),
         *("--data.train", "train.jsonl", "--init_adapter", run / "adapter"),
-        *("--train.max_steps", 1, "--lora.r", 2, "--lora.lora_dropout", 0.5),
+        *("--train.max_steps", 1, "--lora.lora_dropout", 0.5),
     ]
+    done = call("train", *flags, "--lora.r", 2, "--lora.use_dora")
+    assert done.status == 2
+    assert (
+        "no effect: lora.r (it has 8), lora.use_dora (it has False); leave" in done.err
+    )
     succeed("train", *flags)
-    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["lora"]
+    file = tmp_path / "run" / "config.yaml"
+    settings = yaml.safe_load(file.read_text())["lora"]
     assert settings["r"] == 8
     assert settings["lora_dropout"] == 0.5
+    # The file says how the adapter is, which is no change.
+    succeed("train", "--config", file, "--output_dir", tmp_path / "again")
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
 
 
 def test_the_last_step_is_logged_however_rare_the_lines_are(tmp_path):

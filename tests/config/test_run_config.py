@@ -1,10 +1,11 @@
 import pytest
 
+from jlora.config.optim_config import OptimConfig
 from jlora.config.run_config import (
     ComputeConfig,
     DataConfig,
     MeshConfig,
-    OptimConfig,
+    ModelConfig,
     TrainConfig,
 )
 from jlora.errors import UsageError
@@ -63,3 +64,17 @@ def test_num_epochs_does_not_matter_when_max_steps_decides():
 )
 def test_the_defaults_are_valid(group):
     group()
+
+
+@pytest.mark.parametrize(
+    ("make", "without"),
+    [
+        (lambda: OptimConfig(loraplus_lr_embedding=1e-5), "optim.loraplus_lr_ratio"),
+        (lambda: DataConfig(max_bad_rows=5), "data.on_bad_row=fail"),
+        (lambda: TrainConfig(early_stopping_patience=2), "train.eval_every"),
+        (lambda: ModelConfig(model="m", step=3), "without an adapter"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(make, without):
+    with pytest.raises(UsageError, match=f"has no effect .*{without}"):
+        make()

@@ -9,7 +9,8 @@ import numpy as np
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
-from jlora.config.run_config import MeshConfig, OptimConfig
+from jlora.config.optim_config import OptimConfig
+from jlora.config.run_config import MeshConfig
 from jlora.lora.adapter_tree import Params, is_trainable, map_leaves
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama

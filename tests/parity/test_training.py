@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 
 import convert
-from jlora.config.run_config import MeshConfig, OptimConfig
+from jlora.config.optim_config import OptimConfig
+from jlora.config.run_config import MeshConfig
 from jlora.formats.peft.adapter_reader import read_adapter
 from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import modules

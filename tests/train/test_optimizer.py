@@ -5,7 +5,8 @@ import pytest
 from helpers.training_cases import adapted_params, llama_config
 
 from jlora.config.lora_config import LoraConfig
-from jlora.config.run_config import ComputeConfig, MeshConfig, OptimConfig
+from jlora.config.optim_config import OptimConfig
+from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.parallel.sharding import make_mesh

@@ -20,7 +20,8 @@ from helpers.training_cases import (
 )
 
 from jlora.config.lora_config import LoraConfig
-from jlora.config.run_config import MeshConfig, OptimConfig
+from jlora.config.optim_config import OptimConfig
+from jlora.config.run_config import MeshConfig
 from jlora.errors import CorruptError, UsageError
 from jlora.formats.digests import fingerprint
 from jlora.lora.adapter_tree import join, trainable_mask

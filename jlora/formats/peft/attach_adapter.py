@@ -3,7 +3,8 @@
 Source: PEFT 0.21 `tuners/lora/layer.py`.
 """
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from jax.core import Tracer
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
-from jlora.errors import UnsupportedError, listing
+from jlora.errors import UnsupportedError, UsageError, listing
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_embeddings import changed_embeddings
 from jlora.formats.peft.adapter_placement import adapted_config, place_adapter
@@ -23,7 +24,10 @@ from jlora.formats.tensor_names import module_name, module_path
 from jlora.lora.adapter_tree import Params, modules, weight_in, with_adapter
 from jlora.lora.initialisation import add_lora, norm_squared
 from jlora.lora.merging import placed_like, without_initial_update
+from jlora.lora.target_modules import select_targets
 
+# Settings that a run may change for an adapter that it continues.
+_TAKEN = ("lora_dropout", "base_model_name_or_path", "revision")
 # HF module name -> leaf -> array.
 _Modules = dict[str, dict[str, Any]]
 
@@ -45,10 +49,16 @@ def initialise_adapter(
             the base are used.
         seed: of a new adapter's random values.
         adapter: what to continue training, from `open_adapter`; None for a new adapter.
+
+    Raises:
+        UsageError: a setting would have no effect, as the given adapter has another.
     """
     if adapter is None:
         initialise = partial(add_lora, config=lora, key=jax.random.key(seed))
     else:
+        names = [module_name(path) for path in modules(base)]
+        projections = [name for name in names if name.endswith("_proj")]
+        _check_settings(lora, adapter.config, projections)
         lora = replace(
             adapter.config,
             lora_dropout=lora.lora_dropout,
@@ -58,6 +68,37 @@ def initialise_adapter(
         initialise = partial(attach_adapter, config=config, adapter=adapter, train=True)
     has_arrays = isinstance(jax.tree.leaves(base)[0], jax.Array)
     return initialise(base) if has_arrays else jax.eval_shape(initialise, base), lora
+
+
+def _check_settings(given: LoraConfig, own: LoraConfig, names: Sequence[str]) -> None:
+    """Refuses settings that are neither the defaults nor those of the adapter itself.
+
+    Args:
+        given: what the run asks for.
+        own: settings of the adapter.
+        names: HF names of the base's projections, which targets may select in other words.
+    """
+    default = LoraConfig()
+    other = [
+        item.name
+        for item in fields(LoraConfig)
+        if item.name not in _TAKEN
+        and getattr(given, item.name)
+        not in (getattr(default, item.name), getattr(own, item.name))
+    ]
+    if "target_modules" in other:
+        asked = replace(own, target_modules=given.target_modules)
+        selected, adapted = (
+            select_targets(x, names, strict=False) for x in (asked, own)
+        )
+        if selected == adapted:
+            other.remove("target_modules")
+    if other:
+        ignored = [f"lora.{name} (it has {getattr(own, name)!r})" for name in other]
+        raise UsageError(
+            "the adapter given as init_adapter keeps its own settings, so these have no "
+            f"effect: {listing(ignored)}; leave them out"
+        )
 
 
 def attach_adapter(
