@@ -24,7 +24,7 @@ _AS_PEFT = "save it as a PEFT adapter there, or merge it and give the merged mod
 _FILES = {
     "lit_model.pth.lora": "litgpt's, a pickle that is never opened; merge it there "
     "(litgpt merge_lora), convert the model (litgpt convert_from_litgpt) and give that",
-    "adapter_[0-9]*.pt": f"torchtune's, a pickle that is never opened; {_AS_PEFT} "
+    "adapter_*.pt": f"torchtune's, a pickle that is never opened; {_AS_PEFT} "
     "(its checkpointer writes adapter_model.safetensors)",
     "adapters.npz": "an old mlx-lm's; fuse it into its model there (mlx_lm.fuse)",
 }

@@ -57,6 +57,19 @@ def test_adapter_of_mlx_lm_is_read(tmp_path):
     assert_same(read_adapter(mlx(tmp_path / "a")), read_adapter(golden(NAME).folder))
 
 
+def test_adapter_that_torchtune_saved_in_the_form_of_peft_is_read(tmp_path):
+    # It names only these settings; beside the file is the same as a pickle.
+    folder = with_keys(tmp_path / "epoch_0", str)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    names = ("r", "lora_alpha", "target_modules", "peft_type")
+    kept = {name: settings[name] for name in names}
+    (folder / "adapter_config.json").write_text(json.dumps(kept))
+    (folder / "adapter_model.pt").touch()
+    found = find_adapter(folder)
+    assert found == folder
+    assert_same(read_adapter(found), read_adapter(golden(NAME).folder))
+
+
 @pytest.mark.parametrize("kind", ["dora", "full"])
 def test_other_kinds_of_mlx_lm_are_refused(tmp_path, kind):
     with pytest.raises(UnsupportedError, match="mlx-lm's fine_tune_type"):
@@ -132,6 +145,7 @@ def test_names_of_other_tools_are_refused_by_name(tmp_path, key, tool):
     [
         ("lit_model.pth.lora", "litgpt"),
         ("adapter_0.pt", "torchtune"),
+        ("adapter_model.pt", "torchtune"),
         ("adapters.npz", "mlx-lm"),
     ],
 )
