@@ -8,6 +8,7 @@ reveal is refused in `jlora.formats.hf.hf_folder`.
 from typing import Any
 
 from jlora.config.json_fields import joined
+from jlora.config.quantization import find_quantization
 from jlora.errors import UnsupportedError, listing
 
 # Model type -> the names of its classes, the one that is exported first. The others are
@@ -59,7 +60,7 @@ _NEUTRAL_VALUES: tuple[tuple[tuple[Any, ...], str], ...] = (
         (None,),
         """attn_logit_softcapping final_logit_softcapping query_pre_attn_scalar clip_qkv
         scale_depth dim_model_base q_lora_rank kv_lora_rank attention_chunk_size
-        no_rope_layer_interval text_config vision_config quantization_config""",
+        no_rope_layer_interval text_config vision_config""",
     ),
     ((None, []), "no_rope_layers cross_attention_layers"),
     ((None, 0, 1), "num_experts num_local_experts n_routed_experts"),
@@ -74,7 +75,7 @@ def find_family(config: dict[str, Any]) -> str:
         UnsupportedError: anything else; the message names every key that shows it.
     """
     family = _family_of_names(config)
-    _refuse_quantised(config.get("quantization_config"))
+    find_quantization(config)  # refuses what is not read
     has_window = family != "llama"
     problems = [
         f"{key}={config[key]!r:.80} changes the computation"
@@ -117,14 +118,4 @@ def _family_of_names(config: dict[str, Any]) -> str:
         f"config.json: architectures={listing(names) or 'none'}, "
         f"model_type={model_type!r:.80} is not a Llama{f' ({reason})' if reason else ''}; "
         "jlora supports LlamaForCausalLM, MistralForCausalLM and MinistralForCausalLM"
-    )
-
-
-def _refuse_quantised(settings: Any) -> None:
-    if settings is None:
-        return
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    raise UnsupportedError(
-        f"config.json: the checkpoint is quantised ({method or 'unknown method'!s:.80}); "
-        "use the original bfloat16, float16 or float32 model"
     )

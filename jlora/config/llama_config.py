@@ -142,6 +142,6 @@ def unused_keys(config: dict[str, Any]) -> list[str]:
     """Returns the keys of a config.json that jlora does not read."""
     used = {field.name for field in fields(LlamaConfig)} | set(NEUTRAL)
     used |= {"architectures", "model_type", "hidden_act", "layer_types", "dtype"}
-    used |= {"torch_dtype", "rope_theta", "rope_scaling"}
+    used |= {"torch_dtype", "rope_theta", "rope_scaling", "quantization_config"}
     used |= {"original_max_position_embeddings", "transformers_version"}
     return sorted(set(config) - used)

@@ -81,7 +81,12 @@ def write_merged(
         document["tie_word_embeddings"] = merged.config.tie_word_embeddings
         document["vocab_size"] = merged.config.vocab_size
     _write_json(folder / "config.json", document)
+    quantized = (
+        f"merged onto {source.location} as it is dequantised from {source.quantize}; give "
+        "the original model as --model to merge onto its weights"
+    )
     return [
+        *([quantized] if source.quantize != "none" else []),
         f"merged {len(adapter.tensors)} of {len(specs)} tensors into "
         f"{total:,} bytes of {main_dtype} in {len(shards)} file(s)",
         f"read back {len(digests)} tensors: all as written",

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -60,6 +60,9 @@ class ModelSource:
     """The files that hold the tensors. Empty for a base, whose record has their digests."""
     quantize: Format = "none"
     """How the kernels of the projections are stored; `read` dequantises them to float32."""
+    held: Mapping[str, Format] = field(default_factory=dict)
+    """Params path -> format of each kernel whose codes and scales `read` returns, too, by
+    their own paths. Other kernels of a quantised model are plain, and stay so."""
 
     def specs(self, path: str, dtype: Dtype, quantize: Format) -> dict[str, Spec]:
         """Returns {params path: spec} of the leaves that a tensor becomes.
@@ -67,9 +70,15 @@ class ModelSource:
         One leaf of this dtype; for a kernel that is quantised, its codes and scales.
         """
         spec = self.tensors[path]
-        if quantize != "none" and is_quantizable(path):
+        if self.becomes_quantized(path, quantize):
             return quantized_specs(path, spec.shape, quantize)
         return {path: Spec(spec.shape, stored_dtype(spec, dtype))}
+
+    def becomes_quantized(self, path: str, quantize: Format) -> bool:
+        """Returns whether a tensor is quantised in a model of this format."""
+        if quantize == "none" or quantize != self.quantize:
+            return quantize != "none" and is_quantizable(path)
+        return path in self.held
 
 
 def parse_config(hf_config: dict[str, Any], where: str) -> LlamaConfig:
@@ -158,9 +167,9 @@ def read_leaves(
 
     A box needs only its own part of the file, unless the kernel is quantised here.
     """
-    if quantize == "none" or not is_quantizable(path):
+    if not source.becomes_quantized(path, quantize):
         return {path: read_as(source, path, dtype, boxes[path])}
-    if source.quantize == quantize:
+    if source.held.get(path) == quantize:
         return {leaf: source.read(leaf, box) for leaf, box in boxes.items()}
     arrays = quantize_tensor(path, source.read(path), quantize)
     return {leaf: array[boxes[leaf]] for leaf, array in arrays.items()}

@@ -81,6 +81,8 @@ def test_base_and_export_keep_the_window(mistral, run, tmp_path):
     succeed("convert.from_hf", mistral, tmp_path / "base")
     assert f"a window of {WINDOW}" in succeed("convert.info", tmp_path / "base")
     out = tmp_path / "out"
-    succeed("convert.to_hf", "--model", tmp_path / "base", "--adapter", run, out)
+    flags = ("--model", tmp_path / "base", "--adapter", run)
+    told = succeed("convert.to_hf", *flags, out)
+    assert f"note: sliding_window={WINDOW}: llama.cpp ignores it" in told
     config = json.loads((out / "config.json").read_text())
     assert (config["model_type"], config["sliding_window"]) == ("mistral", WINDOW)

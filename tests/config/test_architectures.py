@@ -32,7 +32,7 @@ def test_llama_spellings_are_accepted(name):
         ({"hidden_act": "gelu"}, "gelu"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "fbgemm_fp8"}}, "fbgemm"),
         ({"rope_scaling": {"type": "su", "factor": 2.0}}, "su"),
         ({"rope_parameters": {"rope_type": "proportional"}}, "proportional"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_att"),

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import ROOT
+from helpers.quantized_files import BNB, FP8, is_linear, write_fp8, write_nf4
 from helpers.tiny import CONFIG, tensors, write_hf
 
 from jlora.config.llama_config import LlamaConfig
@@ -17,6 +19,7 @@ from jlora.formats.tensor_names import all_names
 
 # Llama-3-70B's proportions (the head is 1.2 layers), small: a layer takes 107 MB, where
 # one of 70B takes 1.7 GB. What the threads' buffers take does not grow with the model.
+FP8_BLOCKS = FP8 | {"weight_block_size": [128, 128]}
 BUFFERS = max(64 << 20, THREADS * MAX_BUFFER_BYTES)
 SCALED = CONFIG | {
     "hidden_size": 2048,
@@ -59,6 +62,47 @@ def write_bfloat16(folder, config):
     return folder
 
 
+def write_quantized(folder, config, settings):
+    """The same in nf4 or fp8; every weight of a shape has the same random codes."""
+    is_nf4 = settings is BNB
+    block = (128, 128)
+    arrays: dict[str, np.ndarray] = {}
+    made: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
+    for name in all_names(LlamaConfig.from_hf(config)):
+        shape = name.hf_shape
+        if not is_linear(name.key):
+            arrays[name.key] = np.ones(shape, ml_dtypes.bfloat16)
+            continue
+        if shape not in made:
+            values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+            made[shape] = (
+                write_nf4("", values[:64], nested=True)
+                if is_nf4
+                else write_fp8("weight", values, block, "weight_scale_inv")
+            )
+        stem = name.key.removesuffix("" if is_nf4 else "weight")
+        arrays |= {stem + part: array for part, array in made[shape].items()}
+        if is_nf4:
+            arrays |= stretched(name.key, shape, arrays)
+    declared = config | {"quantization_config": settings, "torch_dtype": "bfloat16"}
+    return write_hf(folder, declared, arrays)
+
+
+def stretched(key, shape, arrays):
+    """The tensors of 64 rows in nf4, repeated for more rows."""
+    name = f"{key}.quant_state.bitsandbytes__nf4"
+    state = json.loads(arrays[name].tobytes()) | {"shape": list(shape)}
+    blocks = shape[0] * shape[1] // 64
+    return {
+        key: np.resize(arrays[key], (blocks * 32, 1)),
+        f"{key}.absmax": np.resize(arrays[f"{key}.absmax"], blocks),
+        f"{key}.nested_absmax": np.resize(
+            arrays[f"{key}.nested_absmax"], math.ceil(blocks / 256)
+        ),
+        name: np.frombuffer(json.dumps(state).encode(), np.uint8),
+    }
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scaled")
@@ -72,7 +116,7 @@ def sources(tmp_path_factory):
 
 def convert_within(sources, out, layers, *more):
     tiny, scaled = sources
-    header = read_header(scaled / "model.safetensors")
+    header = read_header(scaled / "model.safetensors", quantised=True)
     layer = sum(spec.nbytes for key, spec in header.items() if ".layers.0." in key)
     words = [*map(str, (tiny, scaled, out, layers * layer + BUFFERS)), *more]
     # Small stacks: the system counts them as the process's data.
@@ -89,6 +133,28 @@ def test_a_model_is_quantised_within_the_memory_of_two_layers(
     sources, tmp_path, quantize
 ):
     done = convert_within(sources, tmp_path / "out", 2, "--quantize", quantize)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "jlora.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+@pytest.mark.parametrize(
+    ("settings", "dtype", "layers"),
+    # Of layers as they are stored: one of nf4 takes 30 MB, one of fp8 54 MB. In bfloat16
+    # one takes 107 MB, its largest tensor in float32 59 MB, and the embedding 134 MB.
+    [(BNB, "keep", 5), (BNB, "bfloat16", 7), (FP8_BLOCKS, "keep", 4)],
+    ids=["nf4", "dequantised nf4", "fp8"],
+)
+def test_a_quantised_model_is_converted_within_the_memory_of_two_layers(
+    tmp_path, settings, dtype, layers
+):
+    small = CONFIG | {"hidden_size": 64, "intermediate_size": 64}
+    sources = (
+        write_quantized(tmp_path / "tiny", small, settings),
+        write_quantized(tmp_path / "scaled", SCALED, settings),
+    )
+    done = convert_within(sources, tmp_path / "out", layers, "--dtype", dtype)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "jlora.json").is_file()
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from convert import from_hf  # noqa: E402
+from helpers.quantized_files import bnb_model  # noqa: E402
 from helpers.tiny import (  # noqa: E402
     CONFIG,
     EMBEDDING,
@@ -129,6 +130,22 @@ def changed(change: Callable[[Arrays], Any], **more: Any) -> Callable[[Path], Pa
         arrays = tensors(CONFIG | more)
         change(arrays)
         return write_hf(home / "model", CONFIG | more, arrays)
+
+    return make
+
+
+def quantized(method: str, **settings: Any) -> Callable[[Path], Path]:
+    """Makes a model whose config.json says that it is quantised."""
+    return config(quantization_config={"quant_method": method, **settings})
+
+
+def nf4(change: Callable[[Arrays], Any]) -> Callable[[Path], Path]:
+    """Makes a model of bitsandbytes whose tensors were changed in place."""
+
+    def make(home: Path) -> Path:
+        settings, arrays = bnb_model()
+        change(arrays)
+        return write_hf(home / "model", settings, arrays)
 
     return make
 
@@ -367,7 +384,38 @@ FAULTS = [
             f"the checkpoint is quantised ({method})",
             config(quantization_config={"quant_method": method}),
         )
-        for method in ("gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors")
+        for method in ("gptq", "awq", "fbgemm_fp8")
+    ),
+    *(
+        Fault(f"bitsandbytes checkpoint in {kind}", 3, f"bitsandbytes as {kind}", edit)
+        for kind, edit in (
+            ("fp4", quantized("bitsandbytes", load_in_4bit=True)),
+            ("llm_int8", quantized("bitsandbytes", load_in_8bit=True)),
+        )
+    ),
+    Fault(
+        "compressed-tensors checkpoint of integers",
+        3,
+        "compressed-tensors with format='pack-quantized'",
+        quantized("compressed-tensors", format="pack-quantized"),
+    ),
+    Fault(
+        "nf4 checkpoint without an absmax",
+        4,
+        "absmax', a part of a quantised weight, is missing",
+        nf4(lambda arrays: arrays.pop(f"{Q_PROJ}.absmax")),
+    ),
+    Fault(
+        "nf4 checkpoint with another code book",
+        4,
+        "quant_map': not the 16 values of nf4",
+        nf4(lambda a: a.update({f"{Q_PROJ}.quant_map": np.zeros(16, "f4")})),
+    ),
+    Fault(
+        "NaN in the absmax of nf4",
+        4,
+        "nan at [0] is no scale",
+        nf4(lambda arrays: arrays[f"{Q_PROJ}.nested_absmax"].fill(np.nan)),
     ),
     Fault(
         "quantised tensors, not declared",

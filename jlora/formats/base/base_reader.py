@@ -11,6 +11,7 @@ from jlora.errors import CorruptError, listing
 from jlora.formats.array_blocks import Index, read_box, whole
 from jlora.formats.base.base_record import (
     RECORD,
+    Record,
     StoredTensor,
     check_files,
     file_digests,
@@ -45,7 +46,7 @@ def open_base(folder: Path) -> ModelSource:
     leaves: dict[str, dict[str, Spec]] = {}
     for name in all_names(config):
         path = name.path
-        if record.quantize != "none" and is_quantizable(path):
+        if _is_quantised(record, path):
             tensors[path] = Spec(name.shape, record.kernel_dtype)
             leaves[path] = quantized_specs(path, name.shape, record.quantize)
         else:
@@ -84,7 +85,14 @@ def open_base(folder: Path) -> ModelSource:
         files=files,
         provenance=record.provenance,
         quantize=record.quantize,
+        held={path: record.quantize for path in tensors if path not in leaves[path]},
     )
+
+
+def _is_quantised(record: Record, path: str) -> bool:
+    """Returns whether a base has codes and scales of a kernel; it may have a plain one."""
+    is_candidate = record.quantize != "none" and is_quantizable(path)
+    return is_candidate and path not in record.tensors
 
 
 def _visible(folder: Path) -> set[str]:

@@ -27,6 +27,11 @@ def config_metadata(config: LlamaConfig) -> dict[str, Any]:
         "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "llama.rope.dimension_count": config.head_dim,
         "llama.rope.freq_base": config.rope_parameters.rope_theta,
+        **(
+            {"llama.attention.sliding_window": config.sliding_window}
+            if config.sliding_window
+            else {}
+        ),
         **_scaling(config),
     }
 

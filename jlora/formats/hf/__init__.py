@@ -1,5 +1,6 @@
 """Hugging Face model folders.
 
 Read `hf_folder` first, which opens one; `hf_index` finds its tensors in one file or many.
-The remaining module makes the config.json of an exported model.
+Weights that other tools quantised are read by `bitsandbytes_nf4` and `fp8_scaled`. The
+remaining module makes the config.json of an exported model.
 """

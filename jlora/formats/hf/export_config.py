@@ -87,10 +87,16 @@ def reader_notes(config: LlamaConfig) -> list[str]:
         positions = math.ceil(original * rope.factor)
         if positions < longest:
             wrong.append(_cut(positions))
-    return [
+    notes = [
         f"note: rope type {rope.rope_type}: {what}; transformers serves it as trained"
         for what in wrong
     ]
+    if config.sliding_window:
+        notes.append(
+            f"note: sliding_window={config.sliding_window}: llama.cpp ignores it for this "
+            "architecture, and is the same up to that length"
+        )
+    return notes
 
 
 def _cut(positions: int) -> str:

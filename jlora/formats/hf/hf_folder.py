@@ -6,15 +6,21 @@ from typing import Any
 import numpy as np
 
 from jlora.config.llama_config import LlamaConfig
+from jlora.config.quantization import find_quantization
 from jlora.errors import CorruptError, UnsupportedError, UsageError, warn
 from jlora.formats.array_blocks import Index, read_box, whole
+from jlora.formats.hf.bitsandbytes_nf4 import group_bitsandbytes
+from jlora.formats.hf.fp8_scaled import group_fp8
 from jlora.formats.hf.hf_index import find_tensors
+from jlora.formats.hf.quantized_tensor import QuantizedTensor
 from jlora.formats.model_files import read_json, read_side_files
 from jlora.formats.model_source import ModelSource, parse_config
+from jlora.formats.quantized_kernels import is_quantizable
 from jlora.formats.refusals import ADAPTER, META, refuse_other_models, refuse_quantised
 from jlora.formats.safetensors_file import Entry, Spec, read_bytes
 from jlora.formats.tensor_checks import check_names, first_non_finite
 from jlora.formats.tensor_names import Name, all_names
+from jlora.ops.quantize import QUANTIZED_LEAVES, Format
 
 
 def open_hf(folder: Path, provenance: dict[str, Any]) -> ModelSource:
@@ -30,18 +36,34 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> ModelSource:
         CorruptError: files that are damaged or contradict each other.
     """
     hf_config, config = read_config(folder)
-    entries = find_tensors(folder)
+    entries = find_tensors(folder, quantized=find_quantization(hf_config) is not None)
     names = {name.path: name for name in all_names(config)}
-    stored = _match(folder, entries, config, list(names.values()))
+    stored = _match(
+        folder, _group(folder, entries, hf_config), config, [*names.values()]
+    )
     _check_dtype(folder, hf_config, {stored[n.key].dtype for n in names.values()})
+    held: dict[str, Format] = {
+        path: tensor.form
+        for path, name in names.items()
+        if isinstance(tensor := stored[name.key], QuantizedTensor)
+        and tensor.form != "none"
+        and is_quantizable(path)
+    }
 
     def read(path: str, box: Index | None = None) -> np.ndarray:
+        stem, _, leaf = path.rpartition("/")
+        if leaf in QUANTIZED_LEAVES:
+            tensor = stored[names[f"{stem}/kernel"].key]
+            assert isinstance(tensor, QuantizedTensor)
+            return tensor.read_leaf(leaf, box)
         name = names[path]
+        tensor = stored[name.key]
+        if isinstance(tensor, QuantizedTensor):
+            array = tensor.read() if name.transposed else tensor.read().T
+            return array if box is None else array[box]
         box = whole(name.shape) if box is None else box
         in_file = box[::-1] if name.transposed else box
-        return read_checked(
-            stored[name.key], name.key, in_file, transposed=name.transposed
-        )
+        return read_checked(tensor, name.key, in_file, transposed=name.transposed)
 
     return ModelSource(
         kind="hf",
@@ -56,6 +78,8 @@ def open_hf(folder: Path, provenance: dict[str, Any]) -> ModelSource:
         files=read_side_files(folder),
         provenance=provenance,
         weights=tuple(sorted({entry.file for entry in entries.values()})),
+        quantize="nf4" if "nf4" in held.values() else "none",
+        held=held,
     )
 
 
@@ -123,11 +147,26 @@ def _require_config(folder: Path) -> None:
     raise UsageError(f"{folder}: holds no config.json, so it is not a model folder")
 
 
+def _group(
+    folder: Path, entries: dict[str, Entry], hf_config: dict[str, Any]
+) -> dict[str, Entry | QuantizedTensor]:
+    """Returns {HF key: tensor}, where what belongs to a quantised weight is one tensor."""
+    quantization = find_quantization(hf_config)
+    if quantization is None:
+        refuse_quantised(str(folder), entries)
+        return {**entries}
+    if quantization.method == "bitsandbytes":
+        return group_bitsandbytes(str(folder), entries)
+    return group_fp8(entries, quantization, hf_config)
+
+
 def _match(
-    folder: Path, entries: dict[str, Entry], config: LlamaConfig, names: list[Name]
-) -> dict[str, Entry]:
+    folder: Path,
+    entries: dict[str, Entry | QuantizedTensor],
+    config: LlamaConfig,
+    names: list[Name],
+) -> dict[str, Entry | QuantizedTensor]:
     """Returns {HF key: stored tensor}; one error names everything that does not match."""
-    refuse_quantised(str(folder), entries)
     refuse_other_models(str(folder), entries)
     stored = {k: v for k, v in entries.items() if not k.endswith("rotary_emb.inv_freq")}
     if not any(key.startswith("model.") for key in stored):  # saved as a LlamaModel
@@ -150,7 +189,9 @@ def _match(
     return stored
 
 
-def _same_bytes(a: Entry, b: Entry, chunk: int = 16 << 20) -> bool:
+def _same_bytes(a: Spec, b: Spec, chunk: int = 16 << 20) -> bool:
+    if not isinstance(a, Entry) or not isinstance(b, Entry):
+        return False
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     return all(

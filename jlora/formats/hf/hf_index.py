@@ -23,13 +23,18 @@ _MAX_NAME_BYTES = 255  # of most file systems
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
-def find_tensors(folder: Path) -> dict[str, Entry]:
-    """Returns {HF key: tensor} of all the files with weights."""
+def find_tensors(folder: Path, *, quantized: bool = False) -> dict[str, Entry]:
+    """Returns {HF key: tensor} of all the files with weights.
+
+    Args:
+        folder: the model.
+        quantized: whether its configuration says that tensors are quantised.
+    """
     if (folder / SINGLE).exists():  # which Transformers takes before an index
         _warn_of_second_model(folder)
-        return read_header(inside_folder(folder, SINGLE))
+        return read_header(inside_folder(folder, SINGLE), quantised=quantized)
     if (folder / INDEX).exists():
-        return _read_index(folder)
+        return _read_index(folder, quantized)
     files = sorted(path.name for path in folder.iterdir())
     if any(_SHARD.fullmatch(name) for name in files):
         raise CorruptError(
@@ -68,10 +73,11 @@ def _parse_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _read_index(folder: Path) -> dict[str, Entry]:
+def _read_index(folder: Path, quantized: bool) -> dict[str, Entry]:
     index = _parse_index(folder)
     weight_map = index["weight_map"]
-    refuse_quantised(f"{folder / INDEX}", weight_map)
+    if not quantized:
+        refuse_quantised(f"{folder / INDEX}", weight_map)
     refuse_other_models(f"{folder / INDEX}", weight_map)
     shards = sorted(set(weight_map.values()))
     problems = []
@@ -79,7 +85,9 @@ def _read_index(folder: Path) -> dict[str, Entry]:
     if missing:
         problems.append(f"missing files: {listing(missing)}")
     entries: dict[str, Entry] = {}
-    for shard, tensors in _read_headers(folder, _existing(folder, shards)).items():
+    for shard, tensors in _read_headers(
+        folder, _existing(folder, shards), quantized
+    ).items():
         twice = [
             f"{key} ({entries[key].file.name} and {shard})"
             for key in tensors
@@ -108,12 +116,15 @@ def _read_index(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _read_headers(folder: Path, shards: list[str]) -> dict[str, dict[str, Entry]]:
+def _read_headers(
+    folder: Path, shards: list[str], quantized: bool
+) -> dict[str, dict[str, Entry]]:
     """Returns {shard: its tensors}; one error names all shards that are damaged."""
     headers, problems = {}, []
     for shard in shards:
         try:
-            headers[shard] = read_header(inside_folder(folder, shard))
+            path = inside_folder(folder, shard)
+            headers[shard] = read_header(path, quantised=quantized)
         except CorruptError as error:
             problems.append(str(error))
     if problems:

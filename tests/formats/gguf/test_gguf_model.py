@@ -26,6 +26,7 @@ import convert
 from jlora.config.llama_config import LlamaConfig
 from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.formats.gguf.gguf_file import read_gguf
+from jlora.formats.gguf.gguf_metadata import config_metadata
 from jlora.formats.load_params import load_params
 from jlora.formats.open_model import open_model
 from jlora.formats.tensor_names import all_names
@@ -315,6 +316,8 @@ def test_a_shorter_window_is_that_of_a_mistral(path):
     assert source.config == replace(plain.config, sliding_window=16)
     assert source.hf_config["architectures"] == ["MistralForCausalLM"]
     assert source.hf_config["sliding_window"] == 16
+    assert window.items() <= config_metadata(source.config).items()
+    assert not window.keys() & config_metadata(plain.config).keys()
 
 
 def test_other_architecture_is_refused_by_name(path):
