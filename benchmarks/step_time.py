@@ -310,9 +310,8 @@ def measure(
             ends.append(time.perf_counter())
         pending = metrics
     median = float(np.median(np.diff(ends)[WARM_UP - 1 :]))
-    rate, peak = batch["tokens"].size / median, peak_flops()
-    # `peak_flops` counts all devices of the machine.
-    flops = facts.pop("flops") * jax.device_count() / mesh.size
+    rate, peak = batch["tokens"].size / median, peak_flops(mesh.size)
+    flops = facts.pop("flops")
     device = jax.devices()[0].device_kind
     if mesh.size > 1:
         axes = (f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)

@@ -62,10 +62,12 @@ LEAF_AXES = {
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Returns the (data, fsdp, tensor) mesh over all devices.
+    """Returns the (data, fsdp, tensor) mesh over all devices, or over the first of them.
+
+    Only one process may leave devices unused: of several, each needs its own.
 
     Raises:
-        UsageError: the axes do not multiply to the number of devices.
+        UsageError: there are fewer devices, or the axes do not divide them.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -74,11 +76,14 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         raise UsageError("mesh: only one of data, fsdp and tensor may be 0 (the rest)")
     if 0 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(0)] = len(devices) // fixed
+    if 0 not in sizes and jax.process_count() == 1:
+        devices = devices[: math.prod(sizes)]
     if math.prod(sizes) != len(devices):
         named = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+        fewer = "" if jax.process_count() > 1 else "or less, "
         raise UsageError(
             f"mesh: {named} does not make {len(devices)} devices; "
-            "the product of the three must, and one of them may be 0 (the rest)"
+            f"the product of the three must, {fewer}and one may be 0 (the rest)"
         )
     return jax.make_mesh(
         tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices

@@ -49,6 +49,8 @@ class Workload:
     """Devices that split the weights, and gather those of a layer before it computes."""
     tensor: int
     """Devices that split the layers."""
+    devices: int
+    """Devices of this process."""
     compute: Compute
     adapters: int = 1
     """Adapters that are trained at once, each with its own rows."""
@@ -100,6 +102,7 @@ def plan_workload(
         length=length,
         fsdp=mesh.shape["fsdp"],
         tensor=mesh.shape["tensor"],
+        devices=mesh.size // jax.process_count(),
         compute=replace(chosen, remat=compute.remat),
         adapters=adapters,
     )
@@ -263,7 +266,7 @@ def memory_table(params: Params, work: Workload) -> list[str]:
     parts = memory_bytes(params, work)
     lines = [f"  {name:<24} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
     total, limit = sum(parts.values()) / 2**30, device_memory_bytes() / 2**30
-    kept = jax.local_device_count() * host_bytes(work) / 2**30
+    kept = work.devices * host_bytes(work) / 2**30
     lines = [
         "memory per device:",
         *lines,

@@ -160,6 +160,7 @@ class Run:
             steps_per_epoch=self.data.steps_per_epoch,
             log_every=config.log_every,
             total_steps=total_steps,
+            devices=len(self.adapter.state.step.sharding.device_set),
             index=next(i for i, run in enumerate(runs) if run is self),
         )
         with self.report:

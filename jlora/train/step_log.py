@@ -38,6 +38,7 @@ class StepLog:
         steps_per_epoch: int,
         log_every: int,
         total_steps: int,
+        devices: int,
         index: int = 0,
     ) -> None:
         """Takes what a line says besides a step's metrics.
@@ -50,6 +51,7 @@ class StepLog:
             steps_per_epoch: of the run's data.
             log_every: steps between lines.
             total_steps: of the run; its last step is always logged.
+            devices: that compute it.
             index: of this run where the metrics are those of several.
         """
         self._report, self._progress, self._index = report, progress, index
@@ -57,7 +59,7 @@ class StepLog:
         # Computed now: asked for late, a rate would queue behind the running step.
         self._rates = np.asarray(schedule(np.arange(total_steps)))
         self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
-        self._peak = peak_flops()
+        self._peak = peak_flops(devices)
         self._pending: tuple[int, dict[str, Any], float, float | None] | None = None
         self._zero_gradients = 0
         self._reasons: set[str] = set()  # why the latest steps in a row were skipped

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from jlora.cli.flag_values import as_text
@@ -48,10 +49,11 @@ def print_summary(
         print(label + format_parameter_count(tree), flush=True)
     print("\n".join(data.summary + (held_out.summary if held_out else [])))
     each = f" for each of {len(trees)} adapters" if len(trees) > 1 else ""
-    compute = work.compute
+    compute, every = work.compute, jax.device_count()
+    count = f"{mesh.size} of {every}" if mesh.size < every else str(mesh.size)
     print(
         f"{total_steps} steps of {data.batch_size} x {data.row_length} tokens{each} on "
-        f"{mesh.size} {mesh.devices.flat[0].device_kind}: {compute.dtype.name}, attention "
+        f"{count} {mesh.devices.flat[0].device_kind}: {compute.dtype.name}, attention "
         f"{compute.attention}, kernels {compute.kernels}, remat {compute.remat}",
         flush=True,
     )

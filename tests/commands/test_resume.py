@@ -126,6 +126,23 @@ def test_a_run_with_more_steps_than_asked_for_is_refused_untouched(interrupted):
     assert (interrupted.whole / "config.yaml").read_text() == before
 
 
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 4)])
+def test_a_checkpoint_of_two_devices_goes_on_with_one_or_eight(mesh, tmp_path):
+    def train(folder, sizes, steps):
+        flags = train_flags(folder, "--mesh.data", sizes[0], "--mesh.fsdp", sizes[1])
+        flags += ["--optim.lr_schedule", "constant", "--optim.warmup_ratio", 0]
+        return succeed("train", *flags, "--train.max_steps", steps)
+
+    assert " steps of 8 x 64 tokens on 2 of 8 cpu: " in train(tmp_path / "a", (1, 2), 3)
+    assert "resuming after step 3\n" in train(tmp_path / "a", mesh, 6)
+    train(tmp_path / "b", (1, 2), 6)
+    # Float32 sums in another order.
+    np.testing.assert_allclose(
+        losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=1e-4
+    )
+    assert len(losses(tmp_path / "a")) == 6
+
+
 def test_a_resumed_run_says_which_settings_changed(interrupted, tmp_path):
     shutil.copytree(interrupted.whole, tmp_path / "run")
     flags = train_flags(tmp_path / "run", "--optim.adam_b2", 0.99)

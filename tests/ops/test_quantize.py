@@ -311,6 +311,7 @@ def test_the_plan_counts_the_weights_that_are_dequantised():
         length=64,
         fsdp=1,
         tensor=1,
+        devices=1,
         compute=Compute("cpu", jnp.dtype(jnp.bfloat16), remat="minimal"),
     )
     layers = sum(

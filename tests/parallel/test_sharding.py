@@ -92,7 +92,7 @@ def problems(mesh, batch_size=ROWS, grad_accum_steps=1, **changes):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((3, 1, 1), "data=3, fsdp=1, tensor=1 does not make 8 devices"),
+        ((3, 3, 1), "data=3, fsdp=3, tensor=1 does not make 8 devices"),
         ((0, 3, 1), "data=0, fsdp=3, tensor=1 does not make 8 devices"),
         ((0, 0, 1), "only one of data, fsdp and tensor may be 0"),
         ((4, 4, 1), "data=4, fsdp=4, tensor=1 does not make 8 devices"),
@@ -101,6 +101,17 @@ def problems(mesh, batch_size=ROWS, grad_accum_steps=1, **changes):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
     with pytest.raises(UsageError, match=message):
         make_mesh(MeshConfig(*sizes))
+
+
+def test_a_smaller_mesh_takes_the_first_devices():
+    assert make_mesh(MeshConfig(1)).devices.flat[0] == jax.devices()[0]
+    assert list(make_mesh(MeshConfig(1, 3, 2)).devices.flat) == jax.devices()[:6]
+
+
+def test_several_processes_use_all_their_devices(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UsageError, match="the product of the three must, and"):
+        make_mesh(MeshConfig(4))
 
 
 @pytest.mark.parametrize(

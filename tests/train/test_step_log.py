@@ -68,6 +68,7 @@ def make_log(
         steps_per_epoch=4,
         log_every=log_every,
         total_steps=total_steps,
+        devices=1,
     )
 
 
