@@ -9,11 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.quantized_files import (
+    BNB,
+    FP8,
+    QUANTIZED_CONFIG,
+    bnb_model,
+    compressed,
+    fp8_model,
+)
 from helpers.tiny import CONFIG, tensors, write_hf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jlora.config.llama_config import LlamaConfig
+from jlora.config.quantization import find_quantization
 from jlora.errors import JloraError
 from jlora.formats.hf.export_config import export_config
 from jlora.formats.open_model import open_model
@@ -84,6 +93,13 @@ def hf(tmp_path_factory):
     return folder, (folder / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module", params=["nf4", "fp8"])
+def quantized(request, tmp_path_factory):
+    config, arrays = bnb_model() if request.param == "nf4" else fp8_model((48, 40))
+    folder = write_hf(tmp_path_factory.mktemp("fuzz"), config, arrays)
+    return folder, (folder / "model.safetensors").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory):
     pytest.importorskip("gguf")
@@ -103,6 +119,76 @@ def test_a_damaged_safetensors_file_is_read_or_refused(hf, edits):
     header = 8 + int.from_bytes(data[:8], "little")
     (folder / "model.safetensors").write_bytes(damaged(data, edits, header))
     read_all(folder)
+
+
+@fuzzed
+@given(edits=changes, in_data=st.booleans())
+def test_a_damaged_quantised_file_is_read_or_refused(quantized, edits, in_data):
+    folder, data = quantized
+    header = 8 + int.from_bytes(data[:8], "little")
+    # Behind the header, no edit moves a tensor.
+    kept = [edit for edit in edits if edit[0] in ("byte", "number")]
+    changed = (
+        data[:header] + damaged(data[header:], kept, len(data))[: len(data) - header]
+        if in_data
+        else damaged(data, edits, header)
+    )
+    (folder / "model.safetensors").write_bytes(changed)
+    read_all(folder)
+
+
+STATE = "model.layers.0.self_attn.q_proj.weight.quant_state.bitsandbytes__nf4"
+STATE_KEYS = [
+    *("shape", "blocksize", "dtype", "quant_type", "nested_blocksize"),
+    *("nested_offset", "nested_dtype"),
+]
+
+
+@fuzzed
+@given(
+    changes=st.dictionaries(
+        st.sampled_from(STATE_KEYS),
+        st.deferred(lambda: values | st.lists(st.integers(0, 2**40), max_size=3)),
+        max_size=2,
+    )
+)
+def test_a_wild_state_of_nf4_is_read_or_refused(tmp_path_factory, changes):
+    config, arrays = bnb_model(config=QUANTIZED_CONFIG | {"num_hidden_layers": 1})
+    state = json.loads(arrays[STATE].tobytes()) | changes
+    arrays[STATE] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    read_all(write_hf(tmp_path_factory.getbasetemp() / "state", config, arrays))
+
+
+QUANTIZATION_KEYS = [
+    *("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "fmt"),
+    *("weight_block_size", "format", "config_groups", "kv_cache_scheme"),
+    *("sparsity_config", "transform_config"),
+]
+
+
+@fuzzed
+@given(
+    base=st.sampled_from([BNB, FP8, compressed("channel"), compressed("block")]),
+    changes=st.deferred(
+        lambda: st.dictionaries(st.sampled_from(QUANTIZATION_KEYS), values, max_size=3)
+    ),
+    weights=st.deferred(lambda: st.dictionaries(st.sampled_from(FORM_KEYS), values)),
+)
+def test_a_wild_quantization_is_understood_or_refused(base, changes, weights):
+    settings = json.loads(json.dumps(base | changes))
+    groups = settings.get("config_groups")
+    if groups and groups == base.get("config_groups"):
+        groups["group_0"]["weights"] |= weights
+    try:
+        found = find_quantization({"quantization_config": settings})
+    except JloraError as error:
+        assert 20 < len(str(error)) < 3000  # noqa: PT017
+        return
+    assert found is not None
+    assert found.method in ("bitsandbytes", "fp8")
+
+
+FORM_KEYS = ["num_bits", "type", "symmetric", "strategy", "block_structure"]
 
 
 @fuzzed

@@ -180,3 +180,19 @@ def plain_model(
     plain |= {key: dequantized_nf4(arrays, key) for key in keys}
     config = {k: v for k, v in config.items() if k != "quantization_config"}
     return config, {key: array.astype(np.float32) for key, array in plain.items()}
+
+
+def fp8_model(
+    block: tuple[int, int],
+    name: str = "weight_scale_inv",
+    settings: Any = None,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """config.json and tensors of a model; without settings it has blocks of this size."""
+    arrays: dict[str, np.ndarray] = {}
+    for key, array in tensors(QUANTIZED_CONFIG).items():
+        if is_linear(key):
+            arrays |= write_fp8(key, array * np.float32(0.1), block, name)
+        else:
+            arrays[key] = array.astype(ml_dtypes.bfloat16)
+    settings = settings or FP8 | {"weight_block_size": list(block)}
+    return QUANTIZED_CONFIG | {"quantization_config": settings}, arrays

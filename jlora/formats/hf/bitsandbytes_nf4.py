@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jlora.config.json_fields import MAX_SIZE, is_int, is_number
+from jlora.config.json_fields import MAX_FLOAT, MAX_SIZE, is_int, is_number
 from jlora.config.strict_json import parse_json_object
 from jlora.errors import UnsupportedError
 from jlora.formats.array_blocks import Index, whole
@@ -91,8 +91,9 @@ class NF4Tensor(QuantizedTensor):
         nested, codes = self.nested, read_tensor(self.absmax)
         scales = read_scales(nested.absmax, f"{self.key}.nested_absmax")
         block_of = np.arange(codes.size).reshape(codes.shape) // nested.size
-        absmax = read_tensor(nested.book)[codes] * scales[block_of]
-        absmax += np.float32(nested.offset)
+        with np.errstate(over="ignore", invalid="ignore"):
+            absmax = read_tensor(nested.book)[codes] * scales[block_of]
+            absmax += np.float32(nested.offset)
         if not np.isfinite(absmax).all():
             name = f"{self.key}.nested_quant_map"
             raise damaged(nested.book, name, "gives scales that are not finite")
@@ -157,7 +158,8 @@ def _nf4_tensor(key: str, parts: Mapping[str, Entry]) -> NF4Tensor:
     size, offset = state.get("nested_blocksize"), state.get("nested_offset")
     nested = None
     if size is not None or f"{key}.nested_absmax" in parts:
-        if not is_int(size) or size < 1 or not is_number(offset):
+        is_offset = is_number(offset) and abs(offset) <= MAX_FLOAT
+        if not is_int(size) or not 1 <= size <= MAX_SIZE or not is_offset:
             what = f"nested_blocksize={size!r:.40}, nested_offset={offset!r:.40}"
             raise damaged(stored, f"{key}.{_STATE}", what)
         count = math.ceil(math.prod(blocks) / size)
@@ -187,7 +189,7 @@ def _read_state(key: str, parts: Mapping[str, Entry]) -> dict[str, Any]:
     shape: Any = state.get("shape")
     if (
         state.get("quant_type") != "nf4"
-        or state.get("dtype") not in _DTYPES
+        or str(state.get("dtype")) not in _DTYPES
         or not are_sizes(shape)
         or len(shape) != 2
         or not all(0 < size <= MAX_SIZE for size in shape)

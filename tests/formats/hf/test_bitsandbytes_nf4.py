@@ -227,6 +227,9 @@ def put(index: int, value: float):
         (state(shape=[32, 128]), "of another shape"),
         (state(nested_blocksize=0), "nested_blocksize=0"),
         (state(nested_offset="x"), "nested_offset='x'"),
+        (state(nested_offset=1e300), "nested_offset=1e"),
+        (state(nested_blocksize=2**40), "nested_blocksize=1099511627776"),
+        (state(dtype=[]), "describes no nf4"),
         (changed(STATE, lambda x: x[:-1]), "not a JSON|JSON"),
     ],
 )

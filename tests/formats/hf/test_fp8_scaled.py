@@ -4,13 +4,11 @@ import numpy as np
 import pytest
 from helpers.quantized_files import (
     FP8,
-    QUANTIZED_CONFIG,
     compressed,
     dequantized_fp8,
-    is_linear,
-    write_fp8,
+    fp8_model,
 )
-from helpers.tiny import Q_PROJ, tensors, write_hf
+from helpers.tiny import Q_PROJ, write_hf
 
 from jlora.errors import CorruptError, UnsupportedError
 from jlora.formats.base.base_writer import write_base
@@ -27,17 +25,6 @@ CASES = [BLOCKS, ROWS, WHOLE, STATIC, IN_BLOCKS]
 SCALE = Q_PROJ.replace("weight", "weight_scale_inv")
 
 
-def fp8_model(settings, block, name: str):
-    """config.json and tensors of a model."""
-    arrays: dict[str, np.ndarray] = {}
-    for key, array in tensors(QUANTIZED_CONFIG).items():
-        if is_linear(key):
-            arrays |= write_fp8(key, array * np.float32(0.1), block, name)
-        else:
-            arrays[key] = array.astype(ml_dtypes.bfloat16)
-    return QUANTIZED_CONFIG | {"quantization_config": settings}, arrays
-
-
 def expected_weight(arrays, key: str, block, name: str) -> np.ndarray:
     scales = arrays[key.removesuffix("weight") + name]
     return dequantized_fp8(arrays[key], scales.astype(np.float32), block).T
@@ -50,7 +37,7 @@ def leaves(params):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", ["keep", "bfloat16", "float32"])
 def test_weights_are_read_in_the_dtype_that_they_stand_for(tmp_path, case, dtype):
-    config, arrays = fp8_model(*case)
+    config, arrays = fp8_model(case[1], case[2], case[0])
     source = open_model(str(write_hf(tmp_path / "fp8", config, arrays)))
     found = np.asarray(leaves(load_params(source, dtype=dtype))["kernel"])
     expected = expected_weight(arrays, Q_PROJ, *case[1:])
@@ -60,7 +47,7 @@ def test_weights_are_read_in_the_dtype_that_they_stand_for(tmp_path, case, dtype
 
 @pytest.mark.parametrize("case", [ROWS, WHOLE, STATIC])
 def test_codes_and_scales_are_those_of_the_file_on_request(tmp_path, case):
-    config, arrays = fp8_model(*case)
+    config, arrays = fp8_model(case[1], case[2], case[0])
     source = open_model(str(write_hf(tmp_path / "fp8", config, arrays)))
     write_base(source, tmp_path / "base", "keep", False, "fp8")
     for opened in (source, open_model(str(tmp_path / "base"))):
@@ -73,7 +60,7 @@ def test_codes_and_scales_are_those_of_the_file_on_request(tmp_path, case):
 
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "nf4"])
 def test_blocks_are_quantised_again_on_request(tmp_path, dtype):
-    config, arrays = fp8_model(*BLOCKS)
+    config, arrays = fp8_model(BLOCK, settings=BLOCKS[0])
     source = open_model(str(write_hf(tmp_path / "fp8", config, arrays)))
     write_base(source, tmp_path / "plain", "float32", False)
     plain = open_model(str(tmp_path / "plain"))
@@ -85,7 +72,7 @@ def test_blocks_are_quantised_again_on_request(tmp_path, dtype):
 def test_scales_may_be_stored_in_half_precision_and_without_a_second_axis(
     tmp_path, dtype
 ):
-    config, arrays = fp8_model(*ROWS)
+    config, arrays = fp8_model(ROWS[1], ROWS[2], ROWS[0])
     arrays = {
         key: array.astype(dtype).ravel() if key.endswith("scale") else array
         for key, array in arrays.items()
@@ -128,7 +115,7 @@ def at(index, value: float):
     ],
 )
 def test_damaged_model_is_one_message(tmp_path, name, change, message):
-    config, arrays = fp8_model(*BLOCKS)
+    config, arrays = fp8_model(BLOCK, settings=BLOCKS[0])
     if change is None:
         del arrays[name]
     else:
@@ -161,7 +148,7 @@ def test_damaged_model_is_one_message(tmp_path, name, change, message):
     ],
 )
 def test_other_forms_are_refused_by_name(tmp_path, settings, message):
-    config, arrays = fp8_model(*BLOCKS)
+    config, arrays = fp8_model(BLOCK, settings=BLOCKS[0])
     with pytest.raises(UnsupportedError, match=message):
         open_model(
             str(
