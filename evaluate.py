@@ -81,7 +81,7 @@ def main(args: Arguments) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     keep_compiled()
     check_divisible(mesh, config, args.batch_size)
-    params = load_params(source)
+    params = load_params(source, dtype=args.base_dtype)
     if adapter is not None:
         params = attach_adapter(params, source.config, adapter)
     params = jax.device_put(params, tree_shardings(mesh, params))

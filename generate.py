@@ -1,138 +1,133 @@
-"""Text from a model, with or without an adapter: one completion, or a chat."""
+"""Text from a model, with or without an adapter: a completion, a file of them, or a chat."""
 
+import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from jlora.cli.command import run_command
-from jlora.cli.printing import unescaped_output
 from jlora.cli.process_setup import keep_compiled
-from jlora.config.run_config import ModelConfig, check_seed
+from jlora.config.json_fields import MAX_SIZE
+from jlora.config.run_config import ModelConfig
+from jlora.config.sampling_config import TextConfig
 from jlora.errors import UsageError
 
-NEW_TOKENS = 256
+if TYPE_CHECKING:
+    from jlora.loading import TextModel
 
 
 @dataclass(frozen=True)
-class Arguments(ModelConfig):
-    """Complete a prompt, or chat."""
+class Arguments(TextConfig, ModelConfig):
+    """Complete a prompt or a file of prompts, or chat."""
 
     prompt: str | None = None
     """Text to continue; with --chat, the one message to answer."""
+    messages: str | None = None
+    """JSON file with a conversation to answer: [{"role": "user", "content": "..."}]."""
+    prompts: str | None = None
+    """JSONL file; each {"prompt": "..."} or {"messages": [...]} is printed with its answer."""
     chat: bool = False
-    """Use the chat template; without --prompt, read messages from the keyboard."""
-    max_new_tokens: int | None = None
-    """Stop after this many tokens; null: after 256, or when the model's positions are full."""
-    temperature: float = 0.0
-    """0 takes the most likely token; higher is more random."""
-    seed: int = 0
-    """Seed of the sampling."""
+    """Use the chat template; alone, talk at the keyboard (as jlora chat does)."""
+    system: str | None = None
+    """System message that conversations begin with."""
+    num_return_sequences: int = 1
+    """Samples for each prompt."""
+    batch_size: int = 8
+    """Texts that are generated together."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         super().__post_init__()
-        check_seed(self.seed)
-        if self.prompt is None and not self.chat:
-            raise UsageError("give --prompt TEXT, or --chat")
-        tokens = 1 if self.max_new_tokens is None else self.max_new_tokens
-        if tokens < 1 or not (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6):
+        ModelConfig.__post_init__(self)
+        given = [self.prompt, self.messages, self.prompts]
+        if sum(value is not None for value in given) > 1:
+            raise UsageError("give one of --prompt, --messages and --prompts")
+        if not self.chat and given == [None] * 3:
             raise UsageError(
-                f"max_new_tokens={self.max_new_tokens}, temperature={self.temperature}; "
-                "expected at least 1 token and a temperature of 0, or from 1e-6 to 1e6"
+                "give --prompt TEXT, --messages FILE, --prompts FILE or --chat"
             )
+        if self.system is not None and self.prompt is not None and not self.chat:
+            raise UsageError("--system is for conversations; add --chat")
+        for name in ("num_return_sequences", "batch_size"):
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
+                raise UsageError(f"{name}={getattr(self, name)}; expected at least 1")
 
 
 def main(args: Arguments) -> None:
-    """Loads the model, then completes the prompt or answers each message."""
+    """Loads the model, then answers what the flags give, or what is typed."""
     # What needs JAX is imported here: --help and a wrong flag are answered without it.
-    from jlora.data.tokenize.tokenizer import Tokenizer
-    from jlora.formats.load_params import load_params
-    from jlora.formats.open_model import open_model
-    from jlora.formats.peft.adapter_placement import adapted_config
-    from jlora.formats.peft.attach_adapter import attach_adapter
-    from jlora.loading import open_adapter
-    from jlora.model.generation import generate_tokens
-    from jlora.model.llama import Llama
-    from jlora.ops.compute_choices import choose_dtype, default_platform
+    from jlora.loading import load_for_text
+    from jlora.serving.chat_session import ChatSession
 
-    source = open_model(args.model)
+    records = read_records(args)  # before any weight is read
     keep_compiled()
-    config, params = source.config, load_params(source)
-    if args.adapter is not None:
-        adapter = open_adapter(args.adapter, args.step)
-        params = attach_adapter(params, config, adapter)
-        config = adapted_config(adapter, config)
-    model = Llama(config, choose_dtype(args.dtype, default_platform()))
-    tokenizer = Tokenizer(source.files, config)
-    sample = partial(
-        generate_tokens,
-        model,
-        params,
-        stop_ids=tokenizer.stop_ids,
-        temperature=args.temperature,
-        seed=args.seed,
+    if records is None:
+
+        def load(with_adapter: bool) -> "TextModel":
+            adapter, step = (args.adapter, args.step) if with_adapter else (None, None)
+            return load_for_text(dataclasses.replace(args, adapter=adapter, step=step))
+
+        has_adapter = args.adapter is not None
+        ChatSession(load, args, args.system, has_adapter=has_adapter).run()
+        return
+    answer_all(args, load_for_text(args), records)
+
+
+def read_records(args: Arguments) -> list[dict[str, Any]] | None:
+    """Returns what to answer; None: what will be typed."""
+    from jlora.serving.prompt_files import (
+        conversation,
+        read_messages,
+        read_prompts,
+        with_system,
     )
 
-    def complete(tokens: list[int]) -> str:
-        count = count_new_tokens(args, len(tokens), config.longest)
-        return print_text(sample(tokens, max_new_tokens=count), tokenizer.decode)
-
-    if args.prompt is not None and not args.chat:
-        complete(tokenizer.encode(args.prompt, add_bos=True))
-        return
-    messages: list[dict[str, str]] = []
-    for message in [args.prompt] if args.prompt is not None else read_messages():
-        messages.append({"role": "user", "content": message})
-        tokens = tokenizer.encode_chat(messages, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": complete(tokens)})
-
-
-def read_messages() -> Iterator[str]:
-    """Yields the lines typed, until the end of the input or an empty line."""
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line
+    if args.prompts is not None:
+        records = read_prompts(args.prompts)
+    elif args.messages is not None:
+        records = [{"messages": read_messages(args.messages)}]
+    elif args.prompt is not None:
+        records = [{"prompt": args.prompt}]
+    else:
+        return None
+    if args.system is None:
+        return records
+    return [
+        {**record, "messages": with_system(conversation(record), args.system)}
+        if args.chat or "messages" in record
+        else record
+        for record in records
+    ]
 
 
-def count_new_tokens(args: Arguments, used: int, longest: int) -> int:
-    """Returns how many tokens to generate after `used`, in a model of `longest` positions.
+def answer_all(
+    args: Arguments, loaded: "TextModel", records: list[dict[str, Any]]
+) -> None:
+    """Prints the answers: the text of a single one as it comes, of a file line by line."""
+    from jlora.serving.chat_session import show_text
+    from jlora.serving.completions import Speed, complete
+    from jlora.serving.prompt_files import answered, batches, prompt_ids
 
-    Raises:
-        UsageError: the conversation has no room left.
-    """
-    room = longest - used
-    if room < 1 and args.chat:
-        raise UsageError(
-            f"the conversation has {used} tokens and the model takes {longest}; "
-            "start a new one"
+    ids = [prompt_ids(r, loaded.tokenizer, chat=args.chat) for r in records]
+    samples = range(args.num_return_sequences)
+    wanted = [(ids[i], i, sample) for i in range(len(ids)) for sample in samples]
+    is_single = args.prompts is None and len(wanted) == 1
+    speed, texts = Speed(), [""] * len(wanted)
+    for batch in batches([len(tokens) for tokens, _, _ in wanted], args.batch_size):
+        found = complete(
+            loaded,
+            [wanted[i] for i in batch],
+            args,
+            show=show_text if is_single else None,
+            speed=speed,
         )
-    wanted = args.max_new_tokens
-    if wanted is None or (args.chat and args.prompt is None):
-        return max(1, min(wanted or NEW_TOKENS, room))
-    return wanted
-
-
-def print_text(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> str:
-    """Prints the text of tokens as they come; returns it."""
-    new: list[int] = []
-    shown = ""
-    # A file or another program gets the text as it is.
-    output = sys.stdout if sys.stdout.isatty() else unescaped_output()
-    for token in tokens:
-        new.append(token)
-        text = decode(new)
-        if not text.endswith("\ufffd"):  # half a character; wait for the rest
-            print(text[len(shown) :], end="", flush=True, file=output)
-            shown = text
-    text = decode(new)
-    print(text[len(shown) :], flush=True, file=output)
-    return text
+        for i, text in zip(batch, found, strict=True):
+            texts[i] = text
+    for text, (_, number, _) in zip(texts, wanted, strict=True):
+        if args.prompts is not None:
+            text = answered(records[number], text, chat=args.chat)
+        show_text(f"{'' if is_single else text}\n")
+    print(speed.line(), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Loads a model from Python: `jlora.load`, and the adapters of PEFT folders and runs."""
 
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jlora.cli.strict_yaml import read_yaml
+from jlora.config.run_config import ModelConfig
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UsageError, listing
 from jlora.formats.load_params import BASE_DTYPES, BaseDtype, load_params
@@ -21,7 +22,13 @@ from jlora.formats.peft.attach_adapter import attach_adapter
 from jlora.formats.peft.named_base import name_for_peft
 from jlora.lora.adapter_tree import Params, join
 from jlora.lora.initialisation import add_lora, needs_residual_base
+from jlora.model.decoding.decoding_weights import decoding_weights
 from jlora.model.llama import Llama
+from jlora.ops.compute_choices import (
+    choose_attention,
+    choose_dtype,
+    default_platform,
+)
 from jlora.parallel.sharding import parameter_sharding, tree_shardings
 from jlora.train.checkpoint import adapter_of_step, saved_steps
 from jlora.train.resuming import is_newest_export
@@ -83,6 +90,36 @@ def load(
     if "tokenizer.json" not in source.files:
         return model, params, None
     return model, params, Tokenizer(source.files, source.config)
+
+
+class TextModel(NamedTuple):
+    """A model that is ready to generate text."""
+
+    model: Llama
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load_for_text(args: ModelConfig) -> TextModel:
+    """Returns the model that the flags name, its adapter merged where that is possible.
+
+    Raises:
+        UsageError, UnsupportedError, CorruptError: as `open_model` and `open_adapter`.
+    """
+    source = open_model(args.model)
+    adapter = None if args.adapter is None else open_adapter(args.adapter, args.step)
+    config, params = source.config, load_params(source, dtype=args.base_dtype)
+    if adapter is not None:
+        params = attach_adapter(params, config, adapter)
+        config = adapted_config(adapter, config)
+        params = decoding_weights(params)
+    platform = default_platform()
+    dtype = choose_dtype(args.dtype, platform)
+    attention = choose_attention(
+        "auto", platform=platform, dtype=dtype, head_dim=config.head_dim
+    )
+    model = Llama(config, dtype, attention)
+    return TextModel(model, params, Tokenizer(source.files, config))
 
 
 def exported_adapter(folder: str | Path) -> Path | None:

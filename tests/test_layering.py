@@ -22,6 +22,7 @@ PACKAGES = (
     "jlora.formats",
     "jlora.train",
     "jlora.loading",
+    "jlora.serving",
 )
 # Inside jlora.data, likewise; and only files of jlora.ops.hopper are above those of ops.
 STATIONS = ("read", "chat", "tokenize", "cache", "batch")

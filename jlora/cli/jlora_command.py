@@ -17,6 +17,7 @@ from jlora.errors import UsageError, listing, nearest, printable
 COMMANDS = {
     "train": "train",
     "generate": "generate",
+    "chat": "generate",
     "evaluate": "evaluate",
     "convert": "from_hf",
     "export": "to_hf",
@@ -30,9 +31,11 @@ EXPORTS = {
     "vllm": ["to_peft", "--for=vllm"],
     "gguf": ["to_gguf"],
 }
-_EXPORT = (
-    "Writes the merged model, as GGUF with --to gguf; --to peft or vllm: the adapter."
-)
+# Of commands that are not a whole script by themselves.
+_SUMMARIES = {
+    "chat": "Talk with a model at the keyboard, with its adapter and without.",
+    "export": "Write the merged model, also as GGUF (--to gguf), or the adapter.",
+}
 
 
 @allow_closed_output
@@ -41,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words else "--help"
     if name in ("-h", "--help"):
-        rows = [(name, _summary(script)) for name, script in COMMANDS.items()]
+        rows = [
+            (name, _SUMMARIES.get(name) or _summary(script))
+            for name, script in COMMANDS.items()
+        ]
         print(f"usage: jlora COMMAND ...\n\n{table({'': rows})}")
         print(
             "jlora COMMAND --help lists the flags; jlora --version prints the version."
@@ -56,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = nearest(name, COMMANDS) or f"; there are {listing([*COMMANDS])}"
             raise UsageError(f"unknown command {name!r}{hint}")
         script = COMMANDS[name]
+        if name == "chat":
+            words = ["--chat", *words]
         if name == "export":
             program += f" [--to {'|'.join(EXPORTS)}]"
             script, *words = _choose_export(words)
@@ -111,8 +119,6 @@ def _file_of(script: str) -> Path:
 
 def _summary(script: str) -> str:
     """Returns the first line of a script's docstring, without running the script."""
-    if script == COMMANDS["export"]:
-        return _EXPORT
     tree = ast.parse(_file_of(script).read_text("utf-8"))
     return (ast.get_docstring(tree) or "").splitlines()[0]
 

@@ -12,6 +12,8 @@ DEFAULT_SEQ_LEN = 512
 # How a converted base is stored: all tensors, and the projections of the layers.
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
 Format = Literal["none", "fp8", "int8", "nf4"]
+# How the weights are held while the model computes.
+BaseDtype = Literal["keep", "float32", "bfloat16", "fp8", "int8", "nf4"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class ModelConfig:
     """Step of the run's checkpoint to take; null: its adapter/, or the newest if it went on."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
+    base_dtype: BaseDtype = "keep"
+    """Dtype of the weights, as --compute.base_dtype of a training."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a step of nothing."""
@@ -206,7 +210,7 @@ class ComputeConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of activations and matmuls; auto: bfloat16 on GPU and TPU, float32 on CPU."""
-    base_dtype: Literal["keep", "float32", "bfloat16", "fp8", "int8", "nf4"] = "keep"
+    base_dtype: BaseDtype = "keep"
     """Dtype of the frozen weights; keep: as in the checkpoint; fp8, int8, nf4: quantises the
     seven projections of each layer while they are read."""
     remat: Literal["auto", "none", "minimal", "full", "offload"] = "auto"

@@ -24,11 +24,12 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.lora.adapter_tree import Params
 from jlora.lora.lora_dense import NORM_NAME, LoRADense
 from jlora.lora.projections import add_projection, add_swiglu, project_all
-from jlora.model.kv_cache import KeysValues, write_at
+from jlora.model.decoding.kv_cache import KeysValues, write_at
 from jlora.model.remat.layer_memory import in_pieces, num_pieces
 from jlora.model.remat.layer_stack import LayerParts
 from jlora.model.rotary import apply_rope
 from jlora.ops.attention import attend
+from jlora.ops.attention_cached import attend_cached
 from jlora.ops.compute_choices import Compute
 from jlora.ops.elementwise import times_trained
 from jlora.ops.hopper.fused_projections import DOWN_NAME, PRODUCT_NAME
@@ -60,7 +61,7 @@ class SharedInputs:
     segment_ids: Any
     """[B, T], or None where a row is one document."""
     offset: Any
-    """[], tokens before this call in the cache; None without a cache."""
+    """[B], tokens before this call in the cache; None without a cache."""
 
 
 class RMSNorm(nn.Module):
@@ -222,17 +223,14 @@ class DecoderLayer(nn.Module):
     def attend(
         self,
         q: Float[Array, "B T N H"],
-        k: Float[Array, "B S K H"],
-        v: Float[Array, "B S K H"],
+        k: Array,
+        v: Array,
         shared: SharedInputs,
     ) -> Float[Array, "B T N H"]:
-        """Returns the outputs of all heads."""
-        return attend(
-            *(q, k, v),
-            self.compute,
-            segment_ids=shared.segment_ids,
-            offset=shared.offset,
-        )
+        """Returns the outputs of all heads, over the keys of a cache if there is one."""
+        if shared.offset is not None:
+            return attend_cached(q, k, v, shared.offset)
+        return attend(q, k, v, self.compute, segment_ids=shared.segment_ids)
 
     @nn.nowrap
     def parts(self) -> LayerParts:

@@ -23,7 +23,7 @@ from jlora.model.decoder_layer import (
     SharedInputs,
     written,
 )
-from jlora.model.kv_cache import KeysValues, KVCache
+from jlora.model.decoding.kv_cache import KeysValues, KVCache, write_at
 from jlora.model.remat.layer_memory import gradients_together
 from jlora.model.remat.layer_stack import LayerParts, run_stack
 from jlora.model.rotary import rope_angles
@@ -115,17 +115,35 @@ class Llama(nn.Module):
         return self._run(tokens, positions, segment_ids, None)[0]
 
     def decode(
-        self, tokens: Int[Array, "B T"], cache: KVCache, count: Int[Array, ""]
+        self,
+        tokens: Int[Array, "B T"],
+        cache: KVCache,
+        count: Int[Array, " B"],
+        *,
+        is_prompt: bool = False,
     ) -> tuple[Float[Array, "B V"], KVCache]:
-        """Returns the logits after the first `count` tokens, and the cache with them.
+        """Returns the logits after each row's first `count` tokens, and the cache with them.
 
         Tokens beyond `count` are padding. Their keys and values are in the cache after its
         length, where no query sees them before they are overwritten.
+
+        Args:
+            tokens: that follow those in the cache.
+            cache: of the tokens so far.
+            count: tokens of each row.
+            is_prompt: whether the cache is empty, so that the tokens attend to each other
+                as in training.
         """
-        positions = cache.length + jnp.arange(tokens.shape[1])[None, :]
-        positions = jnp.broadcast_to(positions, tokens.shape)
-        hidden, filled = self._run(tokens, positions, None, cache)
-        last = jax.lax.dynamic_slice_in_dim(hidden, count - 1, 1, axis=1)
+        positions = cache.length[:, None] + jnp.arange(tokens.shape[1])
+        seen = None if is_prompt else cache
+        hidden, filled = self._run(tokens, positions, None, seen, length=cache.size)
+        if is_prompt:
+            old = zip(cache.keys, cache.values, strict=True)
+            filled = [
+                write_at(own, new, cache.length)
+                for own, new in zip(old, filled, strict=True)
+            ]
+        last = jnp.take_along_axis(hidden, (count - 1)[:, None, None], axis=1)
         keys, values = zip(*filled, strict=True)
         return self._logits(last)[:, 0], KVCache(keys, values, cache.length + count)
 
@@ -135,15 +153,18 @@ class Llama(nn.Module):
         positions: Array | None,
         segment_ids: Array | None,
         cache: KVCache | None,
+        length: int | None = None,
     ) -> tuple[Array, list[KeysValues]]:
-        """Returns the final states, and keys and values of every layer; see `_Layers`."""
+        """Returns the final states, and keys and values of every layer; see `_Layers`.
+
+        Some rotary types depend on the `length` of the text. A cache has room for all of it,
+        so by its size all keys get the same angles.
+        """
         if cache is None:
             self.config.check_window(tokens.shape[1], "tokens in a row")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        # Some rotary types depend on the length. A cache has room for the whole text, so
-        # by its size all keys of the text get the same angles.
-        length = tokens.shape[1] if cache is None else cache.keys[0].shape[1]
+        length = tokens.shape[1] if length is None else length
         cos, sin = rope_angles(self.config, positions, length, self.platform)
         offset = None if cache is None else cache.length
         x = self.embed_tokens(tokens)

@@ -23,11 +23,10 @@ def attend(
     compute: Compute,
     *,
     segment_ids: Int[Array, "B T"] | None = None,
-    offset: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(q k / sqrt(H)) v over the keys that each query may see.
 
-    Query t sees key s if s <= t (+ `offset`) and both have the same segment id.
+    Query t sees key s if s <= t and both have the same segment id.
 
     Args:
         q: queries.
@@ -35,15 +34,14 @@ def attend(
         v: values, likewise.
         compute: its platform, attention and max_segments.
         segment_ids: 1, 2, ... along a row, without gaps; 0 for padding at its end.
-        offset: tokens before this call in a cache. Such calls always use the reference.
 
     Raises:
         UsageError: cudnn in float32, or with segments but no max_segments.
     """
-    if offset is not None or compute.attention == "xla":
-        if offset is None and compute.platform == "cpu":
+    if compute.attention == "xla":
+        if compute.platform == "cpu":
             return attend_on_cpu(q, k, v, segment_ids)
-        return _reference(q, k, v, segment_ids, offset)
+        return _reference(q, k, v, segment_ids)
     if compute.attention == "splash":
         interpret = compute.platform != "tpu"
         return splash_attend(q, k, v, segment_ids, interpret=interpret)
@@ -95,13 +93,10 @@ def _packed_cudnn(
     return out
 
 
-def _reference(
-    q: Array, k: Array, v: Array, segment_ids: Array | None, offset: Array | None
-) -> Array:
+def _reference(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
     batch, length, _, dim = q.shape
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    query_index = jnp.arange(length) + (0 if offset is None else offset)
-    visible = query_index[:, None] >= jnp.arange(k.shape[1])[None, :]  # [T, S]
+    visible = jnp.arange(length)[:, None] >= jnp.arange(k.shape[1])[None, :]  # [T, S]
     visible = visible[None]
     if segment_ids is not None:
         visible &= segment_ids[:, :, None] == segment_ids[:, None, :]  # [B, T, S]

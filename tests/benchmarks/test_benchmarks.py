@@ -16,7 +16,7 @@ BENCHMARKS = ROOT / "benchmarks"
 ELSEWHERE = {"cpu_peer", "loss_curve", "packing_peer", "convert_speed", "data_speed"}
 ELSEWHERE |= {"memory_table"}  # tests/test_docs.py
 HERE = {"step_time", "sweep_time", "packing_gpu", "table", "peers", "compiled_memory"}
-HERE |= {"scaling"}
+HERE |= {"scaling", "generation_speed"}
 
 
 def run_script(name: str, *arguments: str, devices: int = 1) -> list[str]:
@@ -82,6 +82,17 @@ def test_scaling_compares_meshes_and_reports_those_that_fail(tmp_path: Path) -> 
         *("--out", str(tmp_path / "lines")),
     )
     assert "no time left" in json.loads(skipped)["error"]
+
+
+def test_generation_speed_has_a_line_for_each_number_of_rows() -> None:
+    lines = run_script(
+        *("generation_speed", "tiny", "--rows", "1", "2", "--prompt", "5"),
+        *("--tokens", "9", "--base-dtype", "int8", "--repeats", "1"),
+        *("--steps-at-once", "4"),
+    )
+    one, two = map(json.loads, lines)
+    assert (one["rows"], two["rows"], one["base_dtype"]) == (1, 2, "int8")
+    assert min(one["tokens_per_second"], one["first_token_s"], one["peak_gib"]) > 0
 
 
 def test_sweep_time_compares_adapters_together_with_one() -> None:

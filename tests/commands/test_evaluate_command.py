@@ -55,3 +55,10 @@ def test_a_run_without_its_adapter_folder_is_read_from_its_checkpoint(run, tmp_p
     trained = evaluated_loss("--model", "hf", "--adapter", run)
     assert evaluated_loss("--model", "hf", "--adapter", tmp_path / "run") == trained
     assert trained < evaluated_loss("--model", "hf")
+
+
+def test_a_base_is_evaluated_in_the_format_that_is_asked_for(run):
+    flags = ["--model", "hf", "--adapter", "run"]
+    exact = evaluated_loss(*flags)
+    losses = [evaluated_loss(*flags, "--base_dtype", d) for d in ("bfloat16", "nf4")]
+    assert 0 < abs(losses[0] - exact) < abs(losses[1] - exact) < 0.5 * exact + 0.1

@@ -1,4 +1,5 @@
 import pytest
+from helpers import ROOT
 from helpers.commands import finish, start_python, train_flags
 
 pytestmark = pytest.mark.usefixtures("in_workdir")
@@ -64,3 +65,25 @@ def test_a_command_is_a_program():
     assert (status, out) == (2, "")
     assert err.startswith("error: nowhere: no such file or folder")
     assert err.count("\n") == 1
+
+
+def test_a_second_start_of_generate_compiles_nothing(tmp_path):
+    script = ROOT / "generate.py"
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    made, outs = [], []
+    for prompt, top_p in (("What is", 0.9), ("Another text", 0.5)):
+        flags = ["--model", "hf", "--prompt", prompt, "--max_new_tokens", 6]
+        done = finish(
+            start_python(
+                script, *flags, "--temperature", 1.0, "--top_p", top_p, **cache
+            )
+        )
+        assert done.status == 0, done.err
+        made.append({path.name for path in tmp_path.glob("*-cache")})
+        outs.append(done.out)
+    assert len(made[0]) > 2
+    assert made[1] == made[0]
+    assert outs[0] != outs[1]

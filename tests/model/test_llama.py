@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from helpers.training_cases import (
 
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import join, split, trainable_mask
-from jlora.model.kv_cache import KVCache
+from jlora.model.decoding.kv_cache import KVCache
 from jlora.model.llama import Llama
 from jlora.ops.dropout import drop_by
 from jlora.train.step import summed_loss
@@ -120,30 +121,36 @@ def test_an_id_outside_the_vocabulary_gives_nan(logits, wrong):
 
 
 def decoder(config, params):
-    @jax.jit
-    def decode(part, cache, count):
+    @partial(jax.jit, static_argnames="is_prompt")
+    def decode(part, cache, *counts, is_prompt=False):
         return Llama(config).apply(
-            {"params": params}, part, cache, count, method="decode"
+            {"params": params},
+            part,
+            cache,
+            jnp.asarray(counts, jnp.int32),
+            is_prompt=is_prompt,
+            method="decode",
         )
 
     return decode
 
 
+@pytest.mark.parametrize("is_prompt", [False, True])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_decoding_through_the_cache_equals_the_full_pass(
-    config, params, logits, padding
+    config, params, logits, padding, is_prompt
 ):
     tokens, prompt = random_tokens(2, LENGTH), 9
     expected = logits(tokens)
     cache = KVCache.empty(config, 2, LENGTH + padding, jnp.float32)
     decode = decoder(config, params)
     padded = jnp.pad(tokens[:, :prompt], ((0, 0), (0, padding)), constant_values=7)
-    found, cache = decode(padded, cache, jnp.int32(prompt))
+    found, cache = decode(padded, cache, prompt, prompt, is_prompt=is_prompt)
     results = [found]
     for t in range(prompt, LENGTH):
-        found, cache = decode(tokens[:, t : t + 1], cache, jnp.int32(1))
+        found, cache = decode(tokens[:, t : t + 1], cache, 1, 1)
         results.append(found)
-    assert int(cache.length) == LENGTH
+    assert cache.length.tolist() == [LENGTH] * 2
     np.testing.assert_allclose(
         np.stack(results, axis=1), expected[:, prompt - 1 :], rtol=0, atol=2e-5
     )
@@ -153,9 +160,23 @@ def test_a_prompt_may_come_in_parts(config, params, logits):
     tokens = random_tokens(1, 12)
     cache = KVCache.empty(config, 1, 16, jnp.float32)
     decode = decoder(config, params)
-    _, cache = decode(tokens[:, :7], cache, jnp.int32(7))
-    found, _ = decode(tokens[:, 7:], cache, jnp.int32(5))
+    _, cache = decode(tokens[:, :7], cache, 7)
+    found, _ = decode(tokens[:, 7:], cache, 5)
     np.testing.assert_allclose(found, logits(tokens)[:, -1], rtol=0, atol=2e-5)
+
+
+def test_rows_of_different_lengths_do_not_see_their_padding(config, params, logits):
+    tokens, counts = random_tokens(2, 12), (4, 9)
+    cache = KVCache.empty(config, 2, 16, jnp.float32)
+    decode = decoder(config, params)
+    _, cache = decode(tokens[:, :9], cache, *counts, is_prompt=True)
+    following = jnp.stack([tokens[0, 4:6], tokens[1, 9:11]])
+    _, cache = decode(following[:, :1], cache, 1, 1)
+    found, cache = decode(following[:, 1:], cache, 1, 1)
+    assert cache.length.tolist() == [6, 11]
+    for row, (count, got) in enumerate(zip(counts, found, strict=True)):
+        expected = logits(tokens[row : row + 1, : count + 2])[0, -1]
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
 
 
 def loss_of(config, remat, dropout=0.2, lora=ALL_LINEAR):

@@ -22,7 +22,7 @@ from jax.extend.core import Var
 
 from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.lora.adapter_tree import join, split, trainable_mask
-from jlora.model.kv_cache import KVCache
+from jlora.model.decoding.kv_cache import KVCache
 from jlora.model.llama import Llama
 from jlora.train import memory_estimate as plan
 from jlora.train.optimizer import make_optimizer, make_schedule
@@ -193,7 +193,7 @@ def test_a_sweep_of_dropout_rates_trains_as_without_remat():
 def test_decoding_and_logits_are_the_same():
     params, tokens = adapted_params(CONFIG), jnp.arange(12).reshape(2, 6)
     cache = KVCache.empty(CONFIG, 2, 8, jnp.float32)
-    for method, more in (("__call__", ()), ("decode", (cache, jnp.int32(6)))):
+    for method, more in (("__call__", ()), ("decode", (cache, jnp.full(2, 6)))):
         found, expected = (
             Llama(CONFIG, remat=remat).apply(
                 {"params": params}, tokens, *more, method=method
