@@ -52,9 +52,9 @@ def _checked(record: Any, where: str) -> Record:
     messages = record.get("messages") if isinstance(record, dict) else None
     if isinstance(prompt, str) and messages is None:
         return record
-    is_talk = prompt is None and isinstance(messages, list) and messages
-    if not is_talk or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    talk = messages if prompt is None and isinstance(messages, list) else []
+    if not talk or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in talk
     ):
         raise CorruptError(
             f'{where}: expected {{"prompt": "..."}} or {{"messages": [{{"role": "user", '

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,12 @@ def tokens_of(params, given, counts, *, stop_ids=frozenset(), platform="cpu", **
     return found
 
 
-LIKELY = jax.jit(
-    lambda params, text: jnp.argmax(Llama(CONFIG).apply({"params": params}, text), -1)
-)
+def logits_of(params, tokens):
+    found: Any = Llama(CONFIG).apply({"params": params}, tokens)
+    return found
+
+
+LIKELY = jax.jit(lambda params, text: jnp.argmax(logits_of(params, text), -1))
 
 
 def greedy(params, prompt, count):
@@ -124,7 +128,7 @@ def test_a_step_changes_the_cache_in_place_and_copies_no_weights(params):
         Llama(CONFIG), params, state, steps=frozenset(), count=4
     ).compile()
     cache = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= cache
     # What a step computes, and on a CPU the transposed head; one layer's cache is more.
     assert memory.temp_size_in_bytes < cache / 2
@@ -133,7 +137,7 @@ def test_a_step_changes_the_cache_in_place_and_copies_no_weights(params):
 def test_a_merged_adapter_leaves_a_plain_model():
     adapted = adapted_params(CONFIG, ALL_LINEAR)
     tokens = jnp.arange(12).reshape(2, 6)
-    expected = Llama(CONFIG).apply({"params": adapted}, tokens)
+    expected = logits_of(adapted, tokens)
     exact = merge(adapted)
     merged = decoding_weights(map_leaves(lambda _, leaf: jnp.array(leaf), adapted))
     assert not [
@@ -143,7 +147,7 @@ def test_a_merged_adapter_leaves_a_plain_model():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), merged, exact
     )
-    found = Llama(CONFIG).apply({"params": merged}, tokens)
+    found = logits_of(merged, tokens)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
