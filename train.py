@@ -33,7 +33,7 @@ class Arguments:
     model: str
     """HF folder, hub id, .gguf file or converted base."""
     output_dir: str
-    """Run folder: checkpoints, metrics.jsonl, adapter/ and report.png."""
+    """Run folder: checkpoints, metrics.jsonl, adapter/ and report.html."""
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -76,7 +76,7 @@ def main(args: Arguments) -> None:
 def train(args: Arguments, stop: "StopRequest") -> None:
     """Runs the whole fine-tune, in the order things happen."""
     from jlora.data.batch.load_dataset import load_split
-    from jlora.data.batch.preview import first_prompt
+    from jlora.data.batch.preview import first_prompt, preview_samples
     from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.digests import fingerprint
     from jlora.formats.load_params import abstract_params, load_params
@@ -145,7 +145,7 @@ def train(args: Arguments, stop: "StopRequest") -> None:
         max_segments=max(d.max_segments for d in (data, held_out) if d),
         adapters=len(args_of),
     )
-    print_summary(shapes_of, data, held_out, total_steps, mesh, work)
+    lines = print_summary(shapes_of, data, held_out, total_steps, mesh, work)
     if args.plan:
         print_plan(data, tokenizer, largest, work)
         return
@@ -180,6 +180,7 @@ def train(args: Arguments, stop: "StopRequest") -> None:
             shared=shared,
             together=list(args_of),
             flops_per_token=flops_per_token(params, config, data.row_length),
+            facts={"summary": lines, "samples": preview_samples(data, tokenizer)},
         )
         runs.append(run)
         del params  # the run has a copy of what is trained
@@ -205,13 +206,11 @@ def train(args: Arguments, stop: "StopRequest") -> None:
 
 
 def export(base_name: str | None, run: "Run", trained: "Params", step: int) -> None:
-    """Writes the adapter of a step as a PEFT folder, and the plot of the run."""
+    """Writes the adapter of a step as a PEFT folder."""
     from jlora.formats.peft.adapter_writer import save_adapter
-    from jlora.report.plot import plot_run
 
     name, out = run.lora.base_model_name_or_path or base_name, run.folder / "adapter"
     save_adapter(trained, run.lora, out, name, overwrite=True)
-    plot_run(run.folder)
     unnamed = (
         "; it names no base, as no folder or hub id that PEFT could load is known: set "
         "base_model_name_or_path in its adapter_config.json"

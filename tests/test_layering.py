@@ -26,20 +26,19 @@ PACKAGES = (
 )
 # Inside jlora.data, likewise; and only files of jlora.ops.hopper are above those of ops.
 STATIONS = ("read", "chat", "tokenize", "cache", "batch")
-COMMANDS = ("train", "generate", "evaluate", "convert")
+COMMANDS = ("train", "generate", "evaluate", "report", "convert")
 OWNERS = {
     "flax": ("jlora.lora", "jlora.model", "jlora.parallel"),
     "optax": ("jlora.train",),
     "orbax": ("jlora.train.checkpoint",),
     "tokenizers": ("jlora.data", "jlora.formats.gguf.gguf_tokenizer"),
-    "jinja2": ("jlora.data",),
+    "jinja2": ("jlora.data", "jlora.report"),
     "pyarrow": ("jlora.data",),
     "safetensors": ("jlora.formats",),
     "gguf": ("jlora.formats",),
     "huggingface_hub": ("jlora.hub",),
     "rich": ("jlora.report",),
-    "matplotlib": ("jlora.report",),
-    "yaml": ("jlora.cli", "jlora.train"),
+    "yaml": ("jlora.cli", "jlora.report", "jlora.train"),
     "torch": (),
     "transformers": (),
     "peft": (),

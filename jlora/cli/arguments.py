@@ -31,6 +31,11 @@ def parse(cls: type[T], words: Sequence[str]) -> T:
     named = {key: flag for key, flag in flags.items() if not flag.is_positional}
     by_name = {flag.key for flag, _ in given}
     placed = [flag for flag in placed if flag.key not in by_name]
+    rest = free[len(placed) - 1 :]
+    takes_rest = placed and len(rest) > 1 and list_items(placed[-1].kind)
+    if takes_rest:
+        given.append((placed.pop(), rest))
+        free = free[: len(placed)]
     if len(free) > len(placed):
         raise UsageError(
             f"unexpected: {' '.join(free[len(placed) :])}; a flag starts with --, "

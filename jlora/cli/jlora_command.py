@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "from_hf",
     "export": "to_hf",
     "info": "info",
+    "report": "report",
     "combine": "combine",
 }
 # What `jlora export --to NAME` runs.

@@ -16,6 +16,7 @@ from jlora.errors import DivergedError, StopRequested, UsageError, listing
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
 from jlora.parallel.processes import check_agreement, is_first, stop_vote
+from jlora.report.html_report import TARGET, write_report
 from jlora.train.evaluation import Evaluator
 from jlora.train.pauses import Pauses
 from jlora.train.prefetch import Prefetch
@@ -103,10 +104,12 @@ def train_runs(
             if saving:
                 _save(runs, trainer, state, step, pauses)
             if all(run.error for run in runs):
+                _write_reports(runs)
                 _raise_diverged(runs)
             if is_over:
                 break
             if stopping:
+                _write_reports(runs)
                 raise StopRequested(f"step {step} is saved; run it again to go on")
         for index, run in enumerate(runs):
             if not run.error:
@@ -114,6 +117,7 @@ def train_runs(
                 if is_first():
                     export(run, params, held)
                     record_export(run.folder, step, held)
+    _write_reports(runs)
     pauses.seconds["training"] = runs[0].training_s
     conclude(runs, pauses.seconds)
     _raise_diverged(runs)
@@ -231,6 +235,16 @@ def _save(
         if not all(run.error for run in runs):
             for index, run in enumerate(runs):
                 run.save(step, trainer.adapter_state(state, index))
+
+
+def _write_reports(runs: Sequence[Run]) -> None:
+    """Writes report.html of every run, and of a sweep in its folder."""
+    if is_first():
+        folders = [run.folder for run in runs]
+        for folder in folders:
+            write_report([folder], folder / TARGET)
+        if runs[0].name:
+            write_report(folders, folders[0].parent / TARGET)
 
 
 def _raise_diverged(runs: Sequence[Run]) -> None:

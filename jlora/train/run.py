@@ -1,5 +1,7 @@
 """One adapter in training: its data, its run folder, its log and its checkpoints."""
 
+import platform
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,6 +12,7 @@ from typing import Any
 import yaml
 from jax.sharding import Mesh
 
+from jlora.cli.jlora_command import start_words
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import TrainConfig
 from jlora.data.batch.batches import Dataset
@@ -22,11 +25,13 @@ from jlora.errors import (
 )
 from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.parallel.processes import is_first, to_host
+from jlora.report.run_folder import write_facts
 from jlora.report.run_report import Report
 from jlora.train.checkpoint import adapter_of_step, save_checkpoint
 from jlora.train.evaluation import Evaluator
 from jlora.train.optimizer import make_schedule
 from jlora.train.progress import Progress
+from jlora.train.resuming import DIGESTS
 from jlora.train.step import TrainState
 from jlora.train.step_log import StepLog
 from jlora.train.trainer import TrainedAdapter
@@ -45,6 +50,7 @@ class Run:
         data: what it is trained on.
         held_out: what it is evaluated on, or None.
         flops_per_token: of the model with this adapter.
+        facts: what the report tells of its start; see `jlora.report.run_folder`.
         progress: what it remembers besides its state.
         error: why this run has ended before the others, or None.
     """
@@ -57,6 +63,7 @@ class Run:
     data: Dataset
     held_out: Dataset | None
     flops_per_token: float
+    facts: dict[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     error: DivergedError | None = None
     report: Report = field(init=False)
@@ -76,6 +83,7 @@ class Run:
         shared: dict[str, Any],
         together: list[str],
         flops_per_token: float,
+        facts: dict[str, Any],
     ) -> "Run":
         """Returns a run at step 0.
 
@@ -90,6 +98,7 @@ class Run:
                 besides its data, adapter settings and seed.
             together: names of all runs that are trained together.
             flops_per_token: of the model with this adapter.
+            facts: lines of the summary, and samples of the data.
         """
         data, held_out = splits
         own = {
@@ -120,6 +129,7 @@ class Run:
             data=data,
             held_out=held_out,
             flops_per_token=flops_per_token,
+            facts=facts,
         )
 
     @contextmanager
@@ -130,7 +140,7 @@ class Run:
         total_steps: int,
         runs: Sequence["Run"],
     ) -> Iterator[None]:
-        """Writes config.yaml and keeps the log open.
+        """Writes config.yaml and facts.json, and keeps the log open.
 
         Args:
             config: how often to log, and how many checkpoints to keep.
@@ -139,6 +149,8 @@ class Run:
             runs: all that are trained together; they share the first one's display.
         """
         write_settings(self.folder, self.meta["settings"])
+        if is_first():
+            write_facts(self.folder, self._all_facts())
         self.report = Report(
             self.folder,
             total_steps=total_steps,
@@ -165,6 +177,22 @@ class Run:
         )
         with self.report:
             yield
+
+    def _all_facts(self) -> dict[str, Any]:
+        """Returns `facts` with versions, digests and the command that repeats the run."""
+        again = ["--config", str(self.folder / "config.yaml")]
+        again += ["--output_dir", f"{self.folder}-again"]
+        system = {"python": platform.python_version(), "system": platform.platform()}
+        return {
+            **self.facts,
+            "versions": {"jlora": _jlora_version(), **self.meta["versions"], **system},
+            "identity": {
+                name: self.meta["identity"][name]
+                for name in DIGESTS
+                if self.meta["identity"].get(name)
+            },
+            "command": shlex.join([*start_words("train"), *again]),
+        }
 
     def log(self, step: int, metrics: dict[str, Any], waited_s: float) -> None:
         """Logs the step before and keeps this one; see `StepLog.add`."""

@@ -20,6 +20,8 @@ from jlora.data.batch.preview import preview_lines, preview_samples
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import counted
 from jlora.lora.adapter_tree import Params, format_parameter_count
+from jlora.report.ranking import ranked, ranking, table_lines
+from jlora.report.run_folder import RunFolder
 from jlora.report.samples import show_samples
 from jlora.train.memory_estimate import Workload, memory_table
 from jlora.train.pauses import duration
@@ -33,8 +35,8 @@ def print_summary(
     total_steps: int,
     mesh: Mesh,
     work: Workload,
-) -> None:
-    """Prints parameters, data, steps and devices.
+) -> list[str]:
+    """Prints parameters, data, steps and devices; returns the lines.
 
     Args:
         trees: shapes of the base with each adapter, by its name; "" for the only one.
@@ -44,19 +46,21 @@ def print_summary(
         mesh: devices.
         work: what every `auto` stands for.
     """
-    for name, tree in trees.items():
-        label = f"{name}: " if name else ""
-        print(label + format_parameter_count(tree), flush=True)
-    print("\n".join(data.summary + (held_out.summary if held_out else [])))
+    lines = [
+        (f"{name}: " if name else "") + format_parameter_count(tree)
+        for name, tree in trees.items()
+    ]
+    lines += data.summary + (held_out.summary if held_out else [])
     each = f" for each of {len(trees)} adapters" if len(trees) > 1 else ""
     compute, every = work.compute, jax.device_count()
     count = f"{mesh.size} of {every}" if mesh.size < every else str(mesh.size)
-    print(
+    lines.append(
         f"{total_steps} steps of {data.batch_size} x {data.row_length} tokens{each} on "
         f"{count} {mesh.devices.flat[0].device_kind}: {compute.dtype.name}, attention "
-        f"{compute.attention}, kernels {compute.kernels}, remat {compute.remat}",
-        flush=True,
+        f"{compute.attention}, kernels {compute.kernels}, remat {compute.remat}"
     )
+    print("\n".join(lines), flush=True)
+    return lines
 
 
 def print_plan(
@@ -90,7 +94,10 @@ def print_conclusion(
             before = "" if first is None else f" ({first:.4f} before the first step)"
             best = f"best eval_loss {past.best_eval_loss:.4f} at step {past.best_step}"
             print(f"{label}{best}{before}")
-    if not runs[0].name:
+    if runs[0].name:
+        found = ranked([RunFolder.read(run.folder) for run in runs])
+        print("\n".join(table_lines(ranking(found))), flush=True)
+    else:
         commands = next_commands(runs[0].meta["settings"], prompt)
         for what, words in commands.items():
             print(f"{what + ':':<9} {shlex.join(words)}", flush=True)

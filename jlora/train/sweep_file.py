@@ -41,7 +41,10 @@ VARIES = (
 )
 # Names become folders beside the sweep's own files.
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}")
-_RESERVED = ("adapter", "checkpoints", "config.yaml", "metrics.jsonl", "report.png")
+_RESERVED = (
+    *("adapter", "checkpoints", "config.yaml", "facts.json", "metrics.jsonl"),
+    "report.html",
+)
 A = TypeVar("A", bound=Any)
 
 

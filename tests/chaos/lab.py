@@ -17,7 +17,7 @@ from jlora.cli.command import run_command
 # What a process imports before it is forked; the modules that start no device.
 PRELOADED = (
     *("train", "convert.from_hf", "convert.to_hf", "convert.to_peft"),
-    *("jlora.loading", "jlora.train.loop", "matplotlib.pyplot"),
+    *("jlora.loading", "jlora.train.loop", "jlora.report.html_report"),
     *("jlora.formats.base.base_writer", "jlora.formats.verify_export"),
 )
 # A command that takes longer hangs, also on a machine that is busy.

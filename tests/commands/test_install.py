@@ -15,7 +15,7 @@ from helpers.commands import train_flags
 from jlora.cli.jlora_command import COMMANDS
 
 # What makes --help slow if it is imported before the flags are read.
-HEAVY = "flax huggingface_hub jax matplotlib numpy optax orbax tensorstore tokenizers"
+HEAVY = "flax huggingface_hub jax jinja2 numpy optax orbax tensorstore tokenizers"
 IMPORTED = f"""
 import sys
 from jlora.cli.jlora_command import main

@@ -106,7 +106,7 @@ def test_every_adapter_has_a_run_folder_of_its_own(sweep):
     for name in NAMES:
         names = {path.name for path in (sweep / name).iterdir()}
         assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "adapter"}
-        assert (sweep / name / "report.png").exists()
+        assert f"<h1>{name}</h1>" in (sweep / name / "report.html").read_text()
     assert yaml.safe_load((sweep / "config.yaml").read_text())["sweep"] == "sweep.yaml"
 
 
@@ -115,6 +115,28 @@ def test_lines_say_which_adapter_they_are_about(sweep):
     assert "wide: trainable params: " in printed
     assert f"hot: step {STEPS}/{STEPS}  loss " in printed
     assert f"{STEPS} steps of 8 x 64 tokens for each of 4 adapters" in printed
+
+
+def test_a_sweep_ends_with_a_ranking_which_its_report_has_too(sweep):
+    lines = (sweep / "out").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("   run "))
+    assert "lora.r" in lines[start]
+    found = {
+        name: min(
+            m["eval_loss"]
+            for m in metrics(sweep / name)
+            if m.get("eval_loss") and m["step"]
+        )
+        for name in NAMES
+    }
+    ranked = sorted(found, key=found.__getitem__)
+    rows = [line.split() for line in lines[start + 1 :]]
+    assert [row[:3] for row in rows] == [
+        [str(place), name, f"{found[name]:.4f}"] for place, name in enumerate(ranked, 1)
+    ]
+    page = (sweep / "report.html").read_text()
+    places = [page.index(f"<td>{name}</td>") for name in ranked]
+    assert places == sorted(places)
 
 
 def test_one_adapter_of_a_sweep_goes_on_as_a_run_of_its_own(sweep):

@@ -87,7 +87,10 @@ def test_the_last_lines_say_what_came_out_and_which_commands_use_it(run, tmp_pat
 def test_a_run_folder_holds_what_the_design_says(run):
     names = {path.name for path in run.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "adapter"} <= names
-    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text("utf-8")
+    for text in ("trainable params: 7,424", "What is a?", "best ", "target_modules:"):
+        assert text in page
+    assert f"--config {run.name}/config.yaml --output_dir {run.name}-again" in page
     assert [p.name for p in (run / "checkpoints").iterdir()] == [str(STEPS)]
 
 
@@ -336,7 +339,7 @@ def test_the_last_step_is_logged_however_rare_the_lines_are(tmp_path):
     )
     succeed("train", *flags)
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [2]
-    assert (tmp_path / "run" / "report.png").exists()
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 @pytest.mark.parametrize("steps", [4, STEPS])

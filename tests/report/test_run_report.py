@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from jlora.report.html_report import write_report
 from jlora.report.metrics_file import read_metrics
-from jlora.report.plot import plot_run
 from jlora.report.run_report import Report
 
 LINE = {"loss": 2.0, "learning_rate": 1e-4}
@@ -80,7 +80,7 @@ def test_a_damaged_line_is_kept_aside_and_the_run_goes_on(
     lines = file.read_bytes().splitlines()
     lines.insert(place, line)
     file.write_bytes(b"\n".join(lines))
-    assert plot_run(tmp_path) is not None
+    assert write_report([tmp_path], tmp_path / "report.html")[0].steps == 2
     capsys.readouterr()
     write(tmp_path, 3, start_step=2)
     assert steps_in(tmp_path) == [1, 2, 3]
