@@ -155,7 +155,8 @@ def _nf4_tensor(key: str, parts: Mapping[str, Entry]) -> NF4Tensor:
     if not np.array_equal(read_tensor(book), NF4):
         raise damaged(book, f"{key}.quant_map", "not the 16 values of nf4")
     blocks = (rows, columns // BLOCK)
-    size, offset = state.get("nested_blocksize"), state.get("nested_offset")
+    size: Any = state.get("nested_blocksize")
+    offset: Any = state.get("nested_offset")
     nested = None
     if size is not None or f"{key}.nested_absmax" in parts:
         is_offset = is_number(offset) and abs(offset) <= MAX_FLOAT
