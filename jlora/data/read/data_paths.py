@@ -22,8 +22,8 @@ from jlora.errors import (
     UnsupportedError,
     UsageError,
     listing,
-    nearest_path,
 )
+from jlora.hub import nothing_there
 
 _MAX_DEPTH = 4  # of folders, as in owner/name/config/split
 
@@ -90,7 +90,7 @@ def _find_source(name: str, weight: float, splits: Sequence[str]) -> DataSource:
     if not path.exists():
         if is_data_id(name):
             return replace(find_hub_source(name, splits), weight=weight)
-        raise UsageError(f"{path}: no such file{nearest_path(name)}")
+        raise nothing_there(name, "a file, a folder, a glob")
     if not path.is_file():
         raise UsageError(
             f"{path}: no records; it is a device or a pipe, and jlora reads files "

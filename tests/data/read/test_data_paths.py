@@ -146,7 +146,7 @@ def test_device_is_a_usage_error():
 def test_missing_file_names_the_nearest(tmp_path):
     write_rows(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(
-        UsageError, match=r"no such file; did you mean '.*train\.jsonl'"
+        UsageError, match=r"no such file or folder; did you mean '.*train\.jsonl'"
     ):
         load(tmp_path / "trian.jsonl")
 

@@ -159,7 +159,7 @@ def test_evaluation_reads_validation_before_test_before_train(hub):
         ("owner/plain:de", "no configurations, and no folder 'de'"),
         ("owner/folders:fr", "no configurations, and no folder 'fr'"),
         ("owner/gone", r"its README names data/\*, which no data file"),
-        ("dta/train.jsonl", "no such file; did you mean 'data/train.jsonl'"),
+        ("dta/train.jsonl", "no such file or folder; did you mean 'data/train.jsonl'"),
         ("dta/train", "no such local path; did you mean 'data/train.jsonl'"),
     ],
 )
@@ -224,7 +224,7 @@ def test_what_was_fetched_is_read_while_the_hub_does_not_answer(hub, monkeypatch
 def test_path_beside_a_folder_is_not_asked_for(hub, tmp_path):
     (tmp_path / "owner").mkdir()
     put(hub, "train.jsonl")
-    with pytest.raises(UsageError, match=r"owner/name: no such file"):
+    with pytest.raises(UsageError, match=r"beside the folder .* give owner/name@main"):
         find_data_sources("owner/name")
     assert not hub.asked
     assert find_data_sources("owner/name@main")[0].hub
