@@ -23,7 +23,8 @@ from jlora.ops.dropout import drop_by, seeds
 from jlora.ops.elementwise import plus_trained
 from jlora.ops.hopper.fused_projections import PRODUCT_NAME, Leaves
 from jlora.ops.matmul import matmul, matmul_float32
-from jlora.ops.quantize import is_quantized, quantized_matmul
+from jlora.ops.quantize import is_quantized
+from jlora.ops.quantized_matmul import quantized_matmul
 
 # DoRA's column norms, which remat "minimal" saves for the backward pass.
 NORM_NAME = "dora_norm"

@@ -17,6 +17,7 @@ from jlora.lora.lora_dense import Leaves, LoRADense, scale_columns
 from jlora.ops.elementwise import gated
 from jlora.ops.hopper import fused_projections as fused
 from jlora.ops.hopper.lora_factors import Dropout
+from jlora.ops.quantized_matmul import multiplies_codes
 
 _DORA_LEAVES = ("lora_magnitude", "lora_norm_squared")
 
@@ -28,6 +29,8 @@ class _FusedCall(NamedTuple):
     leaves: Sequence[Leaves]
     """Of every layer, without DoRA's: its scaling comes after the kernels."""
     dropout: Dropout | None
+    codes: bool
+    """Whether the weights are multiplied as they are stored."""
 
 
 def project_all(
@@ -37,7 +40,9 @@ def project_all(
     call = _fused_call(x, layers)
     if call is None:
         return [layer(x) for layer in layers]
-    products = fused.fused_linear(call.x, call.leaves, dropout=call.dropout)
+    products = fused.fused_linear(
+        call.x, call.leaves, dropout=call.dropout, codes=call.codes
+    )
     return [
         scale_columns(y, layer.variables["params"], save_output=layer.save_output)
         for y, layer in zip(products, layers, strict=True)
@@ -51,7 +56,10 @@ def add_projection(
     call = _fused_call(x, [layer], adds=True)
     if call is None:
         return residual + project_all(x, [layer])[0]
-    return fused.fused_linear(call.x, call.leaves, residual, call.dropout)[0]
+    (out,) = fused.fused_linear(
+        call.x, call.leaves, residual, call.dropout, codes=call.codes
+    )
+    return out
 
 
 def add_swiglu(
@@ -64,7 +72,9 @@ def add_swiglu(
     """Returns residual + down(silu(gate(x)) * up(x))."""
     call = _fused_call(x, [gate, up, down], adds=True)
     if call is not None:
-        return fused.fused_mlp(call.x, call.leaves, residual, call.dropout)
+        return fused.fused_mlp(
+            call.x, call.leaves, residual, call.dropout, codes=call.codes
+        )
     gate_out, up_out = (
         nn.with_logical_constraint(y, ("batch", "length", "act_mlp"))
         for y in project_all(x, [gate, up])
@@ -110,4 +120,6 @@ def _fused_call(
     if not fused.can_fuse(x, leaves, drops=drops):
         return None
     seeds = [layer.dropout_seeds() for layer in layers] if drops else []
-    return _FusedCall(x, leaves, Dropout(float(rate), seeds) if drops else None)
+    codes = all(multiplies_codes(own, compute) for own in leaves)
+    dropout = Dropout(float(rate), seeds) if drops else None
+    return _FusedCall(x, leaves, dropout, codes)

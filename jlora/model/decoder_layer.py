@@ -174,7 +174,7 @@ class DecoderLayer(nn.Module):
         else:
             names = ("post_attention_layernorm", "mlp")
             leaves = {name: self.variables["params"][name] for name in names}
-            x = in_pieces(self._pure_add_mlp(), leaves, x, count)
+            x = in_pieces(self._pure_add_mlp(), leaves, x, count, self.compute)
         return nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
 
     def add_mlp(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

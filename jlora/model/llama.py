@@ -44,6 +44,7 @@ class Llama(nn.Module):
         lora_dropout: rate on the input of every lora_A, when a "dropout" rng is given.
         max_segments: most documents in a row; cudnn needs it for packed rows.
         kernels: of the projections, xla or hopper; see `jlora.lora.projections`.
+        code_products: see `jlora.ops.compute_choices.Compute`.
         platform: of the devices that compute: cpu, gpu or tpu.
         row_shards: shards of the batch axis that it sees; set by the step.
     """
@@ -55,6 +56,7 @@ class Llama(nn.Module):
     lora_dropout: float | Array = 0.0
     max_segments: int = 0
     kernels: str = "xla"
+    code_products: tuple[str, ...] = ()
     platform: str = field(default_factory=default_platform)
     row_shards: int = 1
 
@@ -71,6 +73,7 @@ class Llama(nn.Module):
             dtype=self.dtype,
             attention=self.attention,
             kernels=self.kernels,
+            code_products=self.code_products,
             remat=self.remat,
             max_segments=self.max_segments,
             row_shards=self.row_shards,

@@ -33,6 +33,8 @@ class Compute:
         dtype: of activations and matrix products.
         attention: xla, cudnn or splash; see `jlora.ops.attention`.
         kernels: of the projections, xla or hopper; see `jlora.lora.projections`.
+        code_products: stored formats whose codes are multiplied as they are, by activations
+            of the same format; weights of other formats are dequantised first.
         remat: none, minimal, full or offload; what the backward pass recomputes.
         max_segments: most documents in a row; cudnn needs it for packed rows.
         row_shards: shards of the batch axis that the model sees; set by the step.
@@ -42,6 +44,7 @@ class Compute:
     dtype: Any = jnp.float32
     attention: str = "xla"
     kernels: str = "xla"
+    code_products: tuple[str, ...] = ()
     remat: str = "none"
     max_segments: int = 0
     row_shards: int = 1
@@ -73,6 +76,7 @@ def choose_compute(
             wanted.attention, platform=platform, dtype=dtype, head_dim=head_dim
         ),
         kernels=choose_kernels(wanted.kernels, dtype=dtype, mesh=mesh),
+        code_products=choose_code_products(dtype, mesh),
         max_segments=max_segments,
     )
 
@@ -106,6 +110,23 @@ def choose_attention(wanted: str, *, platform: str, dtype: Any, head_dim: int) -
     if wanted != "auto":
         return wanted
     return "cudnn" if platform == "gpu" and fits and dtype == jnp.bfloat16 else "xla"
+
+
+def choose_code_products(dtype: Any, mesh: Mesh) -> tuple[str, ...]:
+    """Returns the stored formats whose codes these devices multiply faster than bfloat16.
+
+    Tensor cores take int8 from compute capability 8.0 (A100) and fp8 from 8.9 (L4, RTX 4090,
+    H100); TPUs take int8. With float32 activations nothing is rounded to codes.
+    """
+    if dtype != jnp.bfloat16:
+        return ()
+    device = mesh.devices.flat[0]
+    if device.platform == "tpu":
+        return ("int8",)
+    capability = getattr(device, "compute_capability", None) or "0.0"
+    version = tuple(int(part) for part in capability.split("."))
+    least = {"int8": (8, 0), "fp8": (8, 9)}
+    return tuple(name for name, needed in least.items() if version >= needed)
 
 
 def choose_kernels(wanted: str, *, dtype: Any, mesh: Mesh) -> str:

@@ -1,4 +1,4 @@
-"""Quantised formats of frozen weights, and products with them.
+"""Quantised formats of frozen weights.
 
 A quantised layer has these leaves in place of its `kernel` [in, out]:
 
@@ -19,26 +19,22 @@ E for the table; "FP8 Formats for Deep Learning" (Micikevicius et al., 2022).
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jlora.config.run_config import Format
 from jlora.errors import UnsupportedError
-from jlora.ops.compute_choices import Compute
-from jlora.ops.matmul import matmul
 
 BLOCK = 64
 SCALES = ("kernel_scale", "kernel_absmax")
 QUANTIZED_LEAVES = ("kernel_q", *SCALES)
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
-_CODES = {"int8": np.dtype(np.int8), "fp8": _FP8, "nf4": np.dtype(np.uint8)}
-_LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
+CODES = {"int8": np.dtype(np.int8), "fp8": _FP8, "nf4": np.dtype(np.uint8)}
+LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
 # The quantiles of a normal distribution, with zero and both ends exact.
 NF4 = np.array(
     [
@@ -78,7 +74,7 @@ def quantized_shapes(
     rows, columns = shape
     if quantize != "nf4":
         return {
-            "kernel_q": (shape, _CODES[quantize]),
+            "kernel_q": (shape, CODES[quantize]),
             "kernel_scale": ((columns,), np.dtype(np.float32)),
         }
     if rows % 2:
@@ -87,7 +83,7 @@ def quantized_shapes(
             "or fp8"
         )
     return {
-        "kernel_q": ((rows // 2, columns), _CODES[quantize]),
+        "kernel_q": ((rows // 2, columns), CODES[quantize]),
         "kernel_absmax": ((math.ceil(rows / BLOCK), columns), np.dtype(np.float32)),
     }
 
@@ -101,12 +97,12 @@ def quantize_kernel(kernel: np.ndarray, quantize: Format) -> dict[str, np.ndarra
     wide = kernel.astype(np.float32)
     if quantize == "nf4":
         return _quantize_nf4(wide)
-    largest = _LARGEST[quantize]
+    largest = LARGEST[quantize]
     scale = np.abs(wide).max(axis=0) / largest
     wide /= np.where(scale > 0, scale, np.float32(1))
     np.clip(wide, -largest, largest, out=wide)
     codes = np.rint(wide) if quantize == "int8" else wide
-    return {"kernel_q": codes.astype(_CODES[quantize]), "kernel_scale": scale}
+    return {"kernel_q": codes.astype(CODES[quantize]), "kernel_scale": scale}
 
 
 def _quantize_nf4(wide: np.ndarray) -> dict[str, np.ndarray]:
@@ -180,41 +176,3 @@ def _nf4_values(codes: Array) -> Array:
             for low, high in zip(values[::2], values[1::2], strict=True)
         ]
     return values[0]
-
-
-def quantized_matmul(
-    x: Float[Array, "... D_in"], leaves: Mapping[str, Any], compute: Compute
-) -> Float[Array, "... D_out"]:
-    """Returns x W in `compute.dtype`; W is dequantised for this product and has no gradient.
-
-    The backward pass dequantises again, so between them only the quantised W is in memory.
-    """
-    stored = {name: leaves[name] for name in QUANTIZED_LEAVES if name in leaves}
-    return _quantized_product(x, stored, compute)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _quantized_product(x: Array, leaves: dict[str, Array], compute: Compute) -> Any:
-    # Without the barrier XLA may dequantise the weights of many layers beforehand.
-    leaves, x = jax.lax.optimization_barrier((leaves, x))
-    return matmul(x, kernel_of(leaves, compute.dtype), compute)
-
-
-def _quantized_forward(
-    x: Array, leaves: dict[str, Array], compute: Compute
-) -> tuple[Array, Any]:
-    # An empty array remembers the dtype of x.
-    return _quantized_product(x, leaves, compute), (leaves, jnp.zeros((0,), x.dtype))
-
-
-def _quantized_backward(
-    compute: Compute, residuals: Any, gradient: Array
-) -> tuple[Array, None]:
-    leaves, like = residuals
-    # Without the barrier XLA would reuse the W of the forward pass, and so keep it.
-    leaves, gradient = jax.lax.optimization_barrier((leaves, gradient))
-    dx = matmul(gradient, kernel_of(leaves, compute.dtype).T, compute)
-    return dx.astype(like.dtype), None
-
-
-_quantized_product.defvjp(_quantized_forward, _quantized_backward)

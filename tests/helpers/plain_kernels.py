@@ -9,29 +9,47 @@ import jax
 import jax.numpy as jnp
 
 from jlora.ops.dropout import drop_by
+from jlora.ops.hopper.operands import Operands
 from jlora.ops.hopper.swiglu_kernel import DownDropout, Gradients
 
 
-def sum_of_products(
-    xs: Any, weights: Any, addend: Any = None, *, transposed: bool = False
-) -> list[Any]:
+def sum_of_products(operands: Operands, addend: Any = None) -> list[Any]:
     return [
-        sum(x @ (w.T if transposed else w) for x, w in zip(xs, group, strict=True))
-        + (0 if addend is None else addend)
-        for group in weights
+        total + (0 if addend is None else addend)
+        for total in _sums(operands, jnp.matmul)
     ]
 
 
-def swiglu_forward(xs: Any, gate: Any, up: Any) -> list[jax.Array]:
-    g, u = sum_of_products(xs, [gate, up])
+def swiglu_forward(operands: Operands) -> list[jax.Array]:
+    g, u = sum_of_products(operands)
     return [g, u, jax.nn.silu(g) * u]
 
 
 def swiglu_gradients(
-    xs: Any, weights: Any, gate: jax.Array, up: jax.Array
+    operands: Operands, gate: jax.Array, up: jax.Array
 ) -> list[jax.Array]:
-    d_act = sum(dot(x, w.T) for x, w in zip(xs, weights, strict=True))
+    (d_act,) = _sums(operands, dot)
     return _through_swiglu(gate, up, d_act)[1]
+
+
+def _sums(operands: Operands, product: Any) -> list[jax.Array]:
+    return [_sum(operands, i, product) for i in range(len(operands.weights))]
+
+
+def _sum(operands: Operands, i: int, product: Any) -> jax.Array:
+    total: Any = 0
+    scales, dtype = operands.scales, operands.xs[-1].dtype
+    for x, w in zip(operands.xs, operands.weights[i], strict=True):
+        w = w.T if operands.transposed else w
+        if x.dtype.itemsize > 1:
+            total += product(x, w)
+            continue
+        assert scales is not None
+        wide = dot(x.astype(jnp.float32), w.astype(jnp.float32))
+        wide *= scales.rows[:, None]
+        wide *= scales.columns[i] if scales.columns else 1
+        total += wide if dtype.itemsize == 1 else wide.astype(dtype)
+    return total
 
 
 def swiglu_and_lora_gradients(

@@ -9,7 +9,9 @@ from jax.lax import optimization_barrier
 from jaxtyping import Array, Float
 
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
+from jlora.ops.compute_choices import Compute
 from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_of
+from jlora.ops.quantized_matmul import multiplies_codes
 
 # Largest size of one of the MLP's activations that are computed in pieces, in elements: 4,096
 # tokens of an 8B model, enough for full-speed matrix products.
@@ -49,18 +51,20 @@ def in_pieces(
     leaves: Params,
     x: Float[Array, "B T D"],
     count: int,
+    compute: Compute,
 ) -> Float[Array, "B T D"]:
     """Returns `function(leaves, x)`, computed for a part of the positions at a time.
 
     The backward pass computes each piece again, so only one piece's temporary arrays exist.
     Under a remat that computes the layer again anyway, this costs no further products.
-    Quantised weights are dequantised once in each pass, for all pieces.
+    Weights that products need dequantised are so once in each pass, for all pieces.
 
     Args:
         function: (leaves, [B, t, D]) -> [B, t, D], each position by itself.
         leaves: of a layer; the trainable ones get gradients.
         x: the input.
         count: of the pieces, which have the same length; see `num_pieces`.
+        compute: how to multiply.
     """
     trainable, frozen = split(leaves, trainable_mask(leaves))
 
@@ -70,7 +74,7 @@ def in_pieces(
     @jax.custom_vjp
     def whole(trainable: Params, frozen: Params, x: Array) -> Array:
         frozen, x = optimization_barrier((frozen, x))
-        frozen = _dequantised(frozen, x.dtype)
+        frozen = _dequantised(frozen, compute)
         done: list[Array] = []
         for piece in jnp.split(x, count, axis=1):
             piece, done = optimization_barrier((piece, done))
@@ -79,7 +83,7 @@ def in_pieces(
 
     def backward(saved: tuple[Params, Params, Array], dy: Array) -> tuple[Any, ...]:
         (trainable, frozen, x), dy = optimization_barrier((saved, dy))
-        frozen = _dequantised(frozen, x.dtype)
+        frozen = _dequantised(frozen, compute)
         total, dxs = jax.tree.map(jnp.zeros_like, trainable), []
         for pair in zip(*(jnp.split(y, count, axis=1) for y in (x, dy)), strict=True):
             # A piece begins when the one before has all its gradients.
@@ -94,15 +98,17 @@ def in_pieces(
     return whole(trainable, frozen, x)
 
 
-def _dequantised(leaves: Params, dtype: Any) -> Params:
-    """Returns the leaves of a layer with a plain kernel in place of each quantised one."""
+def _dequantised(leaves: Params, compute: Compute) -> Params:
+    """Returns the leaves of a layer, quantised kernels in the form that products need."""
+    if multiplies_codes(leaves, compute):
+        return leaves
     found: Params = {
-        name: _dequantised(part, dtype) if isinstance(part, dict) else part
+        name: _dequantised(part, compute) if isinstance(part, dict) else part
         for name, part in leaves.items()
         if name not in QUANTIZED_LEAVES
     }
     return found | (
-        {"kernel": kernel_of(leaves, dtype)} if is_quantized(leaves) else {}
+        {"kernel": kernel_of(leaves, compute.dtype)} if is_quantized(leaves) else {}
     )
 
 

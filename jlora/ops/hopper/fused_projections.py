@@ -28,16 +28,15 @@ from jlora.ops.hopper import (
 )
 from jlora.ops.hopper.kernel_parts import DEPTH, MAX_RANK
 from jlora.ops.hopper.lora_factors import Adapter, Adapters, Dropout
-from jlora.ops.quantize import (
-    QUANTIZED_LEAVES,
-    is_quantized,
-    kernel_of,
-    kernel_shape,
+from jlora.ops.hopper.operands import (
+    Mode,
+    Weights,
+    backward_operands,
+    forward_operands,
 )
+from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_shape
 
 Leaves = Mapping[str, Any]
-Weights = Mapping[str, Array]
-"""A projection's `kernel`, or the leaves of its quantised form."""
 _WEIGHTS = {"kernel", *QUANTIZED_LEAVES}
 _ADAPTER = {"lora_A", "lora_B", "lora_scaling"}
 # Saved for the backward pass when layers are recomputed: s is small, and computing it
@@ -71,14 +70,17 @@ def fused_linear(
     layers: Sequence[Leaves],
     residual: Float[Array, "B T N"] | None = None,
     dropout: Dropout | None = None,
+    *,
+    codes: bool = False,
 ) -> list[Float[Array, "B T _"]]:
     """Returns x W + (x A) B * scaling of every projection, in the dtype of x.
 
     With a residual there is one projection, to which it is added. `dropout` has seeds
-    for every layer, also for those without an adapter.
+    for every layer, also for those without an adapter. With `codes` all weights have one
+    quantised format, in which they are multiplied (see `jlora.ops.quantized_matmul`).
     """
     outs: Any = _linear(
-        _rate(dropout),
+        Mode(dropout.rate if dropout else 0.0, codes),
         _rows(x),
         _weights(layers),
         _adapters(layers, dropout),
@@ -92,10 +94,15 @@ def fused_mlp(
     layers: Sequence[Leaves],
     residual: Float[Array, "B T D"],
     dropout: Dropout | None = None,
+    *,
+    codes: bool = False,
 ) -> Float[Array, "B T D"]:
-    """Returns residual + down(silu(gate(x)) * up(x)); layers: gate, up and down."""
+    """Returns residual + down(silu(gate(x)) * up(x)); layers: gate, up and down.
+
+    `dropout` and `codes` are as for `fused_linear`.
+    """
     out: Any = _mlp(
-        _rate(dropout),
+        Mode(dropout.rate if dropout else 0.0, codes),
         _rows(x),
         _weights(layers),
         _adapters(layers, dropout),
@@ -113,26 +120,17 @@ def _weights(layers: Sequence[Leaves]) -> list[Weights]:
     return [{k: leaves[k] for k in leaves if k in _WEIGHTS} for leaves in layers]
 
 
-def _kernels(weights: Sequence[Weights], dtype: Any) -> list[Array]:
-    """Returns the kernels in `dtype`; quantised ones are dequantised for this use."""
-    return [kernel_of(own, dtype) for own in weights]
-
-
-def _kernels_again(
-    weights: Sequence[Weights], dys: list[Array]
-) -> tuple[list[Array], list[Array]]:
-    """Returns the kernels for the backward pass, and the gradients unchanged.
+def _stored_again(
+    weights: list[Weights], dys: list[Array]
+) -> tuple[list[Weights], list[Array]]:
+    """Returns both unchanged, for the backward pass.
 
     Without the barrier XLA would use the dequantised kernels of the forward pass, and so
     keep them.
     """
     if any(is_quantized(own) for own in weights):
         weights, dys = jax.lax.optimization_barrier((weights, dys))
-    return _kernels(weights, dys[0].dtype), dys
-
-
-def _rate(dropout: Dropout | None) -> float:
-    return dropout.rate if dropout else 0.0
+    return weights, dys
 
 
 def _adapters(layers: Sequence[Leaves], dropout: Dropout | None) -> Adapters:
@@ -152,23 +150,24 @@ def _linear(*args: Any) -> list[Array]:
 
 
 def _linear_forward(
-    rate: float,
+    mode: Mode,
     x: Array,
     weights: list[Weights],
     adapters: Adapters,
     residual: Array | None,
 ) -> tuple[list[Array], Any]:
-    s = _x_times_a(x, adapters, rate)
-    terms = _forward_terms(x, s, _kernels(weights, x.dtype), adapters)
-    outs = product_kernels.sum_of_products(*terms, residual)
+    s = _x_times_a(x, adapters, mode.rate)
+    outs = product_kernels.sum_of_products(
+        forward_operands(x, s, weights, adapters, mode), residual
+    )
     return outs, (x, s, weights, adapters, residual is not None)
 
 
-def _linear_backward(rate: float, saved: Any, dys: list[Array]) -> tuple[Any, ...]:
+def _linear_backward(mode: Mode, saved: Any, dys: list[Array]) -> tuple[Any, ...]:
     x, s, weights, adapters, has_residual = saved
-    kernels, dys = _kernels_again(weights, dys)
+    weights, dys = _stored_again(weights, dys)
     ds = _s_gradient(dys, adapters)
-    dx, d_a = _x_and_a_gradients(x, dys, ds, kernels, adapters, rate)
+    dx, d_a = _x_and_a_gradients(x, dys, ds, weights, adapters, mode)
     gradients = _without_padding(adapters, d_a, _b_gradients(s, dys, adapters))
     return dx, None, gradients, dys[0] if has_residual else None
 
@@ -182,38 +181,38 @@ def _mlp(*args: Any) -> Array:
 
 
 def _mlp_forward(
-    rate: float, x: Array, weights: list[Weights], adapters: Adapters, residual: Array
+    mode: Mode, x: Array, weights: list[Weights], adapters: Adapters, residual: Array
 ) -> tuple[Array, Any]:
-    kernels = _kernels(weights, x.dtype)
-    s = _x_times_a(x, adapters[:2], rate)
-    xs, (gates, ups) = _forward_terms(x, s, kernels[:2], adapters[:2])
-    gate, up, act = product_kernels.swiglu_forward(xs, gates, ups)
+    s = _x_times_a(x, adapters[:2], mode.rate)
+    operands = forward_operands(x, s, weights[:2], adapters[:2], mode)
+    gate, up, act = product_kernels.swiglu_forward(operands)
     gate, up = (checkpoint_name(y, PRODUCT_NAME) for y in (gate, up))
-    s_act = _x_times_a(act, adapters[2:], rate)
-    terms = _forward_terms(act, s_act, kernels[2:], adapters[2:])
-    (out,) = product_kernels.sum_of_products(*terms, residual)
+    s_act = _x_times_a(act, adapters[2:], mode.rate)
+    operands = forward_operands(act, s_act, weights[2:], adapters[2:], mode)
+    (out,) = product_kernels.sum_of_products(operands, residual)
     return out, (x, s, gate, up, s_act, weights, adapters)
 
 
-def _mlp_backward(rate: float, saved: Any, dy: Array) -> tuple[Any, ...]:
+def _mlp_backward(mode: Mode, saved: Any, dy: Array) -> tuple[Any, ...]:
     x, s, gate, up, s_act, weights, adapters = saved
-    kernels, (dy,) = _kernels_again(weights, [dy])
+    weights, (dy,) = _stored_again(weights, [dy])
     first, last = adapters[:2], adapters[2:]
     ds_act = _s_gradient([dy], last)
     # With dropout the ranks are small enough, as `can_fuse` makes sure.
     if 0 < max(lora_factors.ranks(adapters)) <= MAX_RANK:
         # With dropout the kernel adds what goes through down's adapter to d_act itself.
-        d_act = _x_gradient([dy], None if rate else ds_act, kernels[2:], last)
+        through_a = None if mode.rate else ds_act
+        d_act = _x_gradient([dy], through_a, weights[2:], last, mode)
         dys, ds, d_b, d_a_last = _gradients_in_one_pass(
-            gate, up, d_act, s, ds_act, adapters, rate
+            gate, up, d_act, s, ds_act, adapters, mode.rate
         )
     else:
         d_a_last = None if ds_act is None else _outer(_act(gate, up), ds_act)
-        terms = _backward_terms([dy], ds_act, kernels[2:], last)
-        dys = product_kernels.swiglu_gradients(*terms, gate, up)
+        operands = backward_operands([dy], ds_act, weights[2:], last, mode)
+        dys = product_kernels.swiglu_gradients(operands, gate, up)
         ds, d_b = _s_gradient(dys, first), _b_gradients(s, dys, first)
     d_last = _without_padding(last, [d_a_last], _b_gradients(s_act, [dy], last))
-    dx, d_a = _x_and_a_gradients(x, dys, ds, kernels[:2], first, rate)
+    dx, d_a = _x_and_a_gradients(x, dys, ds, weights[:2], first, mode)
     d_first = _without_padding(first, d_a, d_b)
     return dx, None, [*d_first, *d_last], dy
 
@@ -297,26 +296,6 @@ def _x_times_a(x: Array, adapters: Adapters, rate: float) -> Array | None:
     return checkpoint_name(s, DOWN_NAME)
 
 
-def _forward_terms(
-    x: Array, s: Array | None, kernels: list[Array], adapters: Adapters
-) -> tuple[list[Array], list[list[Array]]]:
-    """Returns the operands of the outputs: [x, s], and [W, B] of each projection."""
-    if s is None:
-        return [x], [[kernel] for kernel in kernels]
-    sizes = [kernel.shape[1] for kernel in kernels]
-    b = lora_factors.aligned_b(adapters, sizes, x.dtype)
-    return [x, s], [list(group) for group in zip(kernels, b, strict=True)]
-
-
-def _backward_terms(
-    dys: list[Array], ds: Array | None, kernels: list[Array], adapters: Adapters
-) -> tuple[list[Array], list[Array]]:
-    """Returns the operands of the gradient of x: [dy, ..., ds] and [W, ..., A]."""
-    if ds is None:
-        return dys, kernels
-    return [*dys, ds], [*kernels, lora_factors.concatenated_a(adapters, ds.dtype)]
-
-
 def _s_gradient(dys: list[Array], adapters: Adapters) -> Array | None:
     """Returns ds = dy B^T of all adapters side by side, as wide as s."""
     parts = [
@@ -332,37 +311,39 @@ def _s_gradient(dys: list[Array], adapters: Adapters) -> Array | None:
 def _x_gradient(
     dys: list[Array],
     ds: Array | None,
-    kernels: list[Array],
+    weights: list[Weights],
     adapters: Adapters,
+    mode: Mode,
     addend: Array | None = None,
 ) -> Array:
-    xs, weights = _backward_terms(dys, ds, kernels, adapters)
-    return product_kernels.sum_of_products(xs, [weights], addend, transposed=True)[0]
+    operands = backward_operands(dys, ds, weights, adapters, mode)
+    return product_kernels.sum_of_products(operands, addend)[0]
 
 
 def _x_and_a_gradients(
     x: Array,
     dys: list[Array],
     ds: Array | None,
-    kernels: list[Array],
+    weights: list[Weights],
     adapters: Adapters,
-    rate: float,
+    mode: Mode,
 ) -> tuple[Array, Sequence[Array | None]]:
     """Returns the gradient of x, and those of every A, float32 and still padded."""
     if ds is None:
-        return _x_gradient(dys, None, kernels, adapters), [None] * len(adapters)
-    dropout = _dropout(adapters, rate)
+        dx = _x_gradient(dys, None, weights, adapters, mode)
+        return dx, [None] * len(adapters)
+    dropout = _dropout(adapters, mode.rate)
     if dropout is None:
         d_a = _outer(x, ds)
         d_as = [d_a[:, place] for place in lora_factors.column_slices(adapters)]
-        return _x_gradient(dys, ds, kernels, adapters), d_as
+        return _x_gradient(dys, ds, weights, adapters, mode), d_as
     factors = lora_factors.padded_a(adapters, x.dtype)
     through_a, found = dropout_kernels.dropped_x_times_a_gradients(
-        x, ds, factors, dropout.seeds, rate=rate
+        x, ds, factors, dropout.seeds, rate=mode.rate
     )
     remaining = iter(found)
     d_as = [None if own is None else next(remaining) for own in adapters]
-    return _x_gradient(dys, None, kernels, adapters, through_a), d_as
+    return _x_gradient(dys, None, weights, adapters, mode, through_a), d_as
 
 
 def _b_gradients(

@@ -26,11 +26,25 @@ def transposed_view(ref: Any) -> Any:
         return plgpu.transpose_ref(ref, (1, 0))
 
 
-def shared_tiles(*shape: int) -> Any:
-    """Returns bfloat16 shared memory laid out for the tensor cores; at most 64 deep."""
-    depth = min(DEPTH, shape[-1])
-    layout = plgpu.TilingTransform((8, depth)), plgpu.SwizzleTransform(2 * depth)
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=layout)
+def from_global(ref: Any, place: Any) -> Any:
+    """Returns part of a vector in global memory, in whatever order registers need it."""
+    with warnings.catch_warnings():
+        # jax 0.11 wants the place as part of ref, which 0.10 does not take.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return plgpu.load(ref, (place,), optimized=False)
+
+
+def depth_of(dtype: Any) -> int:
+    """Returns the columns of a step of the inner loop: 128 bytes of a row."""
+    return 2 * DEPTH // jnp.dtype(dtype).itemsize
+
+
+def shared_tiles(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Returns shared memory laid out for the tensor cores; 128 bytes deep at most."""
+    depth = min(depth_of(dtype), shape[-1])
+    swizzle = depth * jnp.dtype(dtype).itemsize
+    layout = plgpu.TilingTransform((8, depth)), plgpu.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
 def multiprocessors() -> int:

@@ -8,6 +8,7 @@ kernels. `jlora.ops.hopper.product_kernels` says which products a tile sums, and
 done with the sums before they are stored.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -21,13 +22,15 @@ from jaxtyping import Array
 from jlora.ops.hopper import mosaic_gpu as plgpu
 from jlora.ops.hopper.kernel_parts import (
     COPY_REGISTERS,
-    DEPTH,
     MULTIPLY_REGISTERS,
     build_kernel,
+    depth_of,
+    from_global,
     multiprocessors,
     shared_tiles,
     transposed_view,
 )
+from jlora.ops.hopper.operands import Operands
 
 # The tile of the output that two thread blocks compute together, half of the rows each.
 # Both need the same weights, which are sent to both. Outputs are multiples of the tile.
@@ -46,8 +49,7 @@ Extras = Iterator[tuple[slice, list[Array]]]
 
 
 def launch_matmul(
-    xs: Sequence[Array],
-    weights: Sequence[Sequence[Array]],
+    operands: Operands,
     *,
     outputs: Sequence[tuple[int, int]],
     grid: tuple[int, int],
@@ -55,7 +57,6 @@ def launch_matmul(
     store: Callable[..., None],
     extras: Sequence[Array] = (),
     sums_per_tile: int = 1,
-    transposed: bool = False,
     interpret: Any,
 ) -> list[Array]:
     """Sums products x @ w tile by tile and lets `store` turn the sums into outputs.
@@ -73,8 +74,7 @@ def launch_matmul(
             (signals arrived[slot])             signal consumed[slot]
 
     Args:
-        xs: bfloat16 [M, K].
-        weights: for each output, or each sum of a tile, a w for each x.
+        operands: of each output, or each sum of a tile.
         outputs: shapes of the outputs.
         grid: number of tiles of 256 rows, and of 256 columns.
         load: called with (weights, index of x, first column, depth, buffer, barrier).
@@ -84,24 +84,38 @@ def launch_matmul(
             gets the tile.
         sums_per_tile: a tile's columns are split evenly among so many sums, each with
             weights of its own.
-        transposed: multiply by w^T.
         interpret: simulates the GPU on a CPU, for tests.
     """
+    xs, weights, scales = operands.xs, operands.weights, operands.scales
+    transposed = operands.transposed
     blocks = multiprocessors() // 2
     rows = ROWS // 2  # of a thread block
-    depths = [x.shape[1] // DEPTH for x in xs]
+    steps = [x.shape[1] // depth_of(x.dtype) for x in xs]
+    dtypes = list(dict.fromkeys([*(x.dtype for x in xs), *(y.dtype for y in extras)]))
     width = COLUMNS // sums_per_tile
     mine = rows // 2  # rows of a warpgroup
     extra_columns = range(0, COLUMNS if extras else 0, _PART)
+    # Neighbouring terms of one dtype are one loop.
+    merged_steps = [
+        (dtype, sum(count for _, count in group))
+        for dtype, group in itertools.groupby(
+            zip((x.dtype for x in xs), steps, strict=True), key=lambda pair: pair[0]
+        )
+    ]
+    factors = [] if scales is None else [scales.rows, *scales.columns]
+    if scales and sums_per_tile == 1 and scales.columns:
+        factors = [scales.rows, jnp.concatenate(scales.columns)]
 
     def body(*refs: Any) -> None:
         x_refs, refs = refs[: len(xs)], refs[len(xs) :]
         groups = [
             refs[i : i + len(xs)] for i in range(0, len(weights) * len(xs), len(xs))
         ]
-        refs, (a_ring, b_ring, parts, arrived, ready, consumed) = refs[:-6], refs[-6:]
+        refs, (rings, parts, arrived, ready, consumed) = refs[:-5], refs[-5:]
         refs = refs[len(weights) * len(xs) :]
-        extra_refs, outs = refs[: len(extras)], refs[len(extras) :]
+        extra_refs, refs = refs[: len(extras)], refs[len(extras) :]
+        scale_refs, outs = refs[: len(factors)], refs[len(factors) :]
+        ring_of = dict(zip(dtypes, rings if len(dtypes) > 1 else [rings], strict=True))
         warpgroup = lax.axis_index("warpgroup")
         count = (math.prod(grid) - 1 - lax.axis_index("block")) // blocks + 1
 
@@ -112,6 +126,7 @@ def launch_matmul(
             return m * ROWS + lax.axis_index("member") * rows, n * COLUMNS
 
         def extra_buffer(slot: Any, i: int) -> Any:
+            a_ring, b_ring = ring_of[extras[0].dtype]
             return b_ring.at[slot, 0, pl.ds(0, rows)] if i else a_ring.at[slot]
 
         def copy() -> None:
@@ -119,11 +134,13 @@ def launch_matmul(
 
             def tile(i: Any, step: Any) -> Any:
                 m, n = corner(i)
-                for term, depth in enumerate(depths):
+                for term, number in enumerate(steps):
 
                     def fetch(k: Any, step: Any, term: int = term) -> Any:
                         slot = lax.rem(step, _STAGES)
-                        along = pl.ds(k * DEPTH, DEPTH)
+                        a_ring, b_ring = ring_of[xs[term].dtype]
+                        depth = depth_of(xs[term].dtype)
+                        along = pl.ds(k * depth, depth)
                         plgpu.barrier_wait(consumed.at[slot])
                         plgpu.copy_gmem_to_smem(
                             x_refs[term].at[pl.ds(m, rows), along],
@@ -133,7 +150,7 @@ def launch_matmul(
                         load(groups, term, n, along, b_ring.at[slot], ready.at[slot])
                         return step + 1
 
-                    step = lax.fori_loop(0, depth, fetch, step)
+                    step = lax.fori_loop(0, number, fetch, step)
                 for first in extra_columns:
                     slot = lax.rem(step, _STAGES)
                     plgpu.barrier_wait(consumed.at[slot])
@@ -151,8 +168,23 @@ def launch_matmul(
 
         offset = warpgroup * mine
 
-        def product(k: Any, step: Any, sums: Any) -> Any:
+        def scaled(sums: Any, m: Any, n: Any) -> list[Array]:
+            """Returns sums of products of codes as float32 sums of what they stand for."""
+            of_rows = from_global(scale_refs[0], m)
+            start = lax.div(n.start, sums_per_tile)
+            found = []
+            for i, acc in enumerate(sums):
+                wide = acc.astype(jnp.float32)
+                wide *= lax.broadcast_in_dim(of_rows, acc.shape, (0,))
+                if len(scale_refs) > 1:
+                    of_columns = from_global(scale_refs[1 + i], pl.ds(start, width))
+                    wide *= lax.broadcast_in_dim(of_columns, acc.shape, (1,))
+                found.append(wide)
+            return found
+
+        def product(is_first: Any, step: Any, sums: Any, ring: Any) -> Any:
             slot = lax.rem(step, _STAGES)
+            a_ring, b_ring = ring
             plgpu.barrier_wait(ready.at[slot])
             for i, acc in enumerate(sums):
                 b = b_ring.at[slot, i]
@@ -161,7 +193,7 @@ def launch_matmul(
             # All products but these are done, so the slot of the step before is free.
             plgpu.wgmma_wait(sums_per_tile)
 
-            @pl.when(k > 0)
+            @pl.when(jnp.logical_not(is_first))
             def _() -> None:
                 plgpu.barrier_arrive(consumed.at[lax.rem(step + _STAGES - 1, _STAGES)])
 
@@ -191,35 +223,50 @@ def launch_matmul(
                 m, n = corner(i)
                 place = pl.ds(m + offset, mine), pl.ds(n, COLUMNS)
 
-                def with_sums(*accs: Any) -> None:
-                    def one(k: Any, step: Any) -> Any:
-                        return product(k, step, accs)
+                def add_products(dtype: Any, number: int, at: Any, sums: Any) -> Any:
+                    def add_to(accs: Any) -> None:
+                        def one(_: Any, at: Any) -> Any:
+                            return product(at == step, at, accs, ring_of[dtype])
 
-                    end = lax.fori_loop(0, sum(depths), one, step)
-                    sums = [acc[...] for acc in accs]
-                    last = lax.rem(end + _STAGES - 1, _STAGES)
-                    plgpu.barrier_arrive(consumed.at[last])
-                    store(sums, own_extras(end), outs, *place, buffers)
+                        lax.fori_loop(0, number, one, at)
 
-                accs = [plgpu.ACC((mine, width), jnp.float32)] * sums_per_tile
-                pl.run_scoped(with_sums, *accs)
-                return step + sum(depths) + len(extra_columns)
+                    def from_zero(*accs: Any) -> list[Array]:
+                        add_to(accs)
+                        return [acc[...] for acc in accs]
+
+                    # The simulation has no accumulators that begin with a value.
+                    if sums and not interpret:
+                        return pl.run_state(add_to)([plgpu.ACC.init(x) for x in sums])
+                    zero = plgpu.ACC((mine, width), _sum_dtype(dtype))
+                    made = pl.run_scoped(from_zero, *[zero] * sums_per_tile)
+                    return (
+                        [a + b for a, b in zip(sums, made, strict=True)]
+                        if sums
+                        else made
+                    )
+
+                end, sums = step, []
+                for dtype, number in merged_steps:
+                    sums = add_products(dtype, number, end, sums)
+                    if dtype.itemsize == 1:
+                        sums = scaled(sums, *place)
+                    end += number
+                last = lax.rem(end + _STAGES - 1, _STAGES)
+                plgpu.barrier_arrive(consumed.at[last])
+                store(sums, own_extras(end), outs, *place, buffers)
+                return step + sum(steps) + len(extra_columns)
 
             lax.fori_loop(0, count, tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         lax.cond(warpgroup == 2, copy, multiply)
 
+    rings = [_ring(dtype, rows, sums_per_tile, transposed) for dtype in dtypes]
     kernel = build_kernel(
         body,
         [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in outputs],
         [
-            shared_tiles(_STAGES, rows, DEPTH),
-            shared_tiles(
-                _STAGES,
-                sums_per_tile,
-                *((width, DEPTH) if transposed else (DEPTH, width)),
-            ),
+            rings[0] if len(rings) == 1 else plgpu.RefUnion(*rings),
             shared_tiles(2, 2, _PART, _PART),
             plgpu.Barrier(num_arrivals=len(extras) or 1, num_barriers=_STAGES),
             plgpu.Barrier(num_arrivals=1 + sums_per_tile, num_barriers=_STAGES),
@@ -233,7 +280,22 @@ def launch_matmul(
         approx_math=True,
         interpret=interpret,
     )
-    return list(kernel(*xs, *(w for group in weights for w in group), *extras))
+    flat = (w for group in weights for w in group)
+    return list(kernel(*xs, *flat, *extras, *factors))
+
+
+def _sum_dtype(dtype: Any) -> Any:
+    return jnp.int32 if dtype == jnp.int8 else jnp.float32
+
+
+def _ring(dtype: Any, rows: int, sums_per_tile: int, transposed: bool) -> list[Any]:
+    """Returns the buffers of x and of the weights."""
+    depth, width = depth_of(dtype), COLUMNS // sums_per_tile
+    tile = (width, depth) if transposed else (depth, width)
+    return [
+        shared_tiles(_STAGES, rows, depth, dtype=dtype),
+        shared_tiles(_STAGES, sums_per_tile, *tile, dtype=dtype),
+    ]
 
 
 def copy_to_both_blocks(tile: Any, buffer: Any, done: Any) -> None:

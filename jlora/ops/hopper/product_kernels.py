@@ -7,7 +7,7 @@ last step before a tile is stored.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,30 +24,27 @@ from jlora.ops.hopper.matmul_kernel import (
     launch_matmul,
     store_tiles,
 )
+from jlora.ops.hopper.operands import Operands
 
 
 # Each function is compiled once and shared by all layers.
-@functools.partial(jax.jit, static_argnames=("transposed", "interpret"))
+@functools.partial(jax.jit, static_argnames=("interpret",))
 def sum_of_products(
-    xs: Sequence[Float[Array, "M _"]],
-    weights: Sequence[Sequence[Array]],
+    operands: Operands,
     addend: Float[Array, "M N"] | None = None,
     *,
-    transposed: bool = False,
     interpret: Any = None,
 ) -> list[Float[Array, "M _"]]:
-    """Returns for every list of weights the sum of x @ w over xs, summed in float32.
+    """Returns the sum of every output of `operands`, summed in float32, as bfloat16.
 
     Args:
-        xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
-        weights: for each output, a w [K, N] for each x ([N, K] if transposed); N is a
-            multiple of 256.
+        operands: M and N are multiples of 256, K one of 64, and of 128 for codes.
         addend: is added to the sum; only with a single output.
-        transposed: multiply by w^T instead.
         interpret: simulates the GPU on a CPU, for tests.
     """
-    rows = xs[0].shape[0]
-    sizes = [group[0].shape[0 if transposed else 1] for group in weights]
+    weights, transposed = operands.weights, operands.transposed
+    rows = operands.xs[0].shape[0]
+    sizes = [_columns(operands, i) for i in range(len(weights))]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
     def load(groups: Any, term: int, n: Any, k: Any, buffer: Any, done: Any) -> None:
@@ -78,41 +75,36 @@ def sum_of_products(
                 store_tiles([(sums.astype(out.dtype), place)], buffers)
 
     return launch_matmul(
-        xs,
-        weights,
+        operands,
         outputs=[(rows, size) for size in sizes],
         grid=(rows // ROWS, sum(sizes) // COLUMNS),
         load=load,
         store=store,
         extras=[] if addend is None else [addend],
-        transposed=transposed,
         interpret=interpret,
     )
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def swiglu_forward(
-    xs: Sequence[Float[Array, "M _"]],
-    gate: Sequence[Float[Array, "_ F"]],
-    up: Sequence[Float[Array, "_ F"]],
-    *,
-    interpret: Any = None,
+    operands: Operands, *, interpret: Any = None
 ) -> list[Float[Array, "M F"]]:
-    """Returns [gate, up, silu(gate) * up] of x, gate and up summed as `sum_of_products`.
+    """Returns [gate, up, silu(gate) * up], where gate and up are the sums of `operands`.
 
     Args:
-        xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
-        gate: a w [K, F] for each x; F is a multiple of 128.
-        up: likewise.
+        operands: as `sum_of_products` takes them, but N of one output is a multiple of 128.
         interpret: simulates the GPU on a CPU, for tests.
     """
-    rows, size = xs[0].shape[0], gate[0].shape[1]
+    transposed = operands.transposed
+    rows, size = operands.xs[0].shape[0], _columns(operands, 0)
     half = COLUMNS // 2
 
     def load(groups: Any, term: int, n: Any, k: Any, buffer: Any, done: Any) -> None:
         for i, group in enumerate(groups):
             along = pl.ds(pl.multiple_of(lax.div(n, 2), half), half)
-            copy_to_both_blocks(group[term].at[k, along], buffer.at[i], done)
+            w = group[term]
+            tile = w.at[along, k] if transposed else w.at[k, along]
+            copy_to_both_blocks(tile, buffer.at[i], done)
 
     def store(
         sums: list[Array], _: Extras, outs: Any, m: Any, n: Any, buffers: Any
@@ -126,8 +118,7 @@ def swiglu_forward(
         store_tiles(list(zip(made, places, strict=True)), buffers)
 
     return launch_matmul(
-        xs,
-        [gate, up],
+        operands,
         outputs=[(rows, size)] * 3,
         grid=(rows // ROWS, size // half),
         load=load,
@@ -139,8 +130,7 @@ def swiglu_forward(
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
 def swiglu_gradients(
-    xs: Sequence[Float[Array, "M _"]],
-    weights: Sequence[Float[Array, "F _"]],
+    operands: Operands,
     gate: Float[Array, "M F"],
     up: Float[Array, "M F"],
     *,
@@ -148,11 +138,10 @@ def swiglu_gradients(
 ) -> list[Float[Array, "M F"]]:
     """Returns the gradients of gate and up, given that of act = silu(gate) * up.
 
-    The gradient of act is the sum of x @ w^T over xs; it stays in float32.
+    The gradient of act is the sum of the products; it stays in float32.
 
     Args:
-        xs: bfloat16 [M, K]; M is a multiple of 256, each K one of 64.
-        weights: a w [F, K] for each x; F is a multiple of 256.
+        operands: as `sum_of_products` takes them, transposed, with one output.
         gate: bfloat16, as `swiglu_forward` returned it.
         up: likewise.
         interpret: simulates the GPU on a CPU, for tests.
@@ -175,14 +164,12 @@ def swiglu_gradients(
         store_tiles(pairs(), buffers)
 
     return launch_matmul(
-        xs,
-        [weights],
+        operands,
         outputs=[(rows, size)] * 2,
         grid=(rows // ROWS, size // COLUMNS),
         load=load,
         store=store,
         extras=[gate, up],
-        transposed=True,
         interpret=interpret,
     )
 
@@ -194,3 +181,8 @@ def swiglu_gradients_of_tile(
     share = 1 / (1 + jnp.exp(-gate))
     silu = gate * share
     return d_act * up * share * (1 + gate - silu), d_act * silu, silu * up
+
+
+def _columns(operands: Operands, i: int) -> int:
+    """Returns the number of columns of an output."""
+    return operands.weights[i][0].shape[0 if operands.transposed else 1]

@@ -15,6 +15,9 @@ from jlora.ops.hopper import (
     product_kernels,
     swiglu_kernel,
 )
+from jlora.ops.hopper.operands import Operands, Scales
+from jlora.ops.quantize import CODES
+from jlora.ops.quantized_matmul import quantize_rows
 
 needs_jax_011 = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="jax 0.10 cannot simulate the kernel"
@@ -52,9 +55,8 @@ def test_simulated_sum_of_products_equals_products_in_float32(
     monkeypatch.setattr(matmul_kernel, "multiprocessors", lambda: 2)
     x, s, w, b = random_arrays((256, 256), (256, 64), (256, 256), (64, 256))
     group = [w.T, b.T] if transposed else [w, b]
-    (found,) = simulated(
-        product_kernels.sum_of_products, [x, s], [group], 2 * w, transposed=transposed
-    )
+    operands = Operands([x, s], [group], None, transposed)
+    (found,) = simulated(product_kernels.sum_of_products, operands, 2 * w)
     x, s, w, b = (y.astype(jnp.float32) for y in (x, s, w, b))
     # One rounding to bfloat16.
     np.testing.assert_allclose(found, x @ w + s @ b + 2 * w, rtol=2**-8, atol=1e-3)
@@ -66,10 +68,40 @@ def test_simulated_swiglu_gradients_equal_the_plain_ones(
     monkeypatch.setattr(matmul_kernel, "multiprocessors", lambda: 2)
     shapes = (512, 128), (512, 64), (512, 128), (512, 64), (512, 512), (512, 512)
     dy, ds, w, a, gate, up = random_arrays(*shapes)
-    arguments = [dy, ds], [w, a], gate, up  # four tiles for one pair of blocks
+    # Four tiles for one pair of blocks.
+    arguments = Operands([dy, ds], [[w, a]], None, transposed=True), gate, up
     found = simulated(product_kernels.swiglu_gradients, *arguments)
     for a, b in zip(found, plain.swiglu_gradients(*arguments), strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("stored", ["fp8", "int8"])
+def test_simulated_products_of_codes_equal_products_in_float32(
+    monkeypatch: pytest.MonkeyPatch, stored: str
+) -> None:
+    monkeypatch.setattr(matmul_kernel, "multiprocessors", lambda: 2)
+    x, s, w, v, b, c = random_arrays(
+        (256, 256), (256, 64), (256, 256), (256, 256), (256, 64), (256, 64)
+    )
+    (x, w, v), rows = quantize_rows([x, w, v], CODES[stored])
+    columns = [1 + jnp.arange(256) / 256, 2 - jnp.arange(256) / 256]
+    operands = Operands([x, s], [[w, b], [v, c]], Scales(rows, columns), True)
+    found = simulated(product_kernels.sum_of_products, operands)
+    found += simulated(product_kernels.swiglu_forward, operands)
+    one = Operands([x, s], [[w, b]], Scales(rows, []), True)
+    found += simulated(product_kernels.sum_of_products, one, jnp.tile(s, 4))
+    operands, one, s = jax.tree.map(
+        lambda y: y.astype(jnp.float32) if y.dtype == jnp.bfloat16 else y,
+        (operands, one, s),
+    )
+    expected = [
+        *plain.sum_of_products(operands),
+        *plain.swiglu_forward(operands),
+        *plain.sum_of_products(one, jnp.tile(s, 4)),
+    ]
+    for a, b in zip(found, expected, strict=True):
+        # One rounding to bfloat16, and of gate and up before they are multiplied.
+        assert np.linalg.norm(a - b) < 0.004 * np.linalg.norm(b)
 
 
 @needs_jax_011
