@@ -34,7 +34,7 @@ SCALES = ("kernel_scale", "kernel_absmax")
 QUANTIZED_LEAVES = ("kernel_q", *SCALES)
 _FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 CODES = {"int8": np.dtype(np.int8), "fp8": _FP8, "nf4": np.dtype(np.uint8)}
-LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
+_LARGEST = {"int8": np.float32(127), "fp8": np.float32(448)}
 # The quantiles of a normal distribution, with zero and both ends exact.
 NF4 = np.array(
     [
@@ -97,12 +97,17 @@ def quantize_kernel(kernel: np.ndarray, quantize: Format) -> dict[str, np.ndarra
     wide = kernel.astype(np.float32)
     if quantize == "nf4":
         return _quantize_nf4(wide)
-    largest = LARGEST[quantize]
+    largest = _LARGEST[quantize]
     scale = np.abs(wide).max(axis=0) / largest
     wide /= np.where(scale > 0, scale, np.float32(1))
     np.clip(wide, -largest, largest, out=wide)
     codes = np.rint(wide) if quantize == "int8" else wide
     return {"kernel_q": codes.astype(CODES[quantize]), "kernel_scale": scale}
+
+
+def largest_code(dtype: Any) -> np.float32:
+    """Returns the largest value of int8 or fp8 codes."""
+    return _LARGEST["int8" if dtype == np.int8 else "fp8"]
 
 
 def _quantize_nf4(wide: np.ndarray) -> dict[str, np.ndarray]:

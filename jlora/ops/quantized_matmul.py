@@ -21,10 +21,10 @@ from jaxtyping import Array, Float
 
 from jlora.ops.compute_choices import Compute
 from jlora.ops.matmul import matmul
-from jlora.ops.quantize import CODES, LARGEST, QUANTIZED_LEAVES, kernel_of
+from jlora.ops.quantize import CODES, QUANTIZED_LEAVES, kernel_of, largest_code
 
 # Rows whose largest value is smaller have no codes but zero: scales are normal numbers.
-_SMALLEST_PEAK = 1e-30
+SMALLEST_PEAK = 1e-30
 
 
 def multiplies_codes(leaves: Mapping[str, Any], compute: Compute) -> bool:
@@ -40,10 +40,10 @@ def quantize_rows(
 
     A row's largest value becomes the largest code. Infinity and NaN are in the scale, too.
     """
-    largest = LARGEST["int8" if dtype == jnp.int8 else "fp8"]
+    largest = largest_code(dtype)
     wide = [x.astype(jnp.float32) for x in arrays]
     peaks = [jnp.max(jnp.abs(x), axis=-1, keepdims=True) for x in wide]
-    peak = jnp.maximum(functools.reduce(jnp.maximum, peaks), _SMALLEST_PEAK)
+    peak = jnp.maximum(functools.reduce(jnp.maximum, peaks), SMALLEST_PEAK)
     codes = [x * (largest / peak) for x in wide]
     if dtype == jnp.int8:
         codes = [jnp.round(x) for x in codes]

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.ops import quantized_matmul
 from jlora.ops.dropout import drop_by
 from jlora.ops.hopper.operands import Operands
 from jlora.ops.hopper.swiglu_kernel import DownDropout, Gradients
@@ -30,6 +31,13 @@ def swiglu_gradients(
 ) -> list[jax.Array]:
     (d_act,) = _sums(operands, dot)
     return _through_swiglu(gate, up, d_act)[1]
+
+
+def quantize_rows(arrays: Any, dtype: Any, factors: Any = ()) -> Any:
+    wide = [x.astype(jnp.float32) for x in arrays]
+    if factors:
+        wide = [x * own for x, own in zip(wide, factors, strict=True)]
+    return quantized_matmul.quantize_rows(wide, dtype)
 
 
 def _sums(operands: Operands, product: Any) -> list[jax.Array]:

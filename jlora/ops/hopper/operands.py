@@ -12,13 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array
 
-from jlora.ops.hopper import lora_factors
+from jlora.ops.hopper import lora_factors, quantize_kernel
 from jlora.ops.hopper.lora_factors import Adapters
 from jlora.ops.quantize import kernel_of
-from jlora.ops.quantized_matmul import quantize_rows
 
 Weights = Mapping[str, Array]
 """A projection's `kernel`, or the leaves of its quantised form."""
@@ -71,7 +69,7 @@ def forward_operands(
     xs, scales, dtype = [x], None, x.dtype
     if mode.codes:
         stored = [own["kernel_q"].T for own in weights]
-        xs, rows = quantize_rows([x], stored[0].dtype)
+        xs, rows = quantize_kernel.quantize_rows([x], stored[0].dtype)
         scales = Scales(rows, [own["kernel_scale"] for own in weights])
     else:
         stored = [kernel_of(own, dtype) for own in weights]
@@ -96,11 +94,8 @@ def backward_operands(
     xs, scales, dtype = dys, None, dys[0].dtype
     if mode.codes:
         group = [own["kernel_q"] for own in weights]
-        scaled = [
-            dy.astype(jnp.float32) * own["kernel_scale"]
-            for dy, own in zip(dys, weights, strict=True)
-        ]
-        xs, rows = quantize_rows(scaled, group[0].dtype)
+        factors = [own["kernel_scale"] for own in weights]
+        xs, rows = quantize_kernel.quantize_rows(dys, group[0].dtype, factors)
         scales = Scales(rows, [])
     else:
         group = [kernel_of(own, dtype) for own in weights]

@@ -5,6 +5,7 @@ from jlora.ops.hopper import (
     dropout_kernels,
     matmul_kernel,
     product_kernels,
+    quantize_kernel,
     swiglu_kernel,
 )
 
@@ -16,6 +17,7 @@ def plain_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         (product_kernels, "sum_of_products"),
         (product_kernels, "swiglu_forward"),
         (product_kernels, "swiglu_gradients"),
+        (quantize_kernel, "quantize_rows"),
         (swiglu_kernel, "swiglu_and_lora_gradients"),
         (dropout_kernels, "dropped_x_times_a"),
         (dropout_kernels, "dropped_x_times_a_gradients"),

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jlora.lora.lora_dense import linear
+from jlora.ops.compute_choices import Compute
 from jlora.ops.dropout import drop, seeds
 from jlora.ops.hopper.fused_projections import Leaves, fused_linear, fused_mlp
 from jlora.ops.hopper.lora_factors import Dropout
+from jlora.ops.quantize import quantize_kernel
 
 Sizes = tuple[tuple[int, int], ...]
 D, F, K = 24, 40, 12
@@ -110,6 +113,41 @@ def test_fused_mlp_with_dropout_equals_the_plain_one(ranks) -> None:
     x, layers = random_input(0.3), random_layers(MLP_SIZES, ranks)
     found = gradients(lambda x, ls: [fused_mlp(x, ls, 2 * x, DROPOUT)], x, layers)
     assert_close(found, gradients(lambda x, ls: plain_mlp(x, ls, KEYS), x, layers))
+
+
+@pytest.mark.usefixtures("plain_kernels")
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+@pytest.mark.parametrize("ranks", [(2, 3, 4), (0, 0, 0), (0, 8, 0)])
+def test_fused_products_of_codes_are_those_of_single_layers(name: Any, ranks) -> None:
+    """But for arrays that are summed having one scale, which rounds them otherwise."""
+
+    def single(x: jax.Array, layer: Any) -> jax.Array:
+        without = {k: v for k, v in layer.items() if k != "kernel"}
+        return linear(x, without, Compute(code_products=("fp8", "int8")))
+
+    def single_mlp(x: jax.Array, layers: Any) -> list[jax.Array]:
+        gate, up = single(x, layers[0]), single(x, layers[1])
+        return [2 * x + single(jax.nn.silu(gate) * up, layers[2])]
+
+    x, layers = random_input(0.3), random_layers(MLP_SIZES, ranks)
+    for layer in layers:
+        stored = quantize_kernel(np.asarray(layer.pop("kernel")), name)
+        layer |= jax.tree.map(jnp.asarray, stored)
+    found = gradients(lambda x, ls: [fused_mlp(x, ls, 2 * x, codes=True)], x, layers)
+    assert_nearly_close(found, gradients(single_mlp, x, layers))
+    # Only gate and up are of one input.
+    found = gradients(lambda x, ls: fused_linear(x, ls, codes=True), x, layers[:2])
+    expected = gradients(lambda x, ls: [single(x, own) for own in ls], x, layers[:2])
+    assert_close(found[0], expected[0])
+    assert_close(found[1][1], expected[1][1])
+    assert_nearly_close(found, expected)
+
+
+def assert_nearly_close(found: Any, expected: Any) -> None:
+    def check(a: jax.Array, b: jax.Array) -> None:
+        assert np.linalg.norm(a - b) < 0.05 * np.linalg.norm(b)
+
+    jax.tree.map(check, found, expected)
 
 
 @pytest.mark.usefixtures("plain_kernels")

@@ -13,6 +13,7 @@ from jlora.ops.hopper import (
     dropout_kernels,
     matmul_kernel,
     product_kernels,
+    quantize_kernel,
     swiglu_kernel,
 )
 from jlora.ops.hopper.operands import Operands, Scales
@@ -102,6 +103,28 @@ def test_simulated_products_of_codes_equal_products_in_float32(
     for a, b in zip(found, expected, strict=True):
         # One rounding to bfloat16, and of gate and up before they are multiplied.
         assert np.linalg.norm(a - b) < 0.004 * np.linalg.norm(b)
+
+
+@needs_jax_011
+@pytest.mark.parametrize("stored", ["fp8", "int8"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_simulated_codes_of_rows_equal_the_plain_ones(
+    monkeypatch: pytest.MonkeyPatch, stored: str, scaled: bool
+) -> None:
+    monkeypatch.setattr(quantize_kernel, "multiprocessors", lambda: 1)
+    arrays = random_arrays((20, 256), (20, 512))
+    arrays[0] = arrays[0].at[3].set(0)
+    arrays[1] = arrays[1].at[3].set(0).at[5, 7].set(jnp.inf)
+    factors = [1 + jnp.arange(x.shape[1]) / 64 for x in arrays] if scaled else []
+    arguments = arrays, CODES[stored], factors
+    codes, scale = simulated(quantize_kernel.quantize_rows, *arguments)
+    expected_codes, expected_scale = plain.quantize_rows(*arguments)
+    np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
+    for a, b in zip(codes, expected_codes, strict=True):
+        finite = np.arange(20) != 5
+        np.testing.assert_array_equal(
+            *(np.asarray(x, np.float32)[finite] for x in (a, b))
+        )
 
 
 @needs_jax_011
