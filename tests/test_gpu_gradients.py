@@ -39,7 +39,7 @@ FORMATS = ("none", "int8", "fp8", "nf4")
 # the number of tokens and the remat; quantised weights are exact in both.
 ALLOWED = 0.06
 # Where activations and gradients are rounded to codes as well.
-ALLOWED_OF_CODES = 0.15
+ALLOWED_OF_CODES = {"fp8": 0.25, "int8": 0.12}
 
 
 def random_base(stored: str) -> Params:
@@ -194,7 +194,7 @@ def test_gradients_of_products_of_codes_nearly_equal_float32(
     run = gradient(adapted(stored)[1], stored, length, jnp.bfloat16)
     codes = ("fp8", "int8")
     found = run(attention="cudnn", remat=remat, kernels=kernels, code_products=codes)
-    check(found, stored, length, allowed=ALLOWED_OF_CODES)
+    check(found, stored, length, allowed=ALLOWED_OF_CODES[stored])
     # Nothing is as large as a dequantised kernel of the MLP, except for its codes.
     wide = f"bf16[{CONFIG.hidden_size},{CONFIG.intermediate_size}]"
     assert wide not in programs[-1]
