@@ -123,8 +123,11 @@ def choose_code_products(dtype: Any, mesh: Mesh) -> tuple[str, ...]:
     device = mesh.devices.flat[0]
     if device.platform == "tpu":
         return ("int8",)
-    capability = getattr(device, "compute_capability", None) or "0.0"
-    version = tuple(int(part) for part in capability.split("."))
+    capability = getattr(device, "compute_capability", None) or ""
+    numbers = capability.split(".")
+    if not all(number.isdigit() for number in numbers):  # not an NVIDIA GPU
+        return ()
+    version = tuple(int(number) for number in numbers)
     least = {"int8": (8, 0), "fp8": (8, 9)}
     return tuple(name for name, needed in least.items() if version >= needed)
 

@@ -135,6 +135,17 @@ def is_quantized(leaves: Mapping[str, Any]) -> bool:
     return "kernel_q" in leaves
 
 
+def stored_format(params: Mapping[str, Any]) -> str | None:
+    """Returns the format of a model's quantised weights, None if there are none."""
+    for name, part in params.items():
+        if isinstance(part, Mapping):
+            if found := stored_format(part):
+                return found
+        elif name == "kernel_q":
+            return next(key for key, dtype in CODES.items() if dtype == part.dtype)
+    return None
+
+
 def kernel_shape(leaves: Mapping[str, Any]) -> tuple[int, int]:
     """Returns (in, out) of a module with a weight, quantised or not."""
     if not is_quantized(leaves):

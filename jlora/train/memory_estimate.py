@@ -26,6 +26,7 @@ from jlora.lora.projections import can_fuse_any
 from jlora.model.remat.layer_memory import num_pieces
 from jlora.ops.compute_choices import Compute, choose_compute
 from jlora.ops.quantize import is_quantized, kernel_shape
+from jlora.ops.quantized_matmul import multiplies_codes
 from jlora.train.optimizer import stack_layers
 
 # Room left for the compiler's temporary buffers and fragmentation.
@@ -219,10 +220,13 @@ def _dequantised_bytes(params: Params, work: Workload) -> int:
     """Returns the bytes of quantised kernels that are dequantised at the same time.
 
     XLA on a CPU dequantises all layers before it needs them (measured: 80 to 90 % of
-    their bytes). On other devices this counts the three largest: those of an MLP.
+    their bytes). On other devices this counts the three largest: those of an MLP. Codes
+    that are multiplied themselves are only transposed.
     """
+    size = jnp.dtype(work.compute.dtype).itemsize
     sizes = sorted(
-        math.prod(kernel_shape(leaves)) * jnp.dtype(work.compute.dtype).itemsize
+        math.prod(kernel_shape(leaves))
+        * (1 if multiplies_codes(leaves, work.compute) else size)
         for leaves in modules(params).values()
         if is_quantized(leaves)
     )

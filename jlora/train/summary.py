@@ -20,6 +20,7 @@ from jlora.data.batch.preview import preview_lines, preview_samples
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import counted
 from jlora.lora.adapter_tree import Params, format_parameter_count
+from jlora.ops.quantize import stored_format
 from jlora.report.ranking import ranked, ranking, table_lines
 from jlora.report.run_folder import RunFolder
 from jlora.report.samples import show_samples
@@ -59,6 +60,11 @@ def print_summary(
         f"{count} {mesh.devices.flat[0].device_kind}: {compute.dtype.name}, attention "
         f"{compute.attention}, kernels {compute.kernels}, remat {compute.remat}"
     )
+    stored = stored_format(next(iter(trees.values())))
+    if stored in compute.code_products:
+        lines += [f"{stored} weights: activations are rounded to {stored} for products"]
+    elif stored:
+        lines += [f"{stored} weights: made {compute.dtype.name} for each product"]
     print("\n".join(lines), flush=True)
     return lines
 

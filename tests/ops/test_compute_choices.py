@@ -16,6 +16,7 @@ from jlora.ops.compute_choices import (
 )
 
 BFLOAT16 = jnp.dtype("bfloat16")
+BOTH = ("int8", "fp8")
 LIBRARY = Path(__file__).parents[2] / "jlora"
 
 
@@ -23,14 +24,24 @@ LIBRARY = Path(__file__).parents[2] / "jlora"
     ("platform", "capability", "expected"),
     [
         ("cpu", "", Compute("cpu", jnp.dtype("float32"))),
-        ("gpu", "9.0", Compute("gpu", BFLOAT16, "cudnn", "hopper")),
-        ("gpu", "8.0", Compute("gpu", BFLOAT16, "cudnn")),
-        ("tpu", "", Compute("tpu", BFLOAT16)),
+        ("gpu", "9.0", Compute("gpu", BFLOAT16, "cudnn", "hopper", BOTH)),
+        ("gpu", "10.0", Compute("gpu", BFLOAT16, "cudnn", "xla", BOTH)),
+        ("gpu", "8.9", Compute("gpu", BFLOAT16, "cudnn", "xla", BOTH)),
+        ("gpu", "8.0", Compute("gpu", BFLOAT16, "cudnn", "xla", ("int8",))),
+        ("gpu", "7.5", Compute("gpu", BFLOAT16, "cudnn")),
+        ("gpu", "gfx90a", Compute("gpu", BFLOAT16, "cudnn")),
+        ("tpu", "", Compute("tpu", BFLOAT16, code_products=("int8",))),
     ],
 )
 def test_auto_follows_from_the_devices_of_the_mesh(platform, capability, expected):
     mesh = mesh_of(platform, capability=capability)
     assert choose_compute(ComputeConfig(), mesh, head_dim=64) == expected
+
+
+def test_float32_activations_are_not_rounded_to_codes():
+    mesh = mesh_of("gpu", capability="9.0")
+    compute = choose_compute(ComputeConfig(dtype="float32"), mesh, head_dim=64)
+    assert compute.code_products == ()
 
 
 def test_the_loss_takes_smaller_chunks_on_a_cpu():
