@@ -18,7 +18,7 @@ E for the table; "FP8 Formats for Deep Learning" (Micikevicius et al., 2022).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -159,31 +159,54 @@ def num_weights(leaf: Any) -> int:
     return math.prod(leaf.shape) * (2 if leaf.dtype == np.uint8 else 1)
 
 
-def kernel_of(leaves: Mapping[str, Any], dtype: Any) -> Any:
+def kernel_of(
+    leaves: Mapping[str, Any], dtype: Any, *, has_fast_gather: bool = False
+) -> Any:
     """Returns a module's kernel [in, out] in `dtype`, dequantised if necessary.
 
     NumPy leaves give a NumPy array with the same bits as JAX would compute.
+
+    Args:
+        leaves: of the module.
+        dtype: of the kernel.
+        has_fast_gather: whether the device looks values of nf4 up faster than it selects
+            them bit by bit, as GPUs do.
     """
     if not is_quantized(leaves):
         return leaves["kernel"].astype(dtype)
     codes = leaves["kernel_q"]
     if "kernel_absmax" in leaves:
-        return _dequantize_nf4(codes, leaves["kernel_absmax"]).astype(dtype)
+        values = _nf4_pairs if has_fast_gather else _nf4_values
+        return _dequantize_nf4(codes, leaves["kernel_absmax"], values).astype(dtype)
     return (codes.astype(np.float32) * leaves["kernel_scale"]).astype(dtype)
 
 
-def _dequantize_nf4(packed: Any, absmax: Any) -> Any:
-    """Returns the float32 weights, in JAX by elementwise operations only."""
+def _dequantize_nf4(packed: Any, absmax: Any, values_of: Callable[[Any], Any]) -> Any:
+    """Returns the float32 weights."""
     xp: Any = np if isinstance(packed, np.ndarray) else jnp
     rows, columns = 2 * packed.shape[0], packed.shape[1]
-    codes = xp.stack([packed >> 4, packed & 15], axis=1).reshape(rows, columns)
-    values = NF4[codes] if xp is np else _nf4_values(codes)
+    values = (_nf4_values if xp is np else values_of)(packed).reshape(rows, columns)
     whole = xp.broadcast_to(absmax[:, None], (absmax.shape[0], BLOCK, columns))
     return values * whole.reshape(-1, columns)[:rows]
 
 
-def _nf4_values(codes: Array) -> Array:
-    """Returns NF4[codes] without a gather: every bit of a code selects half of the values."""
+def _nf4_pairs(packed: Array) -> Array:
+    """Returns both values of each byte [R, 2, C], from a table of all bytes."""
+    bytes_ = np.arange(256)
+    table = jnp.asarray(NF4[np.stack([bytes_ >> 4, bytes_ & 15], axis=1)])
+    pairs = table.at[packed.astype(jnp.int32)].get(mode="promise_in_bounds")
+    return jnp.moveaxis(pairs, -1, 1)
+
+
+def _nf4_values(packed: Any) -> Any:
+    """Returns both values of each byte [R, 2, C].
+
+    In JAX without a gather: every bit of a code selects half of the values.
+    """
+    xp: Any = np if isinstance(packed, np.ndarray) else jnp
+    codes = xp.stack([packed >> 4, packed & 15], axis=1)
+    if xp is np:
+        return NF4[codes]
     values: list[Any] = list(NF4)
     for bit in range(4):
         is_set = (codes >> bit & 1).astype(bool)

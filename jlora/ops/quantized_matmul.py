@@ -33,6 +33,12 @@ def multiplies_codes(leaves: Mapping[str, Any], compute: Compute) -> bool:
     return any(dtype == CODES[name] for name in compute.code_products)
 
 
+def dequantised(leaves: Mapping[str, Any], compute: Compute) -> Array:
+    """Returns a module's kernel [in, out] in `compute.dtype`."""
+    on_gpu = compute.platform == "gpu"
+    return kernel_of(leaves, compute.dtype, has_fast_gather=on_gpu)
+
+
 def quantize_rows(
     arrays: Sequence[Float[Array, "... _"]], dtype: Any
 ) -> tuple[list[Array], Float[Array, "..."]]:
@@ -68,7 +74,7 @@ def _product(x: Array, leaves: dict[str, Array], compute: Compute) -> Any:
     # Without the barrier XLA may dequantise the weights of many layers beforehand.
     leaves, x = lax.optimization_barrier((leaves, x))
     if not multiplies_codes(leaves, compute):
-        return matmul(x, kernel_of(leaves, compute.dtype), compute)
+        return matmul(x, dequantised(leaves, compute), compute)
     y = _product_of_codes(x, leaves["kernel_q"], weight_axis=0)
     return (y * leaves["kernel_scale"]).astype(compute.dtype)
 
@@ -86,7 +92,7 @@ def _backward(compute: Compute, residuals: Any, gradient: Array) -> tuple[Array,
         scaled = gradient.astype(jnp.float32) * leaves["kernel_scale"]
         dx = _product_of_codes(scaled, leaves["kernel_q"], weight_axis=1)
     else:
-        dx = matmul(gradient, kernel_of(leaves, compute.dtype).T, compute)
+        dx = matmul(gradient, dequantised(leaves, compute).T, compute)
     return dx.astype(like.dtype), None
 
 

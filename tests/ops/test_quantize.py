@@ -189,6 +189,14 @@ def test_gradients_are_those_through_the_dequantised_kernel(name):
     )
 
 
+def test_a_table_of_bytes_gives_the_same_bits():
+    leaves = jax.tree.map(jnp.asarray, quantize_kernel(random_kernel(), "nf4"))
+    one, other = (
+        kernel_of(leaves, jnp.float32, has_fast_gather=fast) for fast in (False, True)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
 def quantised_params(name: Format, config: Any) -> tuple[Any, Any]:
     """Returns a model's params with quantised projections, and with those dequantised."""
 

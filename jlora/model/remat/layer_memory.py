@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
 from jlora.ops.compute_choices import Compute
-from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized, kernel_of
-from jlora.ops.quantized_matmul import multiplies_codes
+from jlora.ops.quantize import QUANTIZED_LEAVES, is_quantized
+from jlora.ops.quantized_matmul import dequantised, multiplies_codes
 
 # Largest size of one of the MLP's activations that are computed in pieces, in elements: 4,096
 # tokens of an 8B model, enough for full-speed matrix products.
@@ -108,7 +108,7 @@ def _dequantised(leaves: Params, compute: Compute) -> Params:
         if name not in QUANTIZED_LEAVES
     }
     return found | (
-        {"kernel": kernel_of(leaves, compute.dtype)} if is_quantized(leaves) else {}
+        {"kernel": dequantised(leaves, compute)} if is_quantized(leaves) else {}
     )
 
 

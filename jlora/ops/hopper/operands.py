@@ -72,7 +72,7 @@ def forward_operands(
         xs, rows = quantize_kernel.quantize_rows([x], stored[0].dtype)
         scales = Scales(rows, [own["kernel_scale"] for own in weights])
     else:
-        stored = [kernel_of(own, dtype) for own in weights]
+        stored = [kernel_of(own, dtype, has_fast_gather=True) for own in weights]
     groups = [[w] for w in stored]
     if s is not None:
         sizes = [w.shape[0 if mode.codes else 1] for w in stored]
@@ -98,7 +98,7 @@ def backward_operands(
         xs, rows = quantize_kernel.quantize_rows(dys, group[0].dtype, factors)
         scales = Scales(rows, [])
     else:
-        group = [kernel_of(own, dtype) for own in weights]
+        group = [kernel_of(own, dtype, has_fast_gather=True) for own in weights]
     if ds is not None:
         xs, group = [*xs, ds], [*group, lora_factors.concatenated_a(adapters, dtype)]
     return Operands(xs, [group], scales, transposed=True)
