@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from stdlib_docs import build
+from stdlib_docs import build  # type: ignore[import-not-found]
 from step_time import unpadded_batch
 
 import jlora
@@ -83,7 +83,7 @@ def train(
 
     @jax.jit
     def log_probabilities(trainable: Any, frozen: Any, tokens: Any) -> Any:
-        logits = model.apply({"params": join(trainable, frozen)}, tokens)
+        logits: Any = model.apply({"params": join(trainable, frozen)}, tokens)
         return jax.nn.log_softmax(logits)
 
     def held_out(trainable: Any) -> tuple[float, np.ndarray]:

@@ -134,5 +134,5 @@ def test_the_memory_table_is_what_the_plan_says(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     table = importlib.import_module("memory_table")
     assert table.row("Llama 3.2 1B", 16) in TEXTS["README.md"].splitlines()
-    cards = TEXTS["docs/performance.md"].splitlines()
+    cards = TEXTS["performance.md"].splitlines()
     assert table.card_row("Llama 3.2 1B") in cards

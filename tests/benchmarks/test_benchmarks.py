@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 from helpers import ROOT
+from helpers.commands import make_workdir
 
 BENCHMARKS = ROOT / "benchmarks"
 # Scripts that import torch, run by tests/parity; tests of data and conversion run these.
 ELSEWHERE = {"cpu_peer", "loss_curve", "packing_peer", "convert_speed", "data_speed"}
 ELSEWHERE |= {"memory_table"}  # tests/test_docs.py
 HERE = {"step_time", "sweep_time", "packing_gpu", "table", "peers", "compiled_memory"}
-HERE |= {"scaling", "generation_speed"}
+HERE |= {"format_quality", "scaling", "generation_speed"}
 
 
 def run_script(name: str, *arguments: str, devices: int = 1) -> list[str]:
@@ -93,6 +94,21 @@ def test_generation_speed_has_a_line_for_each_number_of_rows() -> None:
     one, two = map(json.loads, lines)
     assert (one["rows"], two["rows"], one["base_dtype"]) == (1, 2, "int8")
     assert min(one["tokens_per_second"], one["first_token_s"], one["peak_gib"]) > 0
+
+
+def test_format_quality_trains_each_format_and_compares(tmp_path: Path) -> None:
+    curves, plot = tmp_path / "curves", tmp_path / "plot.svg"
+    lines = run_script(
+        *("format_quality", "--model", str(make_workdir(tmp_path) / "hf")),
+        *("--steps", "12", "--rows", "2", "--length", "16", "--held-out-rows", "4"),
+        *("--out", str(curves), "--plot", str(plot)),
+    )
+    bf16, *others = map(json.loads, lines)
+    assert (bf16["format"], bf16["kl_before"], bf16["of_bfloat16"]) == ("bfloat16", 0, 1)
+    assert [line["format"] for line in others] == ["fp8", "int8", "nf4"]
+    assert all(line["kl_before"] > 0 < line["kl_after"] for line in others)
+    assert {len(losses) for losses in json.loads(curves.read_text()).values()} == {12}
+    assert "</svg>" in plot.read_text()
 
 
 def test_sweep_time_compares_adapters_together_with_one() -> None:

@@ -122,9 +122,8 @@ def test_simulated_codes_of_rows_equal_the_plain_ones(
     np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
     for a, b in zip(codes, expected_codes, strict=True):
         finite = np.arange(20) != 5
-        np.testing.assert_array_equal(
-            *(np.asarray(x, np.float32)[finite] for x in (a, b))
-        )
+        found, expected = (np.asarray(x, np.float32)[finite] for x in (a, b))
+        np.testing.assert_array_equal(found, expected)
 
 
 @needs_jax_011
