@@ -13,6 +13,9 @@ DECAY_GROUPS: tuple[str, ...] = (
     *("lora_A", "lora_B", "embedding", "magnitude", "whole", "norm"),
 )
 
+# Settings that only some schedules have.
+_OF_SCHEDULES = {"min_lr_ratio": ("cosine", "wsd"), "decay_ratio": ("wsd",)}
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -20,10 +23,18 @@ class OptimConfig:
 
     learning_rate: float = 2e-4
     """Peak learning rate."""
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay after warm-up; linear and cosine end at 0."""
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = (
+        "linear"
+    )
+    """Shape after warm-up, as in Transformers; wsd: constant, then a cosine at the end."""
     warmup_ratio: float = 0.03
-    """Share of the steps in which the learning rate rises linearly to its peak."""
+    """Share of the steps in which the learning rate rises linearly from 0 to its peak."""
+    warmup_steps: int = 0
+    """Number of these steps; 0: warmup_ratio decides."""
+    min_lr_ratio: float = 0.0
+    """Of cosine and wsd: rate at the end, as a share of the peak."""
+    decay_ratio: float = 0.1
+    """Of wsd: share of the steps in which the rate falls, at the end."""
     weight_decay: float = 0.0
     """Decoupled weight decay of all trained parameters except norms and biases."""
     group_weight_decay: dict[str, float] = field(default_factory=dict)
@@ -50,10 +61,22 @@ class OptimConfig:
                 f"optim.adam_eps={self.adam_eps}; expected a number above 0, from 1e-30: AdamW "
                 "divides by it where a gradient is 0"
             )
-        for name in ("warmup_ratio", "adam_b1", "adam_b2"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or (name != "warmup_ratio" and value == 1):
+        check_at_least("optim", self, "warmup_steps", 0)
+        for name in ("warmup_ratio", "min_lr_ratio", "decay_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                value = getattr(self, name)
+                raise UsageError(f"optim.{name}={value}; expected a number in [0, 1]")
+        for name in ("adam_b1", "adam_b2"):
+            if not 0 <= getattr(self, name) < 1:
+                value = getattr(self, name)
                 raise UsageError(f"optim.{name}={value}; expected a number in [0, 1)")
+        for name, schedules in _OF_SCHEDULES.items():
+            is_given = getattr(self, name) != getattr(OptimConfig, name)
+            if is_given and self.lr_schedule not in schedules:
+                raise UsageError(
+                    f"optim.{name} has no effect with optim.lr_schedule="
+                    f"{self.lr_schedule}; it is for {listing(schedules)}"
+                )
         for group, decay in self.group_weight_decay.items():
             if group not in DECAY_GROUPS:
                 raise UsageError(

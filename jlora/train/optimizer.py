@@ -26,21 +26,36 @@ from jlora.lora.adapter_tree import Params, map_leaves, trainable_mask
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Returns the learning rate of step 0, 1, ... total_steps - 1.
 
-    It rises linearly over ceil(warmup_ratio * total_steps) steps, then stays constant or
-    decays to 0 after the last step. Step 0 has a rate above 0, so that it trains.
+    It rises linearly from 0 over the steps of warm-up: at step 0 nothing is learnt, as in
+    Transformers. Of a run of warm-up alone the last step has the full rate.
+
+    Source: Transformers `optimization.py`: `get_linear_schedule_with_warmup` and its
+    neighbours for constant, cosine (with min_lr_rate) and inverse_sqrt, `get_wsd_schedule`.
     """
-    warmup = math.ceil(config.warmup_ratio * total_steps)
+    asked = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    warmup = min(asked, total_steps - 1)
     rest = max(total_steps - warmup, 1)
+    # Of wsd; of a run that is shorter than both, the warm-up stays whole.
+    decay = min(math.ceil(config.decay_ratio * total_steps), rest)
+    timescale = warmup or 10_000
+    floor = config.min_lr_ratio
+
+    def cosine(progress: jax.Array) -> jax.Array:
+        factor = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(progress, 0, 1)))
+        return factor * (1 - floor) + floor
 
     def schedule(count: ArrayLike) -> jax.Array:
         step = jnp.asarray(count, jnp.float32)
-        rising = (step + 1) / (warmup + 1)
-        progress = jnp.clip((step - warmup) / rest, 0, 1)
+        rising, since = step / max(warmup, 1), step - warmup
         falling = {
-            "constant": jnp.ones_like(progress),
-            "linear": 1 - progress,
-            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * progress)),
-        }[config.lr_schedule]
+            "constant": lambda: jnp.ones_like(step),
+            "linear": lambda: jnp.clip(1 - since / rest, 0, 1),
+            "cosine": lambda: cosine(since / rest),
+            "wsd": lambda: cosine((since - (rest - decay)) / max(decay, 1)),
+            "inverse_sqrt": lambda: jnp.sqrt(timescale / (since + timescale)),
+        }[config.lr_schedule]()
+        if config.lr_schedule == "wsd":
+            rising = rising * (1 - floor) + floor
         return config.learning_rate * jnp.where(step < warmup, rising, falling)
 
     return schedule

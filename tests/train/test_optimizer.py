@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +213,52 @@ def test_groups_lie_inside_the_mask():
 def test_a_setting_of_a_group_out_of_range_is_refused(changes, words):
     with pytest.raises(UsageError, match=words):
         OptimConfig(**changes)
+
+
+COSINE = [0.5 + 0.5 * np.cos(np.pi * i / 8) for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"lr_schedule": "constant"}, [0, 0.5, *[1.0] * 8]),
+        ({"lr_schedule": "linear"}, [0, 0.5, *(1 - i / 8 for i in range(8))]),
+        ({"lr_schedule": "cosine"}, [0, 0.5, *COSINE]),
+        (
+            {"lr_schedule": "cosine", "min_lr_ratio": 0.2},
+            [0, 0.5, *(0.8 * x + 0.2 for x in COSINE)],
+        ),
+        (
+            {"lr_schedule": "wsd", "decay_ratio": 0.4},
+            [0, 0.5, 1, 1, 1, 1, *COSINE[::2]],
+        ),
+        (
+            {"lr_schedule": "inverse_sqrt"},
+            [0, 0.5, *(np.sqrt(2 / (2 + i)) for i in range(8))],
+        ),
+        (
+            {"lr_schedule": "constant", "warmup_steps": 4},
+            [0, 0.25, 0.5, 0.75, *[1.0] * 6],
+        ),
+    ],
+)
+def test_a_schedule_rises_over_the_warm_up_then_falls(settings, expected):
+    config = OptimConfig(learning_rate=1.0, warmup_ratio=0.2, **settings)
+    schedule = make_schedule(config, 10)
+    found = np.array([np.asarray(schedule(i)) for i in range(10)])
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "kind", ["linear", "cosine", "constant", "wsd", "inverse_sqrt"]
+)
+def test_a_run_of_one_step_learns(kind):
+    config = OptimConfig(learning_rate=0.5, lr_schedule=kind, warmup_steps=10)
+    assert make_schedule(config, 1)(0) == 0.5
+
+
+def test_a_run_shorter_than_warm_up_and_decay_keeps_the_warm_up():
+    config = OptimConfig(lr_schedule="wsd", learning_rate=1.0, warmup_ratio=0.8)
+    schedule = make_schedule(replace(config, decay_ratio=0.9), 10)
+    found = [np.asarray(schedule(i)) for i in range(10)]
+    np.testing.assert_allclose(found, [*(i / 8 for i in range(8)), 1, 0.5], atol=1e-6)

@@ -20,7 +20,6 @@ from helpers.training_cases import (
 )
 
 from jlora.config.lora_config import LoraConfig
-from jlora.config.optim_config import OptimConfig
 from jlora.config.run_config import MeshConfig
 from jlora.errors import CorruptError, UsageError
 from jlora.formats.digests import fingerprint
@@ -35,7 +34,6 @@ from jlora.train.checkpoint import (
     save_checkpoint,
 )
 from jlora.train.evaluation import make_eval_step
-from jlora.train.optimizer import make_schedule
 from jlora.train.resuming import resume_all
 from jlora.train.step import summed_loss
 
@@ -217,24 +215,6 @@ def test_a_batch_with_nothing_to_learn_is_skipped():
 
 
 # Schedule and clipping
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("constant", [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1]),
-        ("linear", [1 / 3, 2 / 3, *(1 - i / 8 for i in range(8))]),
-        (
-            "cosine",
-            [1 / 3, 2 / 3, *(0.5 + 0.5 * np.cos(np.pi * i / 8) for i in range(8))],
-        ),
-    ],
-)
-def test_schedule_rises_over_the_warm_up_then_falls(kind, expected):
-    config = OptimConfig(learning_rate=1.0, lr_schedule=kind, warmup_ratio=0.2)
-    schedule = make_schedule(config, 10)
-    found = np.array([np.asarray(schedule(i)) for i in range(10)])
-    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_clipping_sees_the_adapters_gradient_only():
