@@ -190,7 +190,7 @@ def test_norms_and_biases_decay_only_when_asked_to():
 
 def test_groups_lie_inside_the_mask():
     params, names = adapted()
-    config = OptimConfig(weight_decay=0.5, loraplus_lr_ratio=4.0)
+    config = OptimConfig(warmup_ratio=0, weight_decay=0.5, loraplus_lr_ratio=4.0)
     optimizer = make_optimizer(config, make_schedule(config, STEPS))
     ones = jax.tree.map(jnp.ones_like, params)
     updates = named(optimizer.update(ones, optimizer.init(params), params)[0])
