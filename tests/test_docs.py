@@ -15,7 +15,7 @@ from jlora.cli.flags import flags_of
 
 DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {file.name: file.read_text("utf-8") for file in DOCS}
-SCRIPTS = ["train", "generate", "evaluate"] + [
+SCRIPTS = ["train", "generate", "evaluate", "serve"] + [
     f"convert.{name}"
     for name in ("from_hf", "to_hf", "to_gguf", "to_peft", "combine", "info")
 ]

@@ -26,7 +26,7 @@ PACKAGES = (
 )
 # Inside jlora.data, likewise; and only files of jlora.ops.hopper are above those of ops.
 STATIONS = ("read", "chat", "tokenize", "cache", "batch")
-COMMANDS = ("train", "generate", "evaluate", "report", "convert")
+COMMANDS = ("train", "generate", "evaluate", "serve", "report", "convert")
 OWNERS = {
     "flax": ("jlora.lora", "jlora.model", "jlora.parallel"),
     "optax": ("jlora.train",),
@@ -39,6 +39,8 @@ OWNERS = {
     "huggingface_hub": ("jlora.hub",),
     "rich": ("jlora.report",),
     "yaml": ("jlora.cli", "jlora.report", "jlora.train"),
+    "starlette": ("jlora.serving",),
+    "uvicorn": ("jlora.serving", "serve"),
     "torch": (),
     "transformers": (),
     "peft": (),

@@ -43,9 +43,13 @@ def parse(cls: type[T], words: Sequence[str]) -> T:
         )
     given += [(flag, [word]) for flag, word in zip(placed, free, strict=False)]
     values = _read_config([texts[0] for flag, texts in given if flag is _CONFIG], named)
+    added: dict[str, Any] = {}
     for flag, texts in given:
         if flag is not _CONFIG:
-            values[flag.key] = _value_of(flag, texts)
+            before = added.get(flag.key, []) if flag.is_repeated else None
+            value = _value_of(flag, texts)
+            added[flag.key] = value if before is None else [*before, *value]
+    values |= added
     missing = [f for f in flags.values() if f.is_required and f.key not in values]
     if missing:
         names = [f"{flag.name} ({flag.help.rstrip('.')})" for flag in missing]
@@ -138,6 +142,8 @@ def _take_value(
 
 def _value_of(flag: Flag, texts: list[str]) -> Any:
     try:
+        if flag.is_repeated and not texts[0].startswith("["):  # one or more items
+            return [from_words([text], str) for text in texts]
         return from_words(texts, flag.kind)
     except ValueError:
         raise UsageError(_mismatch(flag.name, " ".join(texts), flag.kind)) from None

@@ -14,6 +14,8 @@ from jlora.errors import closest
 
 # For a field that is given by its place among the words, not by name.
 POSITIONAL = {"is_positional": True}
+# For a list of texts whose flag may be given several times, also with a single text.
+REPEATED = {"is_repeated": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Flag:
     """First line of the docstring of the dataclass that the field belongs to."""
     is_positional: bool = False
     """Given by its place among the words, not by name."""
+    is_repeated: bool = False
+    """A list that every flag of this name adds to."""
     is_hidden: bool = False
     """Left out of --help: the dataclass checks the value and does not keep it."""
 
@@ -71,6 +75,7 @@ def flags_of(cls: type, prefix: str = "") -> dict[str, Flag]:
             default,
             summary_of(cls),
             "is_positional" in item.metadata,
+            "is_repeated" in item.metadata,
             is_hidden,
         )
     return flags | groups

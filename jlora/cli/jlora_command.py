@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train",
     "generate": "generate",
     "chat": "generate",
+    "serve": "serve",
     "evaluate": "evaluate",
     "convert": "from_hf",
     "export": "to_hf",

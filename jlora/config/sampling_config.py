@@ -65,8 +65,10 @@ class TextConfig(SamplingConfig):
 
     max_new_tokens: int | None = None
     """Stop after this many tokens; null: after 256, or when the model's positions are full."""
-    stop_strings: list[str] = field(default_factory=list)
-    """Texts before which an answer ends, besides the model's own end."""
+    stop_strings: list[str] = field(
+        default_factory=list, metadata={"is_repeated": True}
+    )
+    """Text before which an answer ends, besides the model's own end; several times, or a list."""
     seed: int = 0
     """Seed of the sampling."""
 

@@ -14,7 +14,7 @@ from jlora.errors import JloraError, UsageError, warn
 from jlora.loading import TextModel
 from jlora.model.decoding.token_rows import KeptCache
 from jlora.serving.completions import Speed, complete
-from jlora.serving.prompt_files import with_system
+from jlora.serving.prompt_files import conversation_ids, with_system
 
 HELP = """\
 /system TEXT      begin with this system message; without TEXT: with none
@@ -71,9 +71,8 @@ class ChatSession:
     def _answer(self, text: str) -> None:
         messages = [*self._messages, {"role": "user", "content": text}]
         loaded = self._model()
-        ids = loaded.tokenizer.encode_chat(
-            with_system(messages, self._system), add_generation_prompt=True
-        )
+        whole = with_system(messages, self._system)
+        ids = conversation_ids(whole, loaded.tokenizer)
         longest = loaded.model.config.longest
         room = longest - len(ids)
         if room < 1:

@@ -73,9 +73,20 @@ def prompt_ids(record: Record, tokenizer: Tokenizer, *, chat: bool) -> list[int]
     """
     if "messages" not in record and not chat:
         return tokenizer.encode(record["prompt"], add_bos=True)
-    return tokenizer.encode_chat(
-        conversation(record), record.get("tools"), add_generation_prompt=True
-    )
+    return conversation_ids(conversation(record), tokenizer, record.get("tools"))
+
+
+def conversation_ids(
+    messages: list[Record], tokenizer: Tokenizer, tools: list[Any] | None = None
+) -> list[int]:
+    """Returns the ids of a conversation, up to where its answer begins.
+
+    Raises:
+        CorruptError: a role is unknown, or the template refuses the conversation.
+        UsageError: the model has no template.
+    """
+    tokenizer.template(tools).check_roles(messages)
+    return tokenizer.encode_chat(messages, tools, add_generation_prompt=True)
 
 
 def conversation(record: Record) -> list[Record]:

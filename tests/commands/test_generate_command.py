@@ -183,7 +183,9 @@ def test_an_adapter_answers_on_a_base_in_another_format(base_dtype):
 
 @pytest.mark.usefixtures("_chat_run")
 def test_an_answer_ends_before_a_stop_string():
-    out = generated(*CHAT, "--prompt", TALK[0], "--stop_strings", "[is f,zzz]")
+    out = generated(
+        *CHAT, "--prompt", TALK[0], "--stop_strings", "is f", "--stop_strings", "zzz"
+    )
     assert out == "The sum \n"
 
 
