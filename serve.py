@@ -113,7 +113,7 @@ def main(args: Arguments) -> None:
     api = Api(loaded.tokenizer, names, limits)
     server = HttpServer(
         uvicorn.Config(
-            api.app(args.host), log_level="warning", access_log=False, lifespan="off"
+            api.app(args.host), log_config=None, access_log=False, lifespan="off"
         )
     )
     api.stop = lambda: setattr(server, "should_exit", True)
