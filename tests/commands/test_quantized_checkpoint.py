@@ -58,7 +58,8 @@ def test_converted_evaluated_generated_and_merged(models, tmp_path):
         for model in (base, models / "plain mixed")
     )
     assert own == pytest.approx(plain, abs=5e-6)
-    succeed("generate", "--model", base, "--prompt", "a", "--max_new_tokens", 4)
+    words = ("--prompt", "a", "--max_new_tokens", 4)
+    assert call("generate", "--model", base, *words).status == 0
     trained(run, base)
     told = succeed("convert.to_hf", "--model", models / "mixed", "--adapter", run, out)
     assert f"merged onto {models / 'mixed'} as it is dequantised from nf4" in told

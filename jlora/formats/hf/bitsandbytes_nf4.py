@@ -155,21 +155,7 @@ def _nf4_tensor(key: str, parts: Mapping[str, Entry]) -> NF4Tensor:
     if not np.array_equal(read_tensor(book), NF4):
         raise damaged(book, f"{key}.quant_map", "not the 16 values of nf4")
     blocks = (rows, columns // BLOCK)
-    size: Any = state.get("nested_blocksize")
-    offset: Any = state.get("nested_offset")
-    nested = None
-    if size is not None or f"{key}.nested_absmax" in parts:
-        is_offset = is_number(offset) and abs(offset) <= MAX_FLOAT
-        if not is_int(size) or not 1 <= size <= MAX_SIZE or not is_offset:
-            what = f"nested_blocksize={size!r:.40}, nested_offset={offset!r:.40}"
-            raise damaged(stored, f"{key}.{_STATE}", what)
-        count = math.ceil(math.prod(blocks) / size)
-        nested = Nested(
-            part_of(parts, f"{key}.nested_absmax", (count,), np.float32),
-            part_of(parts, f"{key}.nested_quant_map", (256,), np.float32),
-            size,
-            float(offset),
-        )
+    nested = _nested(key, parts, state, math.prod(blocks))
     return NF4Tensor(
         shape,
         np.dtype(_DTYPES[state["dtype"]]),
@@ -177,6 +163,27 @@ def _nf4_tensor(key: str, parts: Mapping[str, Entry]) -> NF4Tensor:
         packed,
         part_of(parts, f"{key}.absmax", blocks, np.uint8 if nested else np.float32),
         nested,
+    )
+
+
+def _nested(
+    key: str, parts: Mapping[str, Entry], state: Mapping[str, Any], blocks: int
+) -> Nested | None:
+    """Returns how the absmax of so many blocks is quantised, or None if it is not."""
+    size: Any = state.get("nested_blocksize")
+    offset: Any = state.get("nested_offset")
+    if size is None and f"{key}.nested_absmax" not in parts:
+        return None
+    is_offset = is_number(offset) and abs(offset) <= MAX_FLOAT
+    if not is_int(size) or not 1 <= size <= MAX_SIZE or not is_offset:
+        what = f"nested_blocksize={size!r:.40}, nested_offset={offset!r:.40}"
+        raise damaged(parts[key], f"{key}.{_STATE}", what)
+    count = math.ceil(blocks / size)
+    return Nested(
+        part_of(parts, f"{key}.nested_absmax", (count,), np.float32),
+        part_of(parts, f"{key}.nested_quant_map", (256,), np.float32),
+        size,
+        float(offset),
     )
 
 
