@@ -58,7 +58,7 @@ def described_h200(config: MeshConfig) -> Mesh:
 
 def compiled_step(work: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """Returns the compiled step of a workload, each device with its rows, and its memory."""
-    rows = work.rows * mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = work.rows * mesh.size
 
     def make_params() -> Any:
         dtype = jnp.dtype(work.compute.dtype)

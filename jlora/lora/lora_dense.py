@@ -23,8 +23,9 @@ from jlora.ops.dropout import drop_by, seeds
 from jlora.ops.elementwise import plus_trained
 from jlora.ops.hopper.fused_projections import PRODUCT_NAME, Leaves
 from jlora.ops.matmul import matmul, matmul_float32
-from jlora.ops.quantize import is_quantized
+from jlora.ops.quantize import is_quantized, kernel_shape
 from jlora.ops.quantized_matmul import quantized_matmul
+from jlora.parallel.own_program import first_column, splits_layers
 
 # DoRA's column norms, which remat "minimal" saves for the backward pass.
 NORM_NAME = "dora_norm"
@@ -35,6 +36,7 @@ class LoRADense(nn.Module):
 
     Attributes:
         features: size of the output.
+        takes_split: whether a tensor axis splits the input, not the output.
         use_bias: whether there is a bias.
         dropout: rate on the adapter's input. It acts when a "dropout" rng is given, or its
             seeds as the variable "seeds" of a collection of that name.
@@ -43,6 +45,7 @@ class LoRADense(nn.Module):
     """
 
     features: int
+    takes_split: bool = False
     use_bias: bool = False
     dropout: float | Array = 0.0
     compute: Compute = field(default_factory=Compute)
@@ -68,11 +71,16 @@ class LoRADense(nn.Module):
         """Returns whether dropout's seeds are given, or an rng to draw them from."""
         return self.has_variable("dropout", "seeds") or self.has_rng("dropout")
 
-    def dropout_seeds(self) -> UInt32[Array, "2"]:
+    def dropout_seeds(self) -> UInt32[Array, " words"]:
         """Returns the seeds of this layer's dropout mask."""
         if self.has_variable("dropout", "seeds"):
-            return self.get_variable("dropout", "seeds")
-        return seeds(self.make_rng("dropout"))
+            found = self.get_variable("dropout", "seeds")
+        else:
+            found = seeds(self.make_rng("dropout"))
+        if not (self.takes_split and splits_layers()):
+            return found
+        size, _ = kernel_shape(self.variables["params"])
+        return jnp.append(found, first_column(size))
 
 
 def linear(

@@ -18,6 +18,7 @@ from jlora.ops.elementwise import gated
 from jlora.ops.hopper import fused_projections as fused
 from jlora.ops.hopper.lora_factors import Dropout
 from jlora.ops.quantized_matmul import multiplies_codes
+from jlora.parallel.own_program import into_split, out_of_split, splits_layers
 
 _DORA_LEAVES = ("lora_magnitude", "lora_norm_squared")
 
@@ -52,7 +53,9 @@ def project_all(
 def add_projection(
     residual: Float[Array, "B T D_out"], x: Float[Array, "B T D_in"], layer: LoRADense
 ) -> Float[Array, "B T D_out"]:
-    """Returns residual + layer(x)."""
+    """Returns residual + layer(x), of a layer that a tensor axis may split by its inputs."""
+    if splits_layers():
+        return residual + out_of_split(project_all(x, [layer])[0])
     call = _fused_call(x, [layer], adds=True)
     if call is None:
         return residual + project_all(x, [layer])[0]
@@ -69,8 +72,14 @@ def add_swiglu(
     up: LoRADense,
     down: LoRADense,
 ) -> Float[Array, "B T D"]:
-    """Returns residual + down(silu(gate(x)) * up(x))."""
+    """Returns residual + down(silu(gate(x)) * up(x)), which a tensor axis may split."""
+    x = into_split(x)
     call = _fused_call(x, [gate, up, down], adds=True)
+    if call is not None and splits_layers():
+        made = fused.fused_mlp(
+            call.x, call.leaves, None, call.dropout, codes=call.codes
+        )
+        return residual + out_of_split(made)
     if call is not None:
         return fused.fused_mlp(
             call.x, call.leaves, residual, call.dropout, codes=call.codes

@@ -33,6 +33,7 @@ from jlora.ops.attention_cached import attend_cached
 from jlora.ops.compute_choices import Compute
 from jlora.ops.elementwise import times_trained
 from jlora.ops.hopper.fused_projections import DOWN_NAME, PRODUCT_NAME
+from jlora.parallel.own_program import into_split
 
 # What remat "minimal" saves for the backward pass, besides the inputs and outputs of a
 # layer's two halves: the stream between attention and MLP, the products of gate and up
@@ -97,7 +98,7 @@ class Attention(nn.Module):
         self.q_proj = dense(queries * config.head_dim, use_bias=bias)
         self.k_proj = dense(keys * config.head_dim, use_bias=bias)
         self.v_proj = dense(keys * config.head_dim, use_bias=bias)
-        self.o_proj = dense(config.hidden_size, use_bias=bias)
+        self.o_proj = dense(config.hidden_size, use_bias=bias, takes_split=True)
 
     def queries_keys_values(
         self, x: Float[Array, "B T D"], shared: SharedInputs
@@ -110,7 +111,8 @@ class Attention(nn.Module):
             y = y.reshape(*y.shape[:2], -1, self.config.head_dim)
             return nn.with_logical_constraint(y, ("batch", "length", "act_heads", None))
 
-        q, k, v = map(heads, project_all(x, (self.q_proj, self.k_proj, self.v_proj)))
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = map(heads, project_all(into_split(x), layers))
         cos, sin = shared.cos, shared.sin
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
@@ -135,7 +137,7 @@ class MLP(nn.Module):
         width = config.intermediate_size
         self.gate_proj = dense(width, use_bias=bias, save_output=True)
         self.up_proj = dense(width, use_bias=bias, save_output=True)
-        self.down_proj = dense(config.hidden_size, use_bias=bias)
+        self.down_proj = dense(config.hidden_size, use_bias=bias, takes_split=True)
 
     def __call__(
         self, residual: Float[Array, "B T D"], x: Float[Array, "B T D"]

@@ -29,7 +29,7 @@ from jlora.model.remat.layer_stack import LayerParts, run_stack
 from jlora.model.rotary import rope_angles
 from jlora.ops.compute_choices import Compute, default_platform
 from jlora.ops.dropout import drop
-from jlora.parallel.sharding import holds_parts
+from jlora.parallel.own_program import holds_parts
 
 
 class Llama(nn.Module):

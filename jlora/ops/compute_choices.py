@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from jlora.config.run_config import ComputeConfig
 from jlora.errors import UsageError
-from jlora.parallel.sharding import runs_own_program
 
 # Sizes of a head that cuDNN's flash kernel takes, forward and backward.
 _CUDNN_HEAD_MULTIPLE, _CUDNN_HEAD_LIMIT = 8, 128
@@ -149,12 +148,6 @@ def choose_kernels(wanted: str, *, dtype: Any, mesh: Mesh) -> str:
             f"and this is {device.device_kind} with {jnp.dtype(dtype).name}; use "
             "auto or xla"
         )
-    if wanted == "hopper" and not runs_own_program(mesh):
-        raise UsageError(
-            "compute.kernels=hopper needs whole layers on every device, and this mesh "
-            f"splits them (mesh.tensor={mesh.shape['tensor']}); use mesh.data or "
-            "mesh.fsdp, or kernels auto or xla"
-        )
     if wanted != "auto":
         return wanted
-    return "hopper" if can_run and runs_own_program(mesh) else "xla"
+    return "hopper" if can_run else "xla"

@@ -5,7 +5,6 @@ the product of its two codes. So no mask is ever stored: the backward pass and e
 a kernel compute their part again, and sharding does not change it.
 """
 
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -22,14 +21,17 @@ def drop(x: Float[Array, "... D"], key: Array, rate: float | Array) -> Array:
 
 
 def drop_by(
-    x: Float[Array, "... D"], seeds: UInt32[Array, "2"], rate: float | Array
+    x: Float[Array, "... D"], seeds: UInt32[Array, " words"], rate: float | Array
 ) -> Float[Array, "... D"]:
-    """Returns what `drop` does, given the `seeds` of its key."""
+    """Returns what `drop` does, given the `seeds` of its key.
+
+    They may have a third word: the number of x's first column among all columns.
+    """
     # Float32 from here on, so that a rate which a sweep traces gives the same mask.
     rate = jnp.float32(rate)
     size = x.shape[-1]
-    rows = _numbers(x.size // size, 0).reshape(*x.shape[:-1], 1)
-    columns = jnp.arange(size)
+    rows = _numbers(x.size // size, 0, seeds).reshape(*x.shape[:-1], 1)
+    columns = _numbers(size, 1, seeds)
     keep = is_kept(codes(rows, seeds[0]), codes(columns, seeds[1]), threshold(rate))
     return jnp.where(keep, x.astype(jnp.float32) * (1 / (1 - rate)), 0).astype(x.dtype)
 
@@ -69,20 +71,23 @@ def is_kept(
 
 
 def axis_codes(
-    seeds: Sequence[UInt32[Array, "2"]], shape: Sequence[int]
+    seeds: Sequence[UInt32[Array, " words"]], shape: Sequence[int]
 ) -> list[UInt32[Array, "masks _"]]:
     """Returns the codes of all rows and those of all columns, from which kernels make masks."""
     words = jnp.stack(seeds)
     return [
-        jax.vmap(functools.partial(codes, _numbers(size, axis)))(words[:, axis])
+        jax.vmap(lambda own, n=size, i=axis: codes(_numbers(n, i, own), own[i]))(words)
         for axis, size in enumerate(shape)
     ]
 
 
-def _numbers(size: int, axis: int) -> Int[Array, " size"]:
+def _numbers(size: int, axis: int, seeds: Array) -> Int[Array, " size"]:
     """Returns the numbers of all rows (axis 0) or columns."""
-    # Inside `jlora.parallel.sharding.over_rows` a device has some of the rows only.
-    is_split = jax.sharding.get_abstract_mesh().manual_axes and axis == 0
+    if axis == 1:
+        # A third word is the number of the first column, where a device has some of them.
+        return jnp.arange(size) + (seeds[2] if seeds.shape[0] > 2 else 0)
+    # Inside `jlora.parallel.own_program.over_rows` a device has some of the rows only.
+    is_split = jax.sharding.get_abstract_mesh().manual_axes
     first = lax.axis_index(BATCH_AXES) * size if is_split else 0
     return first + jnp.arange(size)
 

@@ -6,7 +6,7 @@ from its kernel's.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -198,72 +198,3 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
     abstract = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
     with abstract, nn.logical_axis_rules(RULES):
         yield
-
-
-def runs_own_program(mesh: Mesh) -> bool:
-    """Returns whether each device computes its rows alone, with whole weights."""
-    return mesh.shape["tensor"] == 1
-
-
-def row_shards(mesh: Mesh) -> int:
-    """Returns the number of shards of the batch axis that a function in `over_rows` sees."""
-    return 1 if runs_own_program(mesh) else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def over_rows(function: Callable[[Any, Any, Any], Any], mesh: Mesh) -> Any:
-    """Returns a function of (whole, frozen, batch): sums of `function` over all rows.
-
-    If no tensor axis splits the layers, each device runs `function` on its own rows only, so
-    that it may use kernels which the compiler cannot partition. There `whole` is complete on
-    every device, and `frozen`, a tree of parameters, is the device's part of it, which
-    `gathered` completes. The results are summed once, in their own dtype; the compiler would
-    sum bfloat16 gradients before they are cast to float32, and again for every part of an
-    accumulated batch.
-    Otherwise the compiler partitions `function` as the mesh says.
-    """
-    if mesh.size == 1 or not runs_own_program(mesh):
-
-        def partitioned(whole: Any, frozen: Any, batch: Any) -> Any:
-            with use_mesh(mesh):
-                return function(whole, frozen, batch)
-
-        return partitioned
-
-    def summed(whole: Any, frozen: Any, batch: Any) -> Any:
-        return jax.lax.psum(function(whole, frozen, batch), BATCH_AXES)
-
-    def mapped(whole: Any, frozen: Any, batch: Any) -> Any:
-        parts = jax.tree.map(lambda x: x.spec, tree_shardings(mesh, frozen))
-        return jax.shard_map(
-            summed,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), parts, PartitionSpec(BATCH_AXES)),
-            out_specs=PartitionSpec(),
-            check_vma=False,  # the kernels do not declare over which axes they vary
-        )(whole, frozen, batch)
-
-    return mapped
-
-
-def holds_parts() -> bool:
-    """Returns whether the frozen weights here are a device's part, inside `over_rows`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return "fsdp" in mesh.manual_axes and mesh.shape["fsdp"] > 1
-
-
-def gathered(tree: Any) -> Any:
-    """Returns whole parameters, given a device's parts inside `over_rows`; others as is.
-
-    They are gathered as they are stored, so quantised ones as their bytes.
-    """
-    if not holds_parts():
-        return tree
-    rules = dict(RULES)
-
-    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        for axis, name in enumerate(logical_axes(tuple(entry.key for entry in path))):
-            if name is not None and "fsdp" in (rules[name] or ()):
-                leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(whole, tree)

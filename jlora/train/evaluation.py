@@ -12,17 +12,13 @@ from jaxtyping import Array
 from jlora.data.batch.batches import Dataset
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
 from jlora.model.llama import Llama
-from jlora.parallel.sharding import (
-    batch_sharding,
-    over_rows,
-    row_shards,
-    tree_shardings,
-)
+from jlora.parallel.own_program import over_rows
+from jlora.parallel.sharding import batch_sharding, tree_shardings
 from jlora.train.compiler_options import compiler_options
+from jlora.train.device_model import but_layers_gathered, model_on
 from jlora.train.prefetch import Prefetch, place_batch
 from jlora.train.step import (
     Batch,
-    but_layers_gathered,
     positions_per_chunk,
     summed_loss,
 )
@@ -32,17 +28,21 @@ def make_eval_step(
     model: Llama, mesh: Mesh, *, params: Params, packed: bool = True
 ) -> Any:
     """Returns the jitted (params, batch) -> (summed loss in nats, supervised tokens)."""
-    model = model.clone(row_shards=row_shards(mesh))
     tokens = model.compute.loss_chunk_tokens
+    model, is_own = model_on(mesh, model, params)
 
-    def loss(trainable: Params, frozen: Params, batch: Batch) -> Array:
+    def loss(
+        trainable: Params, frozen: Params, _: None, batch: Batch
+    ) -> tuple[Array, Params]:
         chunk = positions_per_chunk(batch, model.row_shards, tokens)
         params = join(trainable, but_layers_gathered(frozen))
-        return summed_loss(model, params, batch, packed=packed, chunk=chunk)
+        return summed_loss(model, params, batch, packed=packed, chunk=chunk), {}
+
+    summed = over_rows(loss, mesh, own_program=is_own, has_gradients=False)
 
     def step(params: Params, batch: Batch) -> tuple[Array, Array]:
         parts = split(params, trainable_mask(params))
-        return over_rows(loss, mesh)(*parts, batch), jnp.sum(batch["loss_mask"])
+        return summed(*parts, None, batch)[0], jnp.sum(batch["loss_mask"])
 
     return jax.jit(
         step,

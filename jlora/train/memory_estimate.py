@@ -27,6 +27,7 @@ from jlora.model.remat.layer_memory import num_pieces
 from jlora.ops.compute_choices import Compute, choose_compute
 from jlora.ops.quantize import is_quantized, kernel_shape
 from jlora.ops.quantized_matmul import multiplies_codes
+from jlora.parallel.own_program import own_config, runs_own_program
 from jlora.train.optimizer import stack_layers
 
 # Room left for the compiler's temporary buffers and fragmentation.
@@ -97,8 +98,17 @@ def plan_workload(
                 "divide); use auto or xla"
             )
         chosen = replace(chosen, kernels="xla")
+    is_own = runs_own_program(mesh, params["layers"])
+    if chosen.kernels == "hopper" and not is_own:
+        if compute.kernels == "hopper":
+            raise UsageError(
+                f"compute.kernels=hopper: mesh.tensor={mesh.shape['tensor']} splits layers "
+                "that have biases or DoRA, which only XLA does; use mesh.data or "
+                "mesh.fsdp, or kernels auto or xla"
+            )
+        chosen = replace(chosen, kernels="xla")
     work = Workload(
-        config=config,
+        config=own_config(config, mesh.shape["tensor"]) if is_own else config,
         rows=adapters * rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
         length=length,
         fsdp=mesh.shape["fsdp"],
@@ -139,12 +149,12 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
     logits = per_logit * work.compute.loss_chunk_tokens * work.config.vocab_size
     dequantised = _dequantised_bytes(params, work) // work.tensor
     layer = _layer_bytes(work, is_quantized=dequantised > 0) + dequantised
-    if work.fsdp > 1:
+    if work.fsdp * work.tensor > 1:
         gathered = max(map(_frozen_bytes, params["layers"].values())) // work.tensor
         found = modules(params)
         head = found.get(HEAD, {}).get("kernel", found[EMBEDDING]["embedding"])
-        layer += 2 * gathered
-        logits += gathered + head.size * head.dtype.itemsize // work.tensor
+        layer += 2 * gathered if work.fsdp > 1 else 0
+        logits += gathered + head.size * head.dtype.itemsize
     return {
         "frozen weights": weights // (work.fsdp * work.tensor),
         "adapter": adapter,

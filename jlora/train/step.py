@@ -5,6 +5,7 @@ so no gradient of a frozen weight is computed; and the optimizer's updates of th
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,19 +14,25 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from jlora.lora.adapter_tree import Params, join, split, trainable_mask
+from jlora.lora.adapter_tree import (
+    Params,
+    is_trainable,
+    join,
+    split,
+    trainable_mask,
+)
 from jlora.lora.embedding_and_head import head_parameters
 from jlora.model.llama import Llama
 from jlora.model.loss import cross_entropy
 from jlora.ops.dropout import drop
-from jlora.parallel.sharding import (
-    batch_sharding,
-    gathered,
+from jlora.parallel.own_program import (
+    into_split,
     over_rows,
-    row_shards,
-    tree_shardings,
+    own_positions,
 )
+from jlora.parallel.sharding import batch_sharding, tree_shardings
 from jlora.train.compiler_options import compiler_options
+from jlora.train.device_model import but_layers_gathered, model_on
 from jlora.train.optimizer import stack_layers
 
 Batch = dict[str, Any]
@@ -88,7 +95,8 @@ def summed_loss(
     """Returns the sum of the supervised tokens' losses, float32, in nats.
 
     Unpacked rows need no segment ids: padding lies at the end, where causal attention
-    keeps it from every real token.
+    keeps it from every real token. Where a tensor axis splits the layers, it is the sum of the
+    device's positions.
     """
     hidden = model.apply(
         {"params": params},
@@ -103,25 +111,13 @@ def summed_loss(
         # Flax folds names into a module's key, so a number is nobody else's.
         key = jax.random.fold_in(dropout_key, 0)
         dropped = drop(hidden, key, model.lora_dropout)  # type: ignore[arg-type]
+    head |= {k: into_split(leaf) for k, leaf in head.items() if is_trainable(k)}
+    hidden, dropped = jax.tree.map(into_split, (hidden, dropped))
+    states = hidden, batch["targets"], batch["loss_mask"], dropped
+    hidden, targets, weights, dropped = jax.tree.map(own_positions, states)
     return cross_entropy(
-        hidden,  # type: ignore[arg-type]
-        head,
-        batch["targets"],
-        batch["loss_mask"],
-        model.compute,
-        chunk=chunk,
-        dropped=dropped,
+        hidden, head, targets, weights, model.compute, chunk=chunk, dropped=dropped
     )
-
-
-def but_layers_gathered(frozen: Params) -> Params:
-    """Returns frozen weights, of which a device may have its part, with whole ends.
-
-    Embedding and head are gathered here, once for all chunks of the loss and all parts of a
-    batch. A layer is gathered when it computes.
-    """
-    layers = {"layers": frozen["layers"]}
-    return gathered({k: v for k, v in frozen.items() if k not in layers}) | layers
 
 
 def step_function(
@@ -140,14 +136,13 @@ def step_function(
     time; by default `model.compute.loss_chunk_tokens`.
     """
     chunk_tokens = chunk_tokens or model.compute.loss_chunk_tokens
-    model = model.clone(row_shards=row_shards(mesh))
     # In a sweep the rate may be an array; a constant 0 needs no random numbers.
     drops = not isinstance(model.lora_dropout, float) or model.lora_dropout > 0
 
     def gradient(
-        whole: tuple[Params, Array], frozen: Params, batch: Batch
+        model: Llama, trainable: Params, frozen: Params, key: Array, batch: Batch
     ) -> tuple[Array, Params]:
-        (trainable, key), frozen = whole, but_layers_gathered(frozen)
+        frozen = but_layers_gathered(frozen)
 
         def loss(trainable: Params, part: Batch, index: Array | int) -> Array:
             return summed_loss(
@@ -174,8 +169,9 @@ def step_function(
         state: TrainState, frozen: Params, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        whole = state.trainable, key
-        total, gradients = over_rows(gradient, mesh)(whole, frozen, batch)
+        own_model, is_own = model_on(mesh, model, state.trainable, frozen)
+        sums = over_rows(partial(gradient, own_model), mesh, own_program=is_own)
+        total, gradients = sums(state.trainable, frozen, key, batch)
         supervised = jnp.sum(batch["loss_mask"])
         share = 1 / jnp.maximum(supervised, 1)
         gradients = jax.tree.map(lambda g: g * share, gradients)

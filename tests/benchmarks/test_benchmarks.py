@@ -104,7 +104,11 @@ def test_format_quality_trains_each_format_and_compares(tmp_path: Path) -> None:
         *("--out", str(curves), "--plot", str(plot)),
     )
     bf16, *others = map(json.loads, lines)
-    assert (bf16["format"], bf16["kl_before"], bf16["of_bfloat16"]) == ("bfloat16", 0, 1)
+    assert (bf16["format"], bf16["kl_before"], bf16["of_bfloat16"]) == (
+        "bfloat16",
+        0,
+        1,
+    )
     assert [line["format"] for line in others] == ["fp8", "int8", "nf4"]
     assert all(line["kl_before"] > 0 < line["kl_after"] for line in others)
     assert {len(losses) for losses in json.loads(curves.read_text()).values()} == {12}

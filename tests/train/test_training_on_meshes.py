@@ -1,11 +1,13 @@
 import functools
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.training_cases import (
+    ALL_LINEAR,
     CONFIG,
     MESHES,
     ROWS,
@@ -21,6 +23,8 @@ from jlora.config.run_config import MeshConfig
 from jlora.formats.digests import flatten
 
 STEPS = 2
+# Of layers that tensor splits, the compiler partitions those with DoRA.
+DORA = replace(ALL_LINEAR, use_dora=True)
 
 
 @functools.cache
@@ -140,7 +144,9 @@ def constraints(text):
     return {(shape, axes) for axes, shape in re.findall(pattern, text)}
 
 
-def test_activation_constraints_reach_the_compiler(run):
+def test_activation_constraints_reach_the_compiler_where_it_partitions_a_step():
+    params = adapted_params(llama_config(num_hidden_layers=1), DORA)
+    run = Run(MeshConfig(2, 2, 2), params=params)
     lowered = run.step.lower(run.state, run.frozen, ragged_batch())
     found = constraints(lowered.as_text())
     rows = '{"data", "fsdp"}'

@@ -22,7 +22,7 @@ from jax.lax import optimization_barrier
 from jaxtyping import Array, Float
 
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
-from jlora.parallel.sharding import gathered, holds_parts
+from jlora.parallel.own_program import gathered, holds_parts
 
 Pulls = tuple[Any, Any, Any]
 

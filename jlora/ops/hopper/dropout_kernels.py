@@ -49,7 +49,7 @@ Copies = Sequence[tuple[Any, Any]]
 def dropped_x_times_a(
     x: Float[Array, "M K"],
     factors: Sequence[Float[Array, "K R"]],
-    seeds: Sequence[UInt32[Array, "2"]],
+    seeds: Sequence[UInt32[Array, " words"]],
     *,
     rate: float,
     width: int,
@@ -163,7 +163,7 @@ def dropped_x_times_a_gradients(
     x: Float[Array, "M K"],
     ds: Float[Array, "M W"],
     factors: Sequence[Float[Array, "K R"]],
-    seeds: Sequence[UInt32[Array, "2"]],
+    seeds: Sequence[UInt32[Array, " words"]],
     *,
     rate: float,
     interpret: Any = None,

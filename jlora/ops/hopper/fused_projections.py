@@ -92,12 +92,12 @@ def fused_linear(
 def fused_mlp(
     x: Float[Array, "B T D"],
     layers: Sequence[Leaves],
-    residual: Float[Array, "B T D"],
+    residual: Float[Array, "B T D"] | None,
     dropout: Dropout | None = None,
     *,
     codes: bool = False,
 ) -> Float[Array, "B T D"]:
-    """Returns residual + down(silu(gate(x)) * up(x)); layers: gate, up and down.
+    """Returns down(silu(gate(x)) * up(x)), added to a residual; layers: gate, up and down.
 
     `dropout` and `codes` are as for `fused_linear`.
     """
@@ -181,7 +181,11 @@ def _mlp(*args: Any) -> Array:
 
 
 def _mlp_forward(
-    mode: Mode, x: Array, weights: list[Weights], adapters: Adapters, residual: Array
+    mode: Mode,
+    x: Array,
+    weights: list[Weights],
+    adapters: Adapters,
+    residual: Array | None,
 ) -> tuple[Array, Any]:
     s = _x_times_a(x, adapters[:2], mode.rate)
     operands = forward_operands(x, s, weights[:2], adapters[:2], mode)
@@ -190,11 +194,11 @@ def _mlp_forward(
     s_act = _x_times_a(act, adapters[2:], mode.rate)
     operands = forward_operands(act, s_act, weights[2:], adapters[2:], mode)
     (out,) = product_kernels.sum_of_products(operands, residual)
-    return out, (x, s, gate, up, s_act, weights, adapters)
+    return out, (x, s, gate, up, s_act, weights, adapters, residual is not None)
 
 
 def _mlp_backward(mode: Mode, saved: Any, dy: Array) -> tuple[Any, ...]:
-    x, s, gate, up, s_act, weights, adapters = saved
+    x, s, gate, up, s_act, weights, adapters, has_residual = saved
     weights, (dy,) = _stored_again(weights, [dy])
     first, last = adapters[:2], adapters[2:]
     ds_act = _s_gradient([dy], last)
@@ -214,7 +218,7 @@ def _mlp_backward(mode: Mode, saved: Any, dy: Array) -> tuple[Any, ...]:
     d_last = _without_padding(last, [d_a_last], _b_gradients(s_act, [dy], last))
     dx, d_a = _x_and_a_gradients(x, dys, ds, weights[:2], first, mode)
     d_first = _without_padding(first, d_a, d_b)
-    return dx, None, [*d_first, *d_last], dy
+    return dx, None, [*d_first, *d_last], dy if has_residual else None
 
 
 _mlp.defvjp(_mlp_forward, _mlp_backward)

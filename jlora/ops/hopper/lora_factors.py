@@ -25,7 +25,7 @@ class Adapter(NamedTuple):
 
     a: Array
     b: Array
-    seeds: UInt32[Array, "2"] | None
+    seeds: UInt32[Array, " words"] | None
 
 
 Adapters = Sequence[Adapter | None]
@@ -35,7 +35,7 @@ class Dropout(NamedTuple):
     """The dropout rate, and for each projection what `dropout.seeds` returns."""
 
     rate: float
-    seeds: Sequence[UInt32[Array, "2"]]
+    seeds: Sequence[UInt32[Array, " words"]]
 
 
 def padded_rank(adapters: Adapters) -> int:

@@ -64,7 +64,7 @@ class DownDropout(NamedTuple):
     """A of down's adapter, bfloat16, and the seeds of the dropout on its input."""
 
     a: Float[Array, "F R"]
-    seeds: UInt32[Array, "2"]
+    seeds: UInt32[Array, " words"]
 
 
 # Compiled once and shared by all layers.

@@ -23,7 +23,13 @@ from helpers.training_cases import (
 from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import MeshConfig
 from jlora.formats.digests import flatten
-from jlora.lora.adapter_tree import is_trainable, join, split, trainable_mask
+from jlora.lora.adapter_tree import (
+    is_trainable,
+    join,
+    map_leaves,
+    split,
+    trainable_mask,
+)
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import make_mesh, tree_shardings
 from jlora.train.evaluation import make_eval_step
@@ -155,39 +161,54 @@ def test_devices_with_all_weights_and_own_rows_train_as_one(
             )
 
 
-# Sizes of which every device has whole blocks of nf4, and layers that follow each other.
+# Sizes of which each of four devices has whole blocks of nf4, and layers in succession.
 BLOCKS = llama_config(
-    num_hidden_layers=3, hidden_size=128, intermediate_size=128, head_dim=8
+    num_hidden_layers=3, hidden_size=128, intermediate_size=256, head_dim=16
 )
 
 
 @functools.cache
 def trained_with_nf4(mesh: MeshConfig, remat: str) -> Any:
-    params = moved(quantized(adapted_params(BLOCKS)))
+    # Smaller weights than those of narrow models, or rounding would grow layer by layer.
+    params = map_leaves(
+        lambda path, leaf: 0.3 * leaf if path[-1] == "kernel" else leaf,
+        adapted_params(BLOCKS),
+    )
+    params = moved(quantized(params))
     settings: Any = {"lora_dropout": 0.3, "grad_accum_steps": 2, "kernels": "hopper"}
     run = Run(mesh, config=BLOCKS, params=params, remat=remat, **settings)
-    metrics = run.train(2)
+    metrics = run.train(1)  # AdamW would make small gradients' rounding large
     return metrics, {k: v for k, v in flatten(run.state).items() if ".mu." in k}
 
 
 @pytest.mark.usefixtures("plain_kernels")
-@pytest.mark.parametrize("remat", ["minimal", "offload"])
-def test_devices_that_gather_quantised_weights_train_as_one(remat: str) -> None:
-    metrics, moments = trained_with_nf4(MeshConfig(2, 2), remat)
+@pytest.mark.parametrize(
+    ("remat", "sizes"),
+    [
+        ("minimal", (2, 2, 1)),
+        ("offload", (2, 2, 1)),
+        ("minimal", (1, 1, 2)),
+        ("full", (1, 2, 2)),
+    ],
+)
+def test_devices_that_split_quantised_weights_train_as_one(
+    remat: str, sizes: tuple[int, int, int]
+) -> None:
+    metrics, moments = trained_with_nf4(MeshConfig(*sizes), remat)
     expected, same = trained_with_nf4(MeshConfig(1), "none")
     for found, wanted in zip(metrics, expected, strict=True):
-        assert found == pytest.approx(wanted, rel=2e-6)
+        assert found == pytest.approx(wanted, rel=2e-5)
     for name, moment in moments.items():
-        atol = 1e-4 * np.abs(same[name]).max()  # measured 3.4e-5
+        atol = 2e-4 * np.abs(same[name]).max()  # measured 9.4e-5
         np.testing.assert_allclose(moment, same[name], rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.usefixtures("plain_kernels")
-@pytest.mark.parametrize("sizes", [(8,), (2, 4)])
-def test_devices_with_own_rows_evaluate_as_one(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 2, 4)])
+def test_devices_with_own_rows_evaluate_as_one(sizes: tuple[int, int, int]) -> None:
     params, batch, found = moved(adapted_params(ONE_LAYER)), ragged_batch(), []
     for config, kernels in ((MeshConfig(*sizes), "hopper"), (MeshConfig(1), "xla")):
-        devices = config.data * config.fsdp
+        devices = config.data * config.fsdp * config.tensor
         mesh = make_mesh(config, jax.devices()[:devices])
         step = make_eval_step(Llama(ONE_LAYER, kernels=kernels), mesh, params=params)
         jaxpr = step.trace(params, batch).jaxpr.jaxpr
