@@ -5,7 +5,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ class Hub:
     downloads: list[str] = field(default_factory=list)
     """The files that were sent, but for README.md."""
     address: str = ""
+    seen: dict[str, Repository] = field(default_factory=dict)
+    """What was asked for, by commit: a hub has those from before a change, too."""
 
     def add(self, name: str, folder: Path, **options: Any) -> Repository:
         files = {
@@ -122,12 +124,16 @@ def answer(hub: Hub, path: str, head: bool) -> tuple[int, dict[str, str], bytes]
     repository = hub.repositories.get(name)
     if repository is None:
         return 401, {"X-Error-Code": "RepoNotFound"}, b""
-    commit = repository.commit
+    copy = replace(repository, files=dict(repository.files))
+    hub.seen[repository.commit] = copy
     wanted = rest[1] if len(rest) > 1 else "main"
     if rest[1:3] == ["refs", "convert"]:
         wanted, rest = "/".join(rest[1:4]), [rest[0], "", *rest[4:]]
-    if wanted not in (*repository.branches, commit):
+    if wanted in hub.seen:
+        repository = hub.seen[wanted]
+    elif wanted not in repository.branches:
         return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+    commit = repository.commit
     if not is_api:  # owner/name/resolve/revision/path
         return resolve(hub, repository, "/".join(rest[2:]), head)
     if rest[:1] == ["tree"]:

@@ -58,6 +58,19 @@ def test_codes_and_scales_are_those_of_the_file_on_request(tmp_path, case):
         np.testing.assert_array_equal(own["kernel_scale"], expected)
 
 
+def test_modules_that_the_checkpoint_leaves_plain_are_quantised_on_request(tmp_path):
+    config, arrays = fp8_model(ROWS[1], ROWS[2], ROWS[0])
+    weight = dequantized_fp8(
+        arrays[Q_PROJ], arrays.pop(Q_PROJ.replace("weight", ROWS[2])), ROWS[1]
+    )
+    arrays[Q_PROJ] = weight.astype(ml_dtypes.bfloat16)
+    source = open_model(str(write_hf(tmp_path / "fp8", config, arrays)))
+    plain = leaves(load_params(source))["kernel"]
+    np.testing.assert_array_equal(np.asarray(plain), arrays[Q_PROJ].T)
+    own = leaves(load_params(source, dtype="fp8"))
+    assert set(own) == {"kernel_q", "kernel_scale"}
+
+
 @pytest.mark.parametrize("dtype", ["fp8", "int8", "nf4"])
 def test_blocks_are_quantised_again_on_request(tmp_path, dtype):
     config, arrays = fp8_model(BLOCK, settings=BLOCKS[0])
