@@ -1,9 +1,12 @@
-"""Loss and perplexity of a model on a file, with or without an adapter."""
+"""Loss and answers of a model on a file: with an adapter, with several, with none."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jlora.cli.command import in_own_flags, run_command
+from jlora.cli.flags import REPEATED
 from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.json_fields import MAX_SIZE
 from jlora.config.run_config import (
@@ -14,6 +17,9 @@ from jlora.config.run_config import (
 )
 from jlora.errors import UsageError
 
+if TYPE_CHECKING:
+    from jlora.serving.held_out import Question
+
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments(RowConfig, ModelConfig):
@@ -23,6 +29,14 @@ class Arguments(RowConfig, ModelConfig):
     """File, folder, glob or hub id with records, or a list of them."""
     batch_size: int = 8
     """Rows at a time, over all devices."""
+    adapters: list[str] = field(default_factory=list, metadata=REPEATED)
+    """Adapters to compare in one table, the base included: [run1,run2], or several times."""
+    generate: int = 0
+    """Records whose answers are also generated and compared with their own (exact, chrF)."""
+    max_new_tokens: int | None = None
+    """Most tokens of an answer; null: 256, or when the model's positions are full."""
+    answers: str | None = None
+    """JSONL file to write with prompt, reference and answers of each of these records."""
     show: bool = False
     """Print the data as the model would read it, then stop."""
 
@@ -34,10 +48,19 @@ class Arguments(RowConfig, ModelConfig):
             raise UsageError(
                 f"batch_size={self.batch_size}; expected 1 to {MAX_SIZE:,}"
             )
+        if self.adapters and self.adapter is not None:
+            raise UsageError(
+                "give --adapter or --adapters; the first is one of the others"
+            )
+        if not 0 <= self.generate <= MAX_SIZE:
+            raise UsageError(f"generate={self.generate}; expected at least 0 records")
+        for name in ("max_new_tokens", "answers"):
+            if getattr(self, name) is not None and not self.generate:
+                raise UsageError(f"--{name} has no effect without --generate")
 
 
 def main(args: Arguments) -> None:
-    """Loads the model and the data, and prints one line."""
+    """Loads the model and the data, and prints a line, or a table of several adapters."""
     # What needs JAX is imported here: --help and a wrong flag are answered without it.
     import jax
 
@@ -49,16 +72,26 @@ def main(args: Arguments) -> None:
     from jlora.formats.open_model import open_model
     from jlora.formats.peft.adapter_placement import adapted_config
     from jlora.formats.peft.attach_adapter import attach_adapter
-    from jlora.loading import open_adapter
+    from jlora.loading import TextModel, open_adapter
     from jlora.model.llama import Llama
     from jlora.ops.compute_choices import choose_compute
     from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
     from jlora.report.samples import show_samples
+    from jlora.serving import held_out
     from jlora.train.evaluation import evaluate, make_eval_step
 
+    if args.generate:
+        held_out.import_chrf()
     source = open_model(args.model)
-    adapter = None if args.adapter is None else open_adapter(args.adapter, args.step)
-    config = adapted_config(adapter, source.config) if adapter else source.config
+    adapters = {name: open_adapter(name) for name in args.adapters}
+    if args.adapter is not None:
+        adapters[args.adapter] = open_adapter(args.adapter, args.step)
+    configs = {
+        name: adapted_config(adapter, source.config)
+        for name, adapter in adapters.items()
+    }
+    compared = ["base", *adapters] if args.adapters else list(adapters) or ["base"]
+    config = configs.get(compared[-1], source.config)
     rows = args.sized(config.longest)
     config.check_length(rows.row_length, "seq_len")
     tokenizer = Tokenizer(source.files, config)
@@ -77,29 +110,76 @@ def main(args: Arguments) -> None:
         print("\n".join([summary, *preview_lines(data), ""]))
         show_samples(preview_samples(data, tokenizer))
         return
+    questions: list[Question] = []
+    if args.generate:
+        questions = held_out.questions_of(
+            data, tokenizer, args.generate, config.longest
+        )
     keep_freed_memory()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     keep_compiled()
     check_divisible(mesh, config, args.batch_size)
-    params = load_params(source, dtype=args.base_dtype)
-    if adapter is not None:
-        params = attach_adapter(params, source.config, adapter)
-    params = jax.device_put(params, tree_shardings(mesh, params))
+    base = load_params(source, dtype=args.base_dtype)
     compute = choose_compute(
         ComputeConfig(dtype=args.dtype, kernels="xla"),
         mesh,
         head_dim=config.head_dim,
         max_segments=data.max_segments,
     )
-    model = Llama.with_compute(config, compute)
-    step = make_eval_step(model, mesh, params=params, packed=args.packing)
-    loss, count = evaluate(step, params, data, mesh)
+    figures: dict[str, dict[str, str]] = {}
+    answers: dict[str, list[str]] = {}
+    for name in compared:
+        params = base
+        if name in adapters:
+            params = attach_adapter(base, source.config, adapters[name])
+        params = jax.device_put(params, tree_shardings(mesh, params))
+        model = Llama.with_compute(configs.get(name, source.config), compute)
+        step = make_eval_step(model, mesh, params=params, packed=args.packing)
+        figures[name] = loss_figures(*evaluate(step, params, data, mesh))
+        if questions:
+            loaded = TextModel(model, params, tokenizer)
+            answers[name] = held_out.answers_to(
+                questions, loaded, max_new_tokens=args.max_new_tokens
+            )
+            scores = held_out.scores_of(answers[name], questions)
+            figures[name] |= {
+                "exact match": f"{scores.exact_match:.3f}",
+                "chrF": f"{scores.chrf:.2f}",
+                "answers": f"{len(questions):,}",
+            }
     for revision in data.revisions:
         print(f"data: {revision}")
-    print(
-        f"loss: {loss:.6f} || perplexity: {math.exp(min(loss, 700)):.4f} || "
-        f"tokens: {count:,d}"
-    )
+    if args.adapters:
+        print("\n".join(table_lines(figures)))
+    else:
+        [found] = figures.values()
+        print(" || ".join(f"{name}: {figure}" for name, figure in found.items()))
+    if args.answers is not None:
+        held_out.write_answers(Path(args.answers), questions, answers)
+
+
+def loss_figures(loss: float, count: int) -> dict[str, str]:
+    """Returns {name: figure} of a loss over so many tokens."""
+    return {
+        "loss": f"{loss:.6f}",
+        "perplexity": f"{math.exp(min(loss, 700)):.4f}",
+        "tokens": f"{count:,d}",
+    }
+
+
+def table_lines(figures: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns a table with a line for each adapter, the lowest loss first."""
+    names = ["adapter", *next(iter(figures.values()))]
+    order = sorted(figures, key=lambda name: float(figures[name]["loss"]))
+    rows = [names, *([name, *figures[name].values()] for name in order)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
 
 
 if __name__ == "__main__":

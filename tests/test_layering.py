@@ -39,6 +39,7 @@ OWNERS = {
     "huggingface_hub": ("jlora.hub",),
     "rich": ("jlora.report",),
     "yaml": ("jlora.cli", "jlora.report", "jlora.train"),
+    "sacrebleu": ("jlora.serving",),
     "starlette": ("jlora.serving",),
     "uvicorn": ("jlora.serving", "serve"),
     "torch": (),
