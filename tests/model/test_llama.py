@@ -16,7 +16,7 @@ from helpers.training_cases import (
     random_tokens,
 )
 
-from jlora.errors import UsageError
+from jlora.errors import UnsupportedError, UsageError
 from jlora.lora.adapter_tree import join, split, trainable_mask
 from jlora.model.decoding.kv_cache import KVCache
 from jlora.model.llama import Llama
@@ -53,6 +53,15 @@ def logits(config, params):
 def test_no_tokens_are_a_usage_error(config, params, shape):
     with pytest.raises(UsageError, match=r"tokens: expected an array \[B, T\]"):
         Llama(config).apply({"params": params}, jnp.zeros(shape, jnp.int32))
+
+
+def test_rows_beyond_the_attention_window_are_unsupported(config, params, logits):
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    windowed = Llama(replace(config, sliding_window=8))
+    found = windowed.apply({"params": params}, tokens)
+    np.testing.assert_array_equal(np.asarray(found), logits(tokens))
+    with pytest.raises(UnsupportedError, match=r"row=9 exceeds .* sliding_window=8"):
+        windowed.apply({"params": params}, jnp.zeros((1, 9), jnp.int32))
 
 
 def test_a_token_changes_no_logits_before_it(logits):
