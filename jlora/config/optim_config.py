@@ -13,14 +13,21 @@ DECAY_GROUPS: tuple[str, ...] = (
     *("lora_A", "lora_B", "embedding", "magnitude", "whole", "norm"),
 )
 
-# Settings that only some schedules have.
-_OF_SCHEDULES = {"min_lr_ratio": ("cosine", "wsd"), "decay_ratio": ("wsd",)}
+# Settings that only some schedules or optimizers have.
+_WITH_ADAM = ("optimizer", ("adamw", "muon"))
+_USERS = {
+    "min_lr_ratio": ("lr_schedule", ("cosine", "wsd")),
+    "decay_ratio": ("lr_schedule", ("wsd",)),
+    **dict.fromkeys(("adam_b1", "adam_b2", "adam_eps"), _WITH_ADAM),
+}
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer: AdamW on the adapter."""
+    """The optimizer of the adapter, and its learning rate."""
 
+    optimizer: Literal["adamw", "lion", "muon", "adafactor"] = "adamw"
+    """Rule of the updates; muon: of lora_A and lora_B, AdamW of what else is trained."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = (
@@ -46,11 +53,11 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm; 0 turns clipping off."""
     adam_b1: float = 0.9
-    """Decay of the first moment."""
+    """AdamW: decay of the first moment."""
     adam_b2: float = 0.999
-    """Decay of the second moment."""
+    """AdamW: decay of the second moment."""
     adam_eps: float = 1e-8
-    """Added to the denominator of the update."""
+    """AdamW: added to the denominator of the update."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
@@ -70,12 +77,12 @@ class OptimConfig:
             if not 0 <= getattr(self, name) < 1:
                 value = getattr(self, name)
                 raise UsageError(f"optim.{name}={value}; expected a number in [0, 1)")
-        for name, schedules in _OF_SCHEDULES.items():
+        for name, (choice, users) in _USERS.items():
             is_given = getattr(self, name) != getattr(OptimConfig, name)
-            if is_given and self.lr_schedule not in schedules:
+            if is_given and getattr(self, choice) not in users:
                 raise UsageError(
-                    f"optim.{name} has no effect with optim.lr_schedule="
-                    f"{self.lr_schedule}; it is for {listing(schedules)}"
+                    f"optim.{name} has no effect with optim.{choice}="
+                    f"{getattr(self, choice)}; it is for {listing(users)}"
                 )
         for group, decay in self.group_weight_decay.items():
             if group not in DECAY_GROUPS:

@@ -171,15 +171,15 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
     A leaf has the sharding of the parameter that the dictionary keys of its path name.
     So moments live where their weights do, also those of stacked layers, whose first axis
-    is not split. Scalars are replicated.
+    is not split. Scalars are replicated, and what an optimizer keeps of a row or column.
     """
 
     def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        if leaf.ndim == 0:
-            return NamedSharding(mesh, PartitionSpec())
         keys = [e.key for e in path if isinstance(e, jax.tree_util.DictKey)]
         # Keys of the optimizer's state are also the labels of its partition, True and False.
         names = tuple(k for k in keys if isinstance(k, str))
+        if leaf.ndim == 0 or not names or leaf.ndim < len(logical_axes(names)):
+            return NamedSharding(mesh, PartitionSpec())
         spec = parameter_sharding(mesh, names).spec
         more = leaf.ndim - len(logical_axes(names))
         return NamedSharding(mesh, PartitionSpec(*[None] * more, *spec))

@@ -1,8 +1,9 @@
-"""The optimizer of the adapter: schedule, clipping and AdamW; frozen leaves do not change.
+"""The optimizer of the adapter: schedule, clipping and updates; frozen leaves do not change.
 
-`optax.partition` gives the trainable leaves to clipping and AdamW, and all others to
-`set_to_zero`. So the global norm is that of the adapter's gradients, and only its leaves
-have moments. (`optax.masked` would return raw gradients as the updates of frozen leaves.)
+`optax.partition` gives the trainable leaves to clipping and AdamW (or another rule), and
+all others to `set_to_zero`. So the global norm is that of the adapter's gradients, and only
+its leaves have moments. (`optax.masked` would return raw gradients as the updates of frozen
+leaves.)
 
 Every trainable leaf belongs to one of `optim_config.DECAY_GROUPS`, with a learning rate
 (LoRA+) and a weight decay. The layers are stacked first: to compile updates of some hundred
@@ -16,11 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jlora.config.optim_config import DECAY_GROUPS, OptimConfig
 from jlora.lora.adapter_tree import Params, map_leaves, trainable_mask
+
+# Optimizers that look at one number at a time: layers may be stacked, and padded.
+ELEMENTWISE = ("adamw", "lion")
 
 
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -135,11 +140,54 @@ def make_optimizer(
     clips = config.max_grad_norm > 0
     adapter = optax.chain(
         optax.clip_by_global_norm(given.max_norm) if clips else optax.identity(),
-        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+        _rule(config),
         optax.partition({group: scaled(group) for group in DECAY_GROUPS}, groups),
     )
-    return optax.partition(
-        {True: _on_stacked_layers(adapter), False: optax.set_to_zero()}, trainable_mask
+    if config.optimizer in ELEMENTWISE:
+        adapter = _on_stacked_layers(adapter)
+    return optax.partition({True: adapter, False: optax.set_to_zero()}, trainable_mask)
+
+
+def _rule(config: OptimConfig) -> optax.GradientTransformation:
+    """Returns what makes updates of gradients, before weight decay and learning rate.
+
+    Source: Lion, "Symbolic Discovery of Optimization Algorithms" (Chen et al., 2023), with
+    its betas; Adafactor as `Adafactor(scale_parameter=False, relative_step=False)` of
+    Transformers; Muon, "Muon is Scalable for LLM Training" (Liu et al., 2025): updates with
+    the root mean square of AdamW's, so that its learning rates and decays go with both.
+    """
+    adam = optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps)
+    if config.optimizer == "adafactor":
+        return optax.chain(
+            optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+            optax.clip_by_block_rms(1.0),
+        )
+    if config.optimizer == "muon":
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(weight_dimension_numbers=_as_matrices),
+            optax.stateless(
+                lambda updates, _: jax.tree.map(_as_large_as_adam, updates)
+            ),
+        )
+        return optax.partition({True: muon, False: adam}, _is_pair)
+    return optax.scale_by_lion(0.9, 0.99) if config.optimizer == "lion" else adam
+
+
+def _as_matrices(tree: Any) -> Any:
+    """Returns for each leaf that it is a matrix [in, out], as Muon asks."""
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), tree)
+
+
+def _as_large_as_adam(update: Array) -> Array:
+    """Returns an orthogonal matrix with the root mean square of AdamW's updates, 0.2."""
+    return 0.2 * math.sqrt(max(update.shape)) * update
+
+
+def _is_pair(tree: Params) -> Params:
+    """Returns for each leaf whether it is a matrix of a LoRA pair of a projection."""
+    return map_leaves(
+        lambda path, leaf: group_of(path) in ("lora_A", "lora_B") and leaf.ndim == 2,
+        tree,
     )
 
 
@@ -148,7 +196,7 @@ def _on_stacked_layers(
 ) -> optax.GradientTransformation:
     """Returns an optimizer that stacks the layers, applies `inner` and unstacks them.
 
-    The updates are the same, as those of AdamW are elementwise but for the global norm.
+    The updates are the same, as those of `ELEMENTWISE` are, but for the global norm.
     """
 
     def init(params: Params) -> optax.OptState:

@@ -226,7 +226,7 @@ def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
     The message names every key that differs.
     """
     # A field that did not exist when the run began had its default.
-    defaults = _by_name({"lora": asdict(LoraConfig())})
+    defaults = _by_name({"lora": asdict(LoraConfig()), "optim.optimizer": "adamw"})
     # As text, because a tuple comes back from a checkpoint as a list.
     before, now = (
         {

@@ -106,6 +106,7 @@ class Run:
             "data": data.fingerprint,
             "lora": asdict(lora),
             "seed": settings.seed,
+            "optim.optimizer": settings.optim.optimizer,
         }
         if data.revisions:
             own["data.revisions"] = data.revisions

@@ -19,6 +19,7 @@ from jlora.cli.strict_yaml import read_yaml
 from jlora.config.run_config import ComputeConfig
 from jlora.data.batch.batches import Dataset
 from jlora.errors import UsageError, listing
+from jlora.train.optimizer import ELEMENTWISE
 
 # What is data to one compiled step. All else is shared: base, files, batch size, steps.
 VARIES = (
@@ -64,6 +65,11 @@ def read_sweep(args: A) -> dict[str, A]:
     if args.sweep is None:
         return {"": args}
     file = Path(args.sweep)
+    if args.optim.optimizer not in ELEMENTWISE:
+        raise UsageError(
+            f"{file}: optim.optimizer={args.optim.optimizer} looks at whole matrices, which "
+            f"a sweep pads to one rank; use {' or '.join(ELEMENTWISE)}"
+        )
     args_of = {
         name: _changed(args, name, changes or {}, file)
         for name, changes in read_yaml(file).items()

@@ -272,6 +272,7 @@ def test_resume_must_refuses_a_folder_without_a_run(tmp_path):
     [
         (["--lora.r", 4], "lora.r is 4, was 8"),
         (["--seed", 1], "seed is 1, was 0"),
+        (["--optim.optimizer", "lion"], 'optim.optimizer is "lion", was "adamw"'),
         (["--train.batch_size", 16], "batch_size is 16, was 8"),
         (["--data.train", "eval.jsonl"], "the data differs"),
         (["--data.packing", "true"], "data.packing is true, was false"),

@@ -218,6 +218,12 @@ def test_a_file_that_is_no_sweep_is_refused(text, words):
     assert words in done.err
 
 
+def test_an_optimizer_of_whole_matrices_is_refused():
+    done = refused("a: {}", "--optim.optimizer", "muon")
+    assert done.status == 2
+    assert "optim.optimizer=muon looks at whole matrices" in done.err
+
+
 def test_another_set_of_adapters_is_not_mixed_into_a_finished_sweep(sweep):
     shutil.copytree(sweep, "more")
     Path("more.yaml").write_text(f"{SWEEP}new: {{}}\n")

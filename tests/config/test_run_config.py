@@ -70,6 +70,7 @@ def test_the_defaults_are_valid(group):
     ("make", "without"),
     [
         (lambda: OptimConfig(loraplus_lr_embedding=1e-5), "optim.loraplus_lr_ratio"),
+        (lambda: OptimConfig(optimizer="lion", adam_b2=0.99), "optim.optimizer=lion"),
         (lambda: OptimConfig(min_lr_ratio=0.1), "optim.lr_schedule=linear"),
         (lambda: OptimConfig(lr_schedule="cosine", decay_ratio=0.2), "it is for wsd"),
         (lambda: DataConfig(max_bad_rows=5), "data.on_bad_row=fail"),

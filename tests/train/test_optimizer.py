@@ -1,10 +1,11 @@
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.training_cases import adapted_params, llama_config
+from helpers.training_cases import ONE_DEVICE, Run, adapted_params, llama_config
 
 from jlora.config.lora_config import LoraConfig
 from jlora.config.optim_config import OptimConfig
@@ -12,6 +13,7 @@ from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.parallel.sharding import make_mesh
+from jlora.train.checkpoint import save_checkpoint
 from jlora.train.memory_estimate import memory_bytes, plan_workload
 from jlora.train.optimizer import (
     Hyperparameters,
@@ -19,6 +21,7 @@ from jlora.train.optimizer import (
     make_optimizer,
     make_schedule,
 )
+from jlora.train.resuming import resume_all
 
 STEPS, RATE = 5, 1e-2
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -262,3 +265,86 @@ def test_a_run_shorter_than_warm_up_and_decay_keeps_the_warm_up():
     schedule = make_schedule(replace(config, decay_ratio=0.9), 10)
     found = [np.asarray(schedule(i)) for i in range(10)]
     np.testing.assert_allclose(found, [*(i / 8 for i in range(8)), 1, 0.5], atol=1e-6)
+
+
+def others_in_float64(rule):
+    """Five steps by `rule(gradient, memory, step)`, without clipping, at a constant rate."""
+    params, names = adapted()
+    values = {name: named(params)[name] for name in names}
+    memories: dict[str, dict[str, np.ndarray]] = {name: {} for name in names}
+    for step in range(STEPS):
+        drawn = named(gradients(params, step))
+        for name in names:
+            moved = rule(drawn[name], memories[name], step)
+            values[name] = values[name] - RATE * (moved + 0.3 * values[name])
+    return values
+
+
+def lion(gradient, memory, _):
+    before = memory.get("m", 0 * gradient)
+    memory["m"] = 0.99 * before + 0.01 * gradient
+    return np.sign(0.9 * before + 0.1 * gradient)
+
+
+def adafactor(gradient, memory, step):
+    """HF's Adafactor with scale_parameter=False and relative_step=False."""
+    decay = 1 - (step + 1.0) ** -0.8
+    square = gradient**2 + 1e-30
+    for axis in (0, 1):
+        mean = square.mean(axis, keepdims=True)
+        memory[axis] = decay * memory.get(axis, 0 * mean) + (1 - decay) * mean
+    rows, columns = memory[1], memory[0]
+    update = gradient / np.sqrt(rows / rows.mean() * columns)
+    return update / max(1, np.sqrt((update**2).mean()))
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("lion", lion), ("adafactor", adafactor)],
+    ids=["lion", "adafactor"],
+)
+def test_five_steps_equal_the_formula_in_float64(name, rule):
+    config = OptimConfig(
+        optimizer=name,
+        learning_rate=RATE,
+        lr_schedule="constant",
+        warmup_ratio=0,
+        weight_decay=0.3,
+        max_grad_norm=0,
+    )
+    found, expected = train(config), others_in_float64(rule)
+    for leaf, values in expected.items():
+        np.testing.assert_allclose(
+            found[leaf], values, rtol=0, atol=1e-4 * RATE + 1e-6, err_msg=leaf
+        )
+
+
+def test_muon_moves_pairs_by_orthogonal_matrices_as_large_as_adams_updates():
+    params, names = adapted()
+    config = OptimConfig(
+        optimizer="muon", learning_rate=1.0, lr_schedule="constant", warmup_ratio=0
+    )
+    optimizer = make_optimizer(config, make_schedule(config, STEPS))
+    state = optimizer.init(params)
+    updates = named(optimizer.update(gradients(params, 0), state, params)[0])
+    for name in names:
+        update = updates[name]
+        singular = np.linalg.svd(update, compute_uv=False)
+        ones = singular / (0.2 * np.sqrt(max(update.shape)))
+        # Newton and Schulz's iteration stops when they are near 1.
+        assert 0.6 < ones.min() <= ones.max() < 1.3, name
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "adafactor"])
+def test_every_optimizer_trains_on_every_mesh_and_resumes(name, tmp_path):
+    optim = OptimConfig(optimizer=name, learning_rate=1e-3, warmup_ratio=0)
+    runs = [Run(mesh, optim=optim) for mesh in (ONE_DEVICE, MeshConfig(2, 2, 2))]
+    one, many = (run.train(3) for run in runs)
+    for a, b in zip(one, many, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert one[-1]["grad_norm"] > 0
+    meta: dict[str, Any] = {"identity": {}, "settings": {}}
+    save_checkpoint(tmp_path / "checkpoints", 3, runs[0].state, meta, keep=1)
+    resumed = Run(optim=optim)
+    [(resumed.state, _)] = resume_all([tmp_path], [resumed.state], [meta], mode="must")
+    assert resumed.train(1) == runs[0].train(1)
