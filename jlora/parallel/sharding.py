@@ -51,6 +51,11 @@ KERNEL_AXES = {
     "lm_head": ("embed", "vocab"),
     "embed_tokens": ("vocab", "embed"),  # the kernel of one-hot tokens
 }
+# Of quantised kernels fsdp cuts columns: nf4 keeps 64 rows together, which need not divide.
+QUANTIZED_AXES = KERNEL_AXES | {
+    "o_proj": ("heads", "embed"),
+    "down_proj": ("mlp", "embed"),
+}
 # The leaves whose axes do not depend on their module.
 LEAF_AXES = {
     "scale": (None,),
@@ -143,12 +148,13 @@ def logical_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
     if leaf in LEAF_AXES:
         return LEAF_AXES[leaf]
     rows, columns = KERNEL_AXES[module]
+    stored_rows, stored_columns = QUANTIZED_AXES[module]
     return {
         "kernel": (rows, columns),
         "embedding": (rows, columns),
-        "kernel_q": (rows, columns),
-        "kernel_scale": (columns,),
-        "kernel_absmax": (rows, columns),
+        "kernel_q": (stored_rows, stored_columns),
+        "kernel_scale": (stored_columns,),
+        "kernel_absmax": (stored_rows, stored_columns),
         "bias": (columns,),
         "lora_A": (rows, "lora_rank"),
         "lora_B": ("lora_rank", columns),
