@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from helpers.commands import adapter_bytes, evaluated_loss, succeed
+from helpers.commands import adapter_bytes, evaluated_loss, generated, succeed
 
 pytestmark = pytest.mark.usefixtures("in_workdir")
 
@@ -43,8 +43,8 @@ def test_exports_are_the_same_bytes_twice(run, merged, tmp_path):
 
 def test_merged_and_adapted_models_generate_the_same(merged):
     flags = ["--prompt", "What is a", "--max_new_tokens", 8]
-    assert succeed("generate", "--model", merged, *flags) == succeed(
-        "generate", "--model", "hf", "--adapter", "run", *flags
+    assert generated("--model", merged, *flags) == generated(
+        "--model", "hf", "--adapter", "run", *flags
     )
 
 

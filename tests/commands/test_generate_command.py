@@ -1,13 +1,12 @@
 import contextlib
 import io
 import json
-import re
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-from helpers.commands import STEPS, call, metrics, succeed, train_flags
+from helpers.commands import STEPS, call, generated, metrics, succeed, train_flags
 from helpers.data_cases import chat, write_rows
 
 from jlora.cli import jlora_command
@@ -27,15 +26,6 @@ def _chat_run(workdir) -> None:
         flags = train_flags("chat_run", "--data.train", "talk.jsonl")
         assert "every assistant turn" in succeed("train", *flags)
         assert len(metrics(workdir / "chat_run")) == STEPS
-
-
-def generated(*flags: object) -> str:
-    """What generate prints, after a closing line of figures was checked."""
-    done = call("generate", *flags)
-    figures = r"[\d,]+ tokens?(, [\d.]+ tokens/s)?, the first after [\d.]+ s\n"
-    assert re.fullmatch(f"({figures})+", done.err), done.err
-    assert done.status == 0
-    return done.out
 
 
 def test_generate_continues_a_prompt_the_same_way_twice(run):

@@ -95,7 +95,7 @@ TRAIN_MISTAKES = [
 
 GENERATE_MISTAKES = [
     ("", 2, "missing: --model"),
-    ("--model hf", 2, "give --prompt TEXT, or --chat"),
+    ("--model hf", 2, "--prompts FILE or --chat"),
     ("--model hf --prompt=", 2, "the prompt is empty"),
     ("--model hf --prompt a --max_new_tokens 0", 2, "max_new_tokens=0"),
     ("--model hf --prompt a --max_new_tokens 128", 2, "at most max_new_tokens=127"),
@@ -134,7 +134,7 @@ CONVERT_MISTAKES = [
     ("info", "nowhere", 2, "no such file or folder"),
     ("info", "a" * 300, 2, "File name too long"),
     ("to_peft", "x --adapter " + "a" * 300, 2, "File name too long"),
-    ("to_hf", "x --model hf", 2, "missing: --adapter"),
+    ("to_hf", "x --model hf", 2, "missing: OUT (Folder to write"),
     ("to_hf", "x --model hf --adapter empty", 2, "neither adapter_config.json"),
     ("to_hf", "base --model hf --adapter run", 2, "add --overwrite"),
     ("to_peft", "x --adapter hf", 2, "neither adapter_config.json"),

@@ -13,6 +13,7 @@ from helpers.commands import (
     adapter_bytes,
     call,
     evaluated_loss,
+    generated,
     losses,
     metrics,
     succeed,
@@ -265,9 +266,7 @@ def test_a_quantised_model_trains_resumes_and_merges(tmp_path):
         evaluated_loss("--model", merged), abs=2e-6
     )
     text = ["--prompt", "What is", "--max_new_tokens", 4]
-    assert succeed("generate", *flags, *text) == succeed(
-        "generate", "--model", merged, *text
-    )
+    assert generated(*flags, *text) == generated("--model", merged, *text)
 
 
 def test_the_runs_config_file_gives_the_same_run_again(run, tmp_path):

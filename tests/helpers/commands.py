@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,15 @@ def succeed(name: str, *flags: object) -> str:
     """Runs a command that must end with 0 and no message; returns what it prints."""
     done = call(name, *flags)
     assert (done.status, done.err) == (0, "")
+    return done.out
+
+
+def generated(*flags: object) -> str:
+    """What generate prints, after a closing line of figures was checked."""
+    done = call("generate", *flags)
+    figures = r"[\d,]+ tokens?(, [\d.]+ tokens/s)?, the first after [\d.]+ s\n"
+    assert re.fullmatch(f"({figures})+", done.err), done.err
+    assert done.status == 0
     return done.out
 
 
