@@ -50,6 +50,7 @@ class Run:
         data: what it is trained on.
         held_out: what it is evaluated on, or None.
         flops_per_token: of the model with this adapter.
+        devices: that compute it.
         facts: what the report tells of its start; see `jlora.report.run_folder`.
         progress: what it remembers besides its state.
         error: why this run has ended before the others, or None.
@@ -63,6 +64,7 @@ class Run:
     data: Dataset
     held_out: Dataset | None
     flops_per_token: float
+    devices: int
     facts: dict[str, Any] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     error: DivergedError | None = None
@@ -130,6 +132,7 @@ class Run:
             data=data,
             held_out=held_out,
             flops_per_token=flops_per_token,
+            devices=mesh.size,
             facts=facts,
         )
 
@@ -173,7 +176,7 @@ class Run:
             steps_per_epoch=self.data.steps_per_epoch,
             log_every=config.log_every,
             total_steps=total_steps,
-            devices=len(self.adapter.state.step.sharding.device_set),
+            devices=self.devices,
             index=next(i for i, run in enumerate(runs) if run is self),
         )
         with self.report:
