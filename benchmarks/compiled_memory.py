@@ -1,19 +1,25 @@
-"""Compiles a training step for an H200 that is only described, and prints its memory.
+"""Compiles a training step for devices that are only described, and prints its memory.
 
-No GPU is needed, but the compiler for one (not with `--device cpu`):
+No GPU or TPU is needed, but the compiler for one (not with `--device cpu`):
 
     pip install jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvrtc nvidia-cuda-runtime
     python benchmarks/compiled_memory.py B --base-dtype nf4 --remat full --layers 4 8
+    pip install libtpu
+    python benchmarks/compiled_memory.py B --device v5e:2x2 --fsdp 4 --layers 1 --attention splash
 
 The JSON line of each number of layers has the compiler's own bytes, in GiB: `arguments` are
 weights, adapter, optimizer state and batch; `temporary` is what a step adds on the device;
 `planned` is the estimate of `jlora train --plan`. What each further layer adds to
-`temporary` is what is saved for the backward pass, so a few layers tell about all.
+`temporary` is what is saved for the backward pass, so a few layers tell about all. With
+several devices, `collectives` are those of the program; `kernels_in_program` counts kernels that
+are not XLA's own.
 """
 
 import argparse
 import json
 import os
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from step_time import QUANTIZERS, WORKLOADS, Workload, random_base
+from step_time import QUANTIZERS, WORKLOADS, Workload, collectives, random_base
 
 from jlora.config.optim_config import OptimConfig
 from jlora.config.run_config import MeshConfig
@@ -40,11 +46,17 @@ from jlora.train.memory_estimate import memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
 
+# Of Pallas on a TPU and on a GPU, and cuDNN's.
+_KERNELS = r'custom_call_target="(?:tpu_custom_call|mosaic_gpu|__cudnn)'
 DESCRIPTION = Path(__file__).parent / "h200.txtpb"
 
 
-def described_h200(config: MeshConfig) -> Mesh:
-    """Returns a mesh of H200s that are not there."""
+def described(device: str, config: MeshConfig) -> Mesh:
+    """Returns a mesh of devices that are not there: "h200", or a slice such as "v5e:2x4"."""
+    if device != "h200":
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks a host of Google's
+        found = topologies.get_topology_desc(platform="tpu", topology_name=device)
+        return make_mesh(config, list(found.devices))
     from jax._src.cudnn import fused_attention_stablehlo
 
     # The rule for attention asks the installed cuDNN for its version.
@@ -101,8 +113,9 @@ def compiled_step(work: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
             "positions": jnp.int32,
         }.items()
     }
-    compiled = step.lower(state, frozen, batch).compile()
-    found = compiled.memory_analysis()
+    lowered, start = step.lower(state, frozen, batch), time.perf_counter()
+    compiled = lowered.compile()
+    found, seconds = compiled.memory_analysis(), time.perf_counter() - start
     gib = 2**30
     return compiled, {
         "layers": work.config.num_hidden_layers,
@@ -113,6 +126,9 @@ def compiled_step(work: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
         "temporary": round(found.temp_size_in_bytes / gib, 3),
         "host": round(found.host_temp_size_in_bytes / gib, 3),
         "planned": round(sum(memory_bytes(params, planned).values()) / gib, 3),
+        "compile_s": round(seconds, 1),
+        "kernels_in_program": len(re.findall(_KERNELS, compiled.as_text())),
+        **({"collectives": collectives(compiled.as_text())} if mesh.size > 1 else {}),
     }
 
 
@@ -130,7 +146,12 @@ def main() -> None:
     """Prints a line for each number of layers."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workload", choices=WORKLOADS)
-    parser.add_argument("--device", choices=("h200", "cpu"), default="h200")
+    parser.add_argument(
+        "--device", default="h200", help="h200, cpu, or a TPU slice, such as v5e:2x4"
+    )
+    parser.add_argument(
+        "--attention", choices=("auto", "splash", "xla"), default="auto"
+    )
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--kernels", choices=("auto", "xla", "hopper"), default="auto")
     parser.add_argument("--base-dtype", choices=QUANTIZERS, help="quantise the weights")
@@ -141,10 +162,12 @@ def main() -> None:
     args = parser.parse_args()
     work = WORKLOADS[args.workload]
     wanted = MeshConfig(args.data, args.fsdp, args.tensor)
-    mesh = described_h200(wanted) if args.device == "h200" else make_mesh(wanted)
+    is_cpu = args.device == "cpu"
+    mesh = make_mesh(wanted) if is_cpu else described(args.device, wanted)
     compute = replace(
         work.compute,
         kernels=args.kernels,
+        attention=args.attention,
         base_dtype=args.base_dtype or work.compute.base_dtype,
         remat=args.remat or work.compute.remat,
     )

@@ -252,23 +252,29 @@ def _gib(tree: Any) -> float:
     return round(sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**30, 4)
 
 
-def collectives(compiled: Any) -> dict[str, Any]:
+def collectives(text: str) -> dict[str, Any]:
     """Returns {kind: [how many, GiB of their results, how many in loops]} of a program.
 
     What is in a loop counts once.
     """
     found: dict[str, list[float]] = {}
-    in_loop = True
-    for line in compiled.as_text().splitlines():
-        if not line.startswith(" "):
-            in_loop = not line.startswith("ENTRY")
-        # A start has operands and results, the done only results.
-        match = re.match(rf"\s+(?:ROOT )?%?\S+ = (.+?) ({_KINDS})(?:-done)?\(", line)
-        if match:
+    parts = re.findall(r"^(?:ENTRY )?(%\S+) .*?\{\n(.*?)^\}$", text, re.M | re.S)
+    looped = set(re.findall(r"(?:body|condition)=(%[\w.\-]+)", text))
+    calls = {name: set(re.findall(r"=(%[\w.\-]+)", body)) for name, body in parts}
+    while more := {c for name in looped for c in calls.get(name, ())} - looped:
+        looped |= more
+    pattern = re.compile(rf"= (.+?) ({_KINDS})(-start)?\(")
+    for name, body in parts:
+        # On a TPU the start of a collective, the products beside it, and its end name it.
+        if "async_collective_fusion" in name or "AsyncCollectiveDone" in body:
+            continue
+        for match in filter(None, map(pattern.search, body.splitlines())):
+            # A start has a tuple of operands before the results.
+            result = re.sub(r"^\(\(.*?\), ", "", match[1]) if match[3] else match[1]
             entry = found.setdefault(match[2], [0, 0.0, 0])
             entry[0] += 1
-            entry[1] = round(entry[1] + _type_bytes(match[1]) / 2**30, 4)
-            entry[2] += in_loop
+            entry[1] = round(entry[1] + _type_bytes(result) / 2**30, 4)
+            entry[2] += name in looped
     return found
 
 
@@ -316,7 +322,7 @@ def measure(
     if mesh.size > 1:
         axes = (f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
         device = f"{mesh.size} x {device}, {', '.join(axes)}"
-        facts["collectives"] = collectives(compiled)
+        facts["collectives"] = collectives(compiled.as_text())
     return {
         "workload": name,
         "framework": "jlora",
