@@ -113,7 +113,7 @@ def divergence(found: np.ndarray, reference: np.ndarray) -> float:
 
 def plot(curves: dict[str, list[float]], file: Path) -> None:
     """Draws the loss curves, each the mean of ten steps."""
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt  # type: ignore[import-not-found]
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, losses in curves.items():
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out-rows", type=int, default=64)
     parser.add_argument("--out", type=Path, help="write the loss curves to this JSON")
-    parser.add_argument("--plot", type=Path, help="draw them to this SVG or PNG")
+    parser.add_argument("--plot", type=Path, help="draw them (needs matplotlib)")
     args = parser.parse_args()
     _, _, tokenizer = jlora.load(args.model, dtype="keep")
     rows, held = rows_of(tokenizer, args.length)

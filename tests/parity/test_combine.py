@@ -106,7 +106,7 @@ def test_merging_one_after_another_equals_pefts_merge_of_several(dtype, tmp_path
     source = tmp_path / "base"
     for index, folder in enumerate(folders):
         out = tmp_path / f"merged{index}"
-        to_hf.main(to_hf.Arguments(folder, str(out), str(source), verify=False))
+        to_hf.main(to_hf.Arguments(folder, str(out), model=str(source), verify=False))
         source = out
     ours = convert.load(str(source), dtype="keep")[1]
     for key, path in (
