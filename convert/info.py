@@ -28,17 +28,20 @@ def main(arguments: Arguments) -> None:
     from jlora.formats.describe import describe_adapter, describe_model
     from jlora.formats.model_source import hash_weights
     from jlora.formats.open_model import open_model
-    from jlora.loading import exported_adapter, open_adapter
+    from jlora.loading import exported_adapter, open_adapter, run_of
     from jlora.train.checkpoint import saved_steps
+    from jlora.train.resuming import exported_step
 
     if is_adapter(Path(arguments.path)):
         if arguments.digest:
             raise UsageError("--digest is for models; an adapter has none")
-        folder = Path(arguments.path)
-        steps = sorted(saved_steps(folder / "checkpoints"))
-        adapter, found = open_adapter(folder), exported_adapter(folder)
-        lines = describe_adapter(adapter, folder, found, steps)
-        print("\n".join(lines))
+        adapter, path = open_adapter(arguments.path), Path(arguments.path)
+        run = run_of(path)
+        found = exported_adapter(run) if run == path else None
+        read_from = path if run != path else found or run / "checkpoints"
+        steps = sorted(saved_steps(run / "checkpoints"))
+        held = exported_step(run) if found else None
+        print("\n".join(describe_adapter(adapter, run, read_from, steps, held)))
         return
     source = open_model(arguments.path)
     lines = describe_model(source)
@@ -49,7 +52,9 @@ def main(arguments: Arguments) -> None:
 
 
 def is_adapter(path: Path) -> bool:
-    """Returns whether the folder is an adapter or a run, not a model."""
+    """Returns whether the folder is an adapter, a run or a checkpoint of one, not a model."""
+    if path.parent.name == "checkpoints" and (path / "meta").is_dir():
+        return True
     if not path.is_dir() or (path / "config.json").exists():
         return False
     return (path / "adapter_config.json").exists() or (path / "checkpoints").is_dir()

@@ -67,15 +67,20 @@ def describe_model(source: ModelSource) -> list[str]:
 
 
 def describe_adapter(
-    adapter: Adapter, folder: Path, found: Path | None, steps: Sequence[int] = ()
+    adapter: Adapter,
+    folder: Path,
+    read_from: Path,
+    steps: Sequence[int] = (),
+    held: int | None = None,
 ) -> list[str]:
     """Returns one line per fact of a PEFT adapter folder or of a run.
 
     Args:
         adapter: what was read.
-        folder: what was asked about.
-        found: the folder in PEFT's form that was read; None: the run's newest checkpoint.
+        folder: that of the adapter or run.
+        read_from: what of it was read.
         steps: checkpoints of a run.
+        held: the step of the run that `read_from` holds, if that is known.
     """
     config = adapter.config
     leaves = [leaf for module in adapter.tensors.values() for leaf in module.values()]
@@ -86,7 +91,7 @@ def describe_adapter(
         if "lora_A" in module
     }
     scales = {f"{scale:g}" for scale in adapter.scalings.values()}
-    form = "PEFT adapter" if found == folder else "run"
+    form = "PEFT adapter" if read_from == folder else "run"
     facts = {
         "format": form,
         "adapter": f"{'DoRA' if config.use_dora else 'LoRA'}, rank "
@@ -98,8 +103,8 @@ def describe_adapter(
         "base model": _base(adapter),
     }
     if form == "run":
-        read_from = found or folder / "checkpoints"
-        facts["read from"] = read_from.relative_to(folder).as_posix()
+        of_step = "" if held is None else f" (step {held})"
+        facts["read from"] = read_from.relative_to(folder).as_posix() + of_step
         facts["checkpoints"] = listing(steps) or "none"
     return _lines(facts)
 

@@ -107,6 +107,14 @@ def is_newest_export(run: Path) -> bool:
     return record == found
 
 
+def exported_step(run: Path) -> int | None:
+    """Returns the step that a run's adapter/ holds, None if it was not recorded."""
+    try:
+        return int((run / EXPORTED).read_text().split()[3])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _export_record(run: Path, step: int) -> str:
     digests = [file_sha256(run / "adapter" / name) for name in ADAPTER_FILES]
     return " ".join([str(step), *digests])

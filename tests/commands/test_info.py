@@ -13,6 +13,7 @@ from convert import info
 from jlora.cli.command import run_command
 from jlora.formats.base.base_writer import write_base
 from jlora.formats.open_model import open_model
+from jlora.train.checkpoint import save_checkpoint
 from jlora.train.resuming import record_export
 
 TOKENIZER = {
@@ -153,10 +154,27 @@ def test_facts_of_a_run(tmp_path, show):
     shutil.copytree(golden("basic").folder, tmp_path / "run" / "adapter")
     (tmp_path / "run" / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "9").mkdir()
-    record_export(tmp_path / "run", 10, 10)
+    record_export(tmp_path / "run", 10, 9)
     facts = show(tmp_path / "run")
-    assert (facts["format"], facts["read from"]) == ("run", "adapter")
+    assert (facts["format"], facts["read from"]) == ("run", "adapter (step 9)")
     assert facts["checkpoints"] == "9, 10"
+
+
+def test_facts_of_a_checkpoint(tmp_path, show):
+    leaf = {
+        "lora_A": np.zeros((8, 2), np.float32),
+        "lora_B": np.zeros((2, 8), np.float32),
+    }
+    tree = {"trainable": {"layers": {"0": {"self_attn": {"q_proj": leaf}}}}}
+    settings = {"lora": {"r": 2, "target_modules": ["q_proj"]}, "model": "owner/name"}
+    for step in (3, 6):
+        save_checkpoint(
+            tmp_path / "checkpoints", step, tree, {"settings": settings}, keep=2
+        )
+    facts = show(tmp_path / "checkpoints" / "3")
+    assert (facts["format"], facts["read from"]) == ("run", "checkpoints/3")
+    assert facts["checkpoints"] == "3, 6"
+    assert facts["parameters"] == "32"
 
 
 def test_an_exported_folder_is_a_model(tmp_path, show):
