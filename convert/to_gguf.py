@@ -28,6 +28,8 @@ class Arguments:
     """Type of the matrices; norms and biases are F32."""
     overwrite: bool = False
     """Replace OUT if it is a model folder."""
+    push: str | None = None
+    """Also upload OUT to this repository of the hub, owner/name, with a model card."""
     verify: bool | None = None
     """Compare the logits of base+adapter and OUT; null: if below 1e9 parameters."""
 
@@ -42,8 +44,10 @@ def main(arguments: Arguments) -> None:
     from jlora.formats.peft.adapter_placement import place_adapter
     from jlora.formats.verify_export import is_verified, verify_export
     from jlora.loading import base_model_of, open_adapter
+    from jlora.publishing import check_push, push_export
 
     began = time.perf_counter()
+    check_push(arguments.push)
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
     source = open_model(arguments.model or base_model_of(arguments.adapter))
@@ -59,6 +63,10 @@ def main(arguments: Arguments) -> None:
             print(verify_export(source, adapter, folder / FILE))
     print(f"{out / FILE} written in {time.perf_counter() - began:.1f} s")
     print(f"ollama create NAME -f {out / 'Modelfile'}")
+    if arguments.push is not None:
+        print(
+            push_export(out, arguments.push, arguments.adapter, arguments.model, "gguf")
+        )
 
 
 if __name__ == "__main__":

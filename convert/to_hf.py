@@ -28,6 +28,8 @@ class Arguments:
     """Storage of every tensor; keep: as in the base."""
     overwrite: bool = False
     """Replace OUT if it is a model folder."""
+    push: str | None = None
+    """Also upload OUT to this repository of the hub, owner/name, with a model card."""
     verify: bool | None = None
     """Compare the logits of base+adapter and OUT; null: if below 1e9 parameters."""
 
@@ -43,8 +45,10 @@ def main(arguments: Arguments) -> None:
     from jlora.formats.peft.adapter_placement import place_adapter
     from jlora.formats.verify_export import is_verified, verify_export
     from jlora.loading import base_model_of, open_adapter
+    from jlora.publishing import check_push, push_export
 
     began = time.perf_counter()
+    check_push(arguments.push)
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
     source = open_model(arguments.model or base_model_of(arguments.adapter))
@@ -60,6 +64,12 @@ def main(arguments: Arguments) -> None:
     for note in reader_notes(source.config):
         print(note)
     print(f"{out} written in {time.perf_counter() - began:.1f} s")
+    if arguments.push is not None:
+        print(
+            push_export(
+                out, arguments.push, arguments.adapter, arguments.model, "merged"
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ class Arguments:
     """Who reads it: PEFT, vLLM, or llama.cpp's convert_lora_to_gguf.py."""
     overwrite: bool = False
     """Replace OUT if it is an adapter folder."""
+    push: str | None = None
+    """Also upload OUT to this repository of the hub, owner/name, with a model card."""
 
 
 def main(arguments: Arguments) -> None:
@@ -33,7 +35,9 @@ def main(arguments: Arguments) -> None:
     from jlora.formats.peft.plain_lora import plain_lora
     from jlora.formats.peft.serving_formats import convert_for_serving
     from jlora.loading import open_adapter
+    from jlora.publishing import check_push, push_export
 
+    check_push(arguments.push)
     out = Path(arguments.out)
     check_target(out, arguments.overwrite)
     adapter = open_adapter(arguments.adapter, arguments.step)
@@ -45,6 +49,8 @@ def main(arguments: Arguments) -> None:
     print(f"{out}: {len(adapter.tensors)} modules, written for {arguments.for_}")
     if hint:
         print(hint)
+    if arguments.push is not None:
+        print(push_export(out, arguments.push, arguments.adapter, None, "adapter"))
 
 
 if __name__ == "__main__":

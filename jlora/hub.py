@@ -1,11 +1,11 @@
-"""Downloads models, adapters and data sets of the Hugging Face hub into its own cache."""
+"""Downloads from the Hugging Face hub into its own cache, and uploads exports."""
 
 import functools
 import glob
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,6 +92,55 @@ def hub_folder(
     except Exception as error:  # of many classes, from several HTTP libraries
         raise _hub_error(name, kind, error) from error
     return Path(folder)
+
+
+def check_repository(name: str) -> None:
+    """Raises UsageError unless a repository can have this name, owner/name."""
+    found = _HUB_ID.fullmatch(name)
+    if found is None or found[3] or len(name) > _MAX_LENGTH:
+        raise UsageError(
+            f"push={name!r}; expected owner/name, as of a hub's repository"
+        )
+
+
+def license_of(name: str) -> str | None:
+    """Returns the licence that the card of a model on the hub names; None if unknown."""
+    if name.count("/") != 1:
+        return None
+    import huggingface_hub
+
+    with suppress(Exception):  # gated, gone, no connection: then it is not known
+        card = huggingface_hub.HfApi().model_info(name).card_data
+        found = card.to_dict().get("license") if card else None
+        return found if isinstance(found, str) else None
+    return None
+
+
+def push_files(name: str, files: Mapping[str, Path | bytes]) -> str:
+    """Uploads files in one commit to a model repository; returns its address.
+
+    A repository that does not exist is made, and is private.
+
+    Raises:
+        UsageError: it cannot be made or written; the message says why and what to do.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    operations = [
+        huggingface_hub.CommitOperationAdd(path, content)
+        for path, content in sorted(files.items())
+    ]
+    try:
+        made = api.create_repo(name, private=True, exist_ok=True)
+        api.create_commit(name, operations, commit_message="Upload by jlora")
+    except Exception as error:  # as in `hub_folder`
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(
+            f"{name}: cannot be uploaded to the hub: {reason[0]}; {_LOG_IN} with a token "
+            "that may write there"
+        ) from error
+    return str(made)
 
 
 # Once a run, so that data to train on and to evaluate on are of one commit.

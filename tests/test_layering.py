@@ -22,6 +22,7 @@ PACKAGES = (
     "jlora.formats",
     "jlora.train",
     "jlora.loading",
+    "jlora.publishing",
     "jlora.serving",
 )
 # Inside jlora.data, likewise; and only files of jlora.ops.hopper are above those of ops.
@@ -38,7 +39,7 @@ OWNERS = {
     "gguf": ("jlora.formats",),
     "huggingface_hub": ("jlora.hub",),
     "rich": ("jlora.report",),
-    "yaml": ("jlora.cli", "jlora.report", "jlora.train"),
+    "yaml": ("jlora.cli", "jlora.formats.model_card", "jlora.report", "jlora.train"),
     "sacrebleu": ("jlora.serving",),
     "starlette": ("jlora.serving",),
     "uvicorn": ("jlora.serving", "serve"),
