@@ -72,7 +72,7 @@ def relative_error(found: jax.Array, wanted: jax.Array) -> float:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (6, 2)])
-@pytest.mark.parametrize("length", [64, 200, 1024])
+@pytest.mark.parametrize("length", [63, 64, 200, 1024])
 def test_cudnn_attention_and_gradients_equal_float32_reference(
     heads: int, kv_heads: int, length: int
 ) -> None:

@@ -49,13 +49,24 @@ def attend(
         raise UsageError(
             "compute.attention=cudnn needs compute.dtype bfloat16, found float32"
         )
+    length = q.shape[1]
+    if length % 2:  # cuDNN's gradient takes even lengths only
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        if segment_ids is not None:
+            segment_ids = jnp.pad(segment_ids, ((0, 0), (0, 1)))
+    return _cudnn(q, k, v, segment_ids, compute.max_segments)[:, :length]
+
+
+def _cudnn(
+    q: Array, k: Array, v: Array, segment_ids: Array | None, max_segments: int
+) -> Array:
     if segment_ids is None:
         return jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn"
         )
-    if compute.max_segments < 1:
+    if max_segments < 1:
         raise UsageError("cudnn attention of packed rows needs max_segments")
-    return _packed_cudnn(q, k, v, segment_ids, compute.max_segments)
+    return _packed_cudnn(q, k, v, segment_ids, max_segments)
 
 
 def _packed_cudnn(

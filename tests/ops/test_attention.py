@@ -7,6 +7,7 @@ import pytest
 
 from jlora.errors import UsageError
 from jlora.ops.attention import attend
+from jlora.ops.attention_cached import attend_cached
 from jlora.ops.compute_choices import Compute
 
 CPU, GPU = Compute("cpu"), Compute("gpu")
@@ -92,7 +93,9 @@ def test_queries_after_a_cache_see_what_lies_before_them(offset):
     q, k, v = case(queries=3)
     # What lies in the cache beyond the queries must not matter.
     k[:, offset + 3 :], v[:, offset + 3 :] = 1e3, 1e6
-    found = attend_to(map(jnp.asarray, (q, k, v)), CPU, offset=jnp.int32(offset))
+    kept = (x.swapaxes(1, 2).reshape(-1, *x.shape[1::2]) for x in (k, v))
+    offsets = jnp.full(len(q), offset)
+    found = attend_cached(jnp.asarray(q), *map(jnp.asarray, kept), offsets)
     expected = by_hand(q, k, v, offset=offset)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
@@ -126,3 +129,27 @@ def test_cudnn_refuses_what_it_would_compute_wrongly(dtype, segment_ids, message
     arrays = [jnp.asarray(x, dtype) for x in case()]
     with pytest.raises(UsageError, match=message):
         attend_to(arrays, Compute(attention="cudnn"), segment_ids=segment_ids)
+
+
+def test_rows_of_odd_length_are_made_even_for_cudnn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its rule does, the stand-in takes even lengths only."""
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in case(queries=7, keys=7))
+
+    def dense(q: Any, k: Any, v: Any, **_: Any) -> Any:
+        assert q.shape[1] == k.shape[1] == v.shape[1] == 8
+        return attend(q, k, v, GPU)
+
+    def packed(q: Any, k: Any, v: Any, *, q_seqlen: Any, **_: Any) -> Any:
+        assert np.asarray(q_seqlen).clip(0).sum(axis=1).tolist() == [8, 8]
+        return attend(q, k, v, GPU)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", dense)
+    cudnn = Compute(attention="cudnn", dtype=jnp.bfloat16, max_segments=3)
+    np.testing.assert_array_equal(attend(q, k, v, cudnn), attend(q, k, v, GPU))
+    segments = jnp.asarray([[1, 1, 1, 1, 2, 2, 2], [1, 1, 2, 3, 3, 0, 0]])
+    module = "jax._src.cudnn.fused_attention_stablehlo.dot_product_attention"
+    monkeypatch.setattr(module, packed)
+    found = attend(q, k, v, cudnn, segment_ids=segments)
+    assert found.shape == q.shape
