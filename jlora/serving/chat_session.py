@@ -68,8 +68,8 @@ class ChatSession:
                     raise
                 warn(str(error))  # a person can go on with another line
 
-    def _answer(self, text: str) -> None:
-        messages = [*self._messages, {"role": "user", "content": text}]
+    def _answer(self, question: str) -> None:
+        messages = [*self._messages, {"role": "user", "content": question}]
         loaded = self._model()
         whole = with_system(messages, self._system)
         ids = conversation_ids(whole, loaded.tokenizer)
@@ -99,8 +99,8 @@ class ChatSession:
         except KeyboardInterrupt:
             show_text(" [ended]")
         show_text("\n")
-        answer = {"role": "assistant", "content": "".join(shown)}
-        self._messages = [*messages, answer]
+        if text := "".join(shown):  # a question that nobody answered is forgotten
+            self._messages = [*messages, {"role": "assistant", "content": text}]
         print(speed.line(), file=sys.stderr)
 
     def _model(self) -> TextModel:
