@@ -93,9 +93,10 @@ def test_queries_after_a_cache_see_what_lies_before_them(offset):
     q, k, v = case(queries=3)
     # What lies in the cache beyond the queries must not matter.
     k[:, offset + 3 :], v[:, offset + 3 :] = 1e3, 1e6
-    kept = (x.swapaxes(1, 2).reshape(-1, *x.shape[1::2]) for x in (k, v))
-    offsets = jnp.full(len(q), offset)
-    found = attend_cached(jnp.asarray(q), *map(jnp.asarray, kept), offsets)
+    keys, values = (
+        jnp.asarray(x.swapaxes(1, 2).reshape(-1, *x.shape[1::2])) for x in (k, v)
+    )
+    found = attend_cached(jnp.asarray(q), keys, values, jnp.full(len(q), offset))
     expected = by_hand(q, k, v, offset=offset)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
