@@ -19,9 +19,7 @@ def test_plan_reads_no_weights_and_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_plan_continues_an_adapter(run, tmp_path):
-    flags = train_flags(
-        tmp_path / "new", "--plan", "--init_adapter", run, "--lora.r", 2
-    )
+    flags = train_flags(tmp_path / "new", "--plan", "--init_adapter", run)
     assert succeed("train", *flags).startswith("trainable params: 7,424")
 
 
