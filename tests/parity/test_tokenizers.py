@@ -1,10 +1,11 @@
 """Token ids of what people's tokenizers and conversations hold, compared with Transformers."""
 
 import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import transformers_4
 from helpers.data_cases import CONFIG, field_files
 from transformers import AutoTokenizer
 
@@ -12,12 +13,18 @@ from jlora.data.read.conversations import messages_of, tools_of
 from jlora.data.tokenize.tokenizer import Tokenizer
 
 
-def both(folder: Path, files: dict[str, bytes]) -> tuple[Tokenizer, AutoTokenizer]:
-    """The tokenizer of the same files, as jlora and as Transformers reads them."""
-    folder.mkdir()
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    return Tokenizer(files, CONFIG), AutoTokenizer.from_pretrained(folder)
+@pytest.fixture(params=["Transformers 4", "Transformers 5"])
+def both(request, tmp_path) -> Callable[[dict[str, bytes]], tuple[Tokenizer, Any]]:
+    """Returns a function: the tokenizer of files, as jlora and as Transformers reads them."""
+    new = request.param == "Transformers 5"
+    reader: Any = AutoTokenizer if new else transformers_4.AutoTokenizer
+
+    def read(files: dict[str, bytes]) -> tuple[Tokenizer, Any]:
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+        return Tokenizer(files, CONFIG), reader.from_pretrained(tmp_path)
+
+    return read
 
 
 THOUGHT = '<think>\nwhy\n</think>\n\n<|python_tag|>{"f": "<think>"}'
@@ -30,8 +37,8 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize("said", CONVERSATIONS)
 @pytest.mark.parametrize("name", ["llama31", "r1_distill"])
-def test_ids_of_reasoning_and_tool_markers(tmp_path, name, said):
-    ours, theirs = both(tmp_path / name, field_files(name))
+def test_ids_of_reasoning_and_tool_markers(both, name, said):
+    ours, theirs = both(field_files(name))
     messages = [{"role": role, "content": text} for role, text in said]
     expected = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     assert ours.encode_chat(messages) == expected
@@ -61,8 +68,8 @@ EOS_FILES = {
 
 
 @pytest.mark.parametrize("case", EOS_FILES)
-def test_eos_is_that_of_transformers(tmp_path, case):
-    ours, theirs = both(tmp_path / "model", EOS_FILES[case])
+def test_eos_is_that_of_transformers(both, case):
+    ours, theirs = both(EOS_FILES[case])
     assert (ours.eos_id, ours.bos_id) == (theirs.eos_token_id, theirs.bos_token_id)
 
 
@@ -100,8 +107,8 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("case", ADDED)
-def test_tokens_that_tokenizer_json_lacks(tmp_path, case):
-    ours, theirs = both(tmp_path / "model", ADDED[case])
+def test_tokens_that_tokenizer_json_lacks(both, case):
+    ours, theirs = both(ADDED[case])
     for text in TEXTS:
         assert (
             ours.encode(text, add_bos=False)
@@ -118,8 +125,8 @@ def test_tokens_that_tokenizer_json_lacks(tmp_path, case):
         assert ours.encode_chat(messages) == expected
 
 
-def test_ids_of_tools_that_are_json_text(tmp_path):
-    ours, theirs = both(tmp_path / "model", field_files("llama31"))
+def test_ids_of_tools_that_are_json_text(both):
+    ours, theirs = both(field_files("llama31"))
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     messages: list[dict[str, Any]] = [
         {"role": "user", "content": "Weather in Paris?"},
