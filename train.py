@@ -1,6 +1,5 @@
 """Fine-tune a Llama with LoRA: model and data in, a run folder with the adapter out."""
 
-import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,8 +20,6 @@ from jlora.config.run_config import (
 )
 
 if TYPE_CHECKING:
-    from jlora.lora.adapter_tree import Params
-    from jlora.train.run import Run
     from jlora.train.stopping import StopRequest
 
 
@@ -78,7 +75,6 @@ def train(args: Arguments, stop: "StopRequest") -> None:
     from jlora.data.batch.load_dataset import load_split
     from jlora.data.batch.preview import first_prompt, preview_samples
     from jlora.data.tokenize.tokenizer import Tokenizer
-    from jlora.formats.digests import fingerprint
     from jlora.formats.load_params import abstract_params, load_params
     from jlora.formats.open_model import open_model
     from jlora.formats.peft.attach_adapter import initialise_adapter
@@ -87,6 +83,7 @@ def train(args: Arguments, stop: "StopRequest") -> None:
     from jlora.lora.adapter_tree import count_parameters
     from jlora.model.llama import Llama
     from jlora.parallel.sharding import check_divisible, make_mesh, parameter_sharding
+    from jlora.train.export import export_adapter
     from jlora.train.flops import flops_per_token
     from jlora.train.loop import train_runs
     from jlora.train.memory_estimate import plan_workload
@@ -118,11 +115,8 @@ def train(args: Arguments, stop: "StopRequest") -> None:
     with stop.ends_body():
         splits_of = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
     data, held_out = next(iter(splits_of.values()))
-    if held_out is None:
-        args.train.check_evaluation()
-    total_steps = args.train.max_steps or math.ceil(
-        args.train.num_epochs * data.steps_per_epoch
-    )
+    args.train.check_evaluation(has_data=held_out is not None)
+    total_steps = args.train.total_steps(data.steps_per_epoch)
 
     # Plan: what `auto` means here, and whether the adapter with the most to train fits.
     continued = open_adapter(args.init_adapter) if args.init_adapter else None
@@ -159,15 +153,12 @@ def train(args: Arguments, stop: "StopRequest") -> None:
         )
     model = Llama.with_compute(config, work.compute)
     shared = {
-        **model_identity(config),
-        "base": fingerprint(base),
-        "init_adapter": fingerprint(continued.tensors) if continued else None,
-        "tokenizer": tokenizer.fingerprint,
+        **model_identity(config, base, continued, tokenizer),
         "batch_size": args.train.batch_size,
         "data.packing": args.data.packing,
         "data.seq_len": data.row_length,
     }
-    runs: list[Run] = []
+    runs = []
     for name, run_args in args_of.items():
         params, lora = initialise(base, lora=run_args.lora, seed=run_args.seed)
         run = Run.create(
@@ -186,6 +177,7 @@ def train(args: Arguments, stop: "StopRequest") -> None:
         del params  # the run has a copy of what is trained
 
     # The loop: batches, step, log, evaluate, save, stop; and the export at the end.
+    conclude = partial(print_conclusion, first_prompt(held_out or data, tokenizer))
     with locked(Path(args.output_dir)) if args.sweep else nullcontext():
         if args.sweep:
             write_settings(Path(args.output_dir), asdict(args))
@@ -198,24 +190,9 @@ def train(args: Arguments, stop: "StopRequest") -> None:
             packed=args.data.packing,
             resume=args.resume,
             stop=stop,
-            export=partial(export, name_for_peft(source, args.model)),
-            conclude=partial(
-                print_conclusion, first_prompt(held_out or data, tokenizer)
-            ),
+            export=partial(export_adapter, name_for_peft(source, args.model)),
+            conclude=conclude,
         )
-
-
-def export(base_name: str | None, run: "Run", trained: "Params", step: int) -> None:
-    """Writes the adapter of a step as a PEFT folder."""
-    from jlora.formats.peft.adapter_writer import save_adapter
-
-    name, out = run.lora.base_model_name_or_path or base_name, run.folder / "adapter"
-    save_adapter(trained, run.lora, out, name, overwrite=True)
-    unnamed = (
-        "; it names no base, as no folder or hub id that PEFT could load is known: set "
-        "base_model_name_or_path in its adapter_config.json"
-    )
-    print(f"adapter of step {step} written to {out}{'' if name else unnamed}")
 
 
 if __name__ == "__main__":

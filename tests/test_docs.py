@@ -130,6 +130,13 @@ def test_what_to_read_first_is_short():
     assert sum(1 for line in lines if line.strip()) < 2500
 
 
+def test_a_command_is_a_page():
+    files = [*ROOT.glob("*.py"), *ROOT.glob("convert/*.py")]
+    assert len(files) > 10
+    for file in files:
+        assert len(file.read_text("utf-8").splitlines()) < 200, file
+
+
 def test_the_memory_table_is_what_the_plan_says(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     table = importlib.import_module("memory_table")

@@ -1,5 +1,6 @@
 """The flags of a run in groups: a dataclass each, with defaults, checks and help texts."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -177,10 +178,14 @@ class TrainConfig:
                 f"train.grad_accum_steps={self.grad_accum_steps}"
             )
 
-    def check_evaluation(self) -> None:
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Returns the optimizer steps of the whole run."""
+        return self.max_steps or math.ceil(self.num_epochs * steps_per_epoch)
+
+    def check_evaluation(self, *, has_data: bool) -> None:
         """Raises UsageError for a setting that has no effect without held-out data."""
         for name in ("eval_every", "keep_best", "early_stopping_patience"):
-            if getattr(self, name):
+            if getattr(self, name) and not has_data:
                 raise UsageError(
                     f"train.{name} has no effect without held-out data; give data.eval or "
                     "data.eval_fraction, or leave it out"

@@ -12,7 +12,11 @@ from typing import Any
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
 from jlora.data.cache.token_store import file_sha256
+from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UsageError, about_file, listing, warn
+from jlora.formats.digests import fingerprint
+from jlora.formats.peft.adapter import Adapter
+from jlora.lora.adapter_tree import Params
 from jlora.parallel.processes import is_first
 from jlora.train.checkpoint import (
     Saved,
@@ -221,11 +225,19 @@ def _check_first_save(
             )
 
 
-def model_identity(config: LlamaConfig) -> dict[str, Any]:
-    """Returns the model's configuration as a part of a run's identity."""
+def model_identity(
+    config: LlamaConfig, base: Params, continued: Adapter | None, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Returns what a run begins with as a part of its identity."""
     fields = asdict(config)
     del fields["sliding_window"]  # no row is so long that it would change a number
-    return {"rope_parameters": fields.pop("rope_parameters"), "config": fields}
+    return {
+        "rope_parameters": fields.pop("rope_parameters"),
+        "config": fields,
+        "base": fingerprint(base),
+        "init_adapter": fingerprint(continued.tensors) if continued else None,
+        "tokenizer": tokenizer.fingerprint,
+    }
 
 
 def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
