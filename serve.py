@@ -110,7 +110,7 @@ def main(args: Arguments) -> None:
         )
     names = dict(zip([args.base_name, *named], range(len(named) + 1), strict=True))
     limits = Limits(context, args.max_new_tokens, args.max_requests, key)
-    api = Api(loaded.tokenizer, names, limits)
+    api = Api(loaded.tokenizer, names, limits, config.vocab_size)
     server = HttpServer(
         uvicorn.Config(
             api.app(args.host), log_config=None, access_log=False, lifespan="off"

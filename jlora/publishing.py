@@ -62,7 +62,7 @@ def check_push(name: str | None) -> None:
 def _base_on_hub(model: str, adapter: str) -> str:
     """Returns the hub id that the base came from, or else its name as it was given."""
     if not Path(model).exists():
-        return model
+        return model.partition("@")[0]
     source = str(open_model(model).provenance.get("source") or "")
     if source and not Path(source).exists() and source.count("/") == 1:
         return source

@@ -93,7 +93,8 @@ def write_gguf(
             array = np.ascontiguousarray(merged.read(name), np.float32)
             data, expected = _encode(gguf, name, array, stored[name.path])
             digests[name.path] = leaf_digest(expected)
-            writer.write_tensor_data(interleave_rows(data, name, merged.config))
+            data = interleave_rows(data, name, merged.config)
+            writer.write_tensor_data(data.reshape(-1) if array.ndim == 1 else data)
     (folder / "Modelfile").write_text(modelfile(FILE, tokenizer), "utf-8")
     _read_back(path, merged, digests)
     return [
@@ -162,7 +163,7 @@ def _encode(
             f"{name.key}: {array[index]} at {list(index)} does not fit F16; choose "
             "--type BF16, Q8_0 or F32"
         )
-    return values.view(np.uint8).reshape(*values.shape[:-1], -1), values
+    return values.view(np.uint8).reshape(len(values), -1), values
 
 
 def _read_back(path: Path, merged: MergedModel, digests: dict[str, str]) -> None:

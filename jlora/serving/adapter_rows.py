@@ -70,16 +70,20 @@ def _padded(x: Array, rank: int, axis: int) -> Array:
 def _factors(
     params: Params, config: LlamaConfig, adapter: Adapter
 ) -> dict[str, tuple[Any, Any, Any]]:
-    found = {}
+    found, base = {}, modules(params)
     for name, leaves in modules(attach_adapter(params, config, adapter)).items():
         own = {key for key in leaves if is_adapter(key)}
-        if not own:
+        # PiSSA and OLoRA change the kernel, and some adapters have tables of their own.
+        changed = {
+            key for key in leaves if leaves[key] is not base[name].get(key)
+        } - own
+        if not own and not changed:
             continue
-        if own != _PLAIN or name in (EMBEDDING, HEAD):
+        if own != _PLAIN or changed or name in (EMBEDDING, HEAD):
             raise UnsupportedError(
-                f"{adapter.location}: not plain LoRA at {name} ({', '.join(sorted(own))}), "
-                "which cannot share its base with other adapters; merge it (jlora export) "
-                "and serve the merged model"
+                f"{adapter.location}: not plain LoRA at {name} "
+                f"({', '.join(sorted(own | changed))}), which cannot share its base with "
+                "other adapters; merge it (jlora export) and serve the merged model"
             )
         path = name.removeprefix("model.").replace(".", "/")
         found[path] = leaves["lora_A"], leaves["lora_B"], leaves["lora_scaling"]

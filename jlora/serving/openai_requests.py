@@ -132,7 +132,10 @@ class _Fields:
             return default
         if isinstance(found, bool) or not isinstance(found, int | float):
             raise RequestError(f"{name}={found!r:.80}: expected a number", param=name)
-        return float(found)
+        try:
+            return float(found)
+        except OverflowError:
+            raise RequestError(f"{name}: too large a number", param=name) from None
 
     def integer(
         self, name: str, default: int | None, *, least: int = 1, most: int = 2**31 - 1

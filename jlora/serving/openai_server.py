@@ -59,6 +59,7 @@ class Api:
         tokenizer: Tokenizer,
         models: dict[str, int],
         limits: Limits,
+        vocab_size: int,
     ) -> None:
         """Makes an API whose `slots` are set before it is used.
 
@@ -66,7 +67,9 @@ class Api:
             tokenizer: of the base.
             models: name -> number of its adapter, 0 for the base, which comes first.
             limits: for all clients together.
+            vocab_size: of the base.
         """
+        self._vocab_size = vocab_size
         self._tokenizer, self._models, self._limits = tokenizer, models, limits
         self.slots: Slots | None = None
         self._started = int(time.time())
@@ -168,13 +171,13 @@ class Api:
         body = await read_body(request)
         wanted = read_request(parse_json(body, "the body", MAX_BODY_BYTES), kind)
         number = self._number_of(wanted.model)
+        self._check_count(len(wanted.prompts) * wanted.samples)
         async with self._rendering:  # a template is rendered by one process
             ids = await asyncio.to_thread(self._ids, wanted, kind)
         events: _Events = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         texts = self._requests(wanted, kind, ids, number, events)
-        if sum(self._active.values()) + len(texts) > self._limits.max_requests:
-            raise RequestError("too many requests at one time; try again later", 429)
+        self._check_count(len(texts))  # others have come meanwhile
         if self.failure is not None or self.slots is None:
             raise RequestError("the server is stopping", 503)
         self._active[events] = len(texts)
@@ -187,6 +190,17 @@ class Api:
             return StreamingResponse(lines, media_type="text/event-stream")
         return await unless_gone(request, answer.whole(parts))
 
+    def _check_count(self, count: int) -> None:
+        """Raises RequestError if there is no room for so many more texts."""
+        most = self._limits.max_requests
+        if count > most:
+            raise RequestError(
+                f"prompt: {count:,} texts in one request; this server takes {most}",
+                param="prompt",
+            )
+        if sum(self._active.values()) + count > most:
+            raise RequestError("too many requests at one time; try again later", 429)
+
     def _ids(self, wanted: Wanted, kind: str) -> list[list[int]]:
         """Returns the ids of each prompt."""
         found = []
@@ -197,6 +211,12 @@ class Api:
                 ids = self._tokenizer.encode(prompt, add_bos=True)
             else:
                 ids = prompt
+                if max(ids) >= self._vocab_size:
+                    raise RequestError(
+                        f"prompt: token id {max(ids)}; the model has "
+                        f"{self._vocab_size} tokens",
+                        param="prompt",
+                    )
             found.append(ids)
         return found
 

@@ -172,6 +172,7 @@ def test_samples_follow_the_seed_and_a_stop_string_ends_them(client):
         ({"logprobs": True}, "logprobs=True is not supported"),
         ({"stop": ["a"] * 5}, "stop: expected a text, or a list of at most 4"),
         ({"messages": []}, "messages"),
+        ({"temperature": 10**400}, "temperature: too large a number"),
         ({"messages": [{"content": "a"}]}, "messages 0: expected objects with role"),
         ({"messages": [{"role": "emperor", "content": "a"}]}, "emperor"),
         (
@@ -195,8 +196,9 @@ def test_a_wrong_key_and_too_many_requests_are_refused(server, client):
         pytest.raises(openai.AuthenticationError, match="bearer key"),
     ):
         other.models.list()
-    with pytest.raises(openai.RateLimitError, match="too many requests"):
-        client.completions.create(model="hf", prompt=["a"] * 7, max_tokens=2)
+    # One that can never be answered is not to be repeated.
+    with pytest.raises(openai.BadRequestError, match="8 texts in one request; .* 6"):
+        client.completions.create(model="hf", prompt=["a"] * 4, n=2, max_tokens=2)
     assert ask(client, "one").choices[0].message.content == TALKS["one"][1]
 
 
@@ -290,6 +292,23 @@ def test_only_this_machine_is_served(workdir):
 def test_mistakes_are_named(flags, message, workdir):
     done = call("serve", "--model", workdir / "hf", *flags)
     assert (done.status, message in done.err) == (2, True), done.err
+
+
+@pytest.mark.parametrize("token", [2**40, 2**31 - 1, 100_000])
+def test_a_token_id_that_the_model_lacks_is_refused(token, client):
+    with pytest.raises(openai.BadRequestError, match=f"token id {token}; the model"):
+        client.completions.create(model="hf", prompt=[1, token], max_tokens=2)
+    assert ask(client, "one").choices[0].message.content == TALKS["one"][1]
+
+
+def test_an_adapter_that_changes_the_base_is_refused(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    flags = ["--lora.init_lora_weights", "pissa", "--train.max_steps", 1]
+    succeed("train", *train_flags("serve_pissa", *flags, "--train.save_every", 1))
+    done = call("serve", "--model", "hf", "--adapter", "serve_pissa/checkpoints/1")
+    assert done.status == 3
+    assert "not plain LoRA" in done.err
+    assert "kernel" in done.err
 
 
 def test_an_adapter_that_is_not_plain_lora_is_refused(workdir, monkeypatch):

@@ -13,6 +13,7 @@ from helpers.commands import call, succeed
 from helpers.data_cases import CONFIG, TEMPLATES, make_files, make_tokenizer, render
 from helpers.exports import copy_base
 from helpers.gguf_files import permute
+from helpers.tiny import tensors, write_hf
 
 import jlora
 from jlora.cli import jlora_command
@@ -40,6 +41,20 @@ def logits(path: Path, adapter: Path | None = None) -> np.ndarray:
     model, params, _ = jlora.load(path, adapter)
     found: Any = model.apply({"params": params}, TOKENS)
     return np.asarray(found)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_biases_are_written_in_the_order_of_gguf(kind, workdir, run, tmp_path):
+    config = json.loads((workdir / "hf" / "config.json").read_text())
+    config |= {"attention_bias": True}
+    model = write_hf(tmp_path / "hf", config, tensors(config))
+    for name, data in make_files().items():
+        (model / name).write_bytes(data)
+    flags = ["--model", model, "--type", kind]
+    succeed("to_gguf", run / "adapter", tmp_path / "out", *flags)
+    expected = logits(model, run / "adapter")
+    found = logits(tmp_path / "out" / "model.gguf")
+    assert np.abs(found - expected).max() <= 0.1 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize(

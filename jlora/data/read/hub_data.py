@@ -125,8 +125,8 @@ def _files_of(where: str, config: dict[str, Any], files: list[str]) -> _Splits:
     splits: _Splits = {}
     for split, pattern in _patterns(where, patterns):
         path = f"{folder}/{pattern}" if folder else pattern
-        match = _glob(path.removeprefix("./"))
-        found = data_names([file for file in files if match.fullmatch(file)])
+        pattern = path.removeprefix("./")
+        found = data_names([file for file in files if _matches(pattern, file)])
         if not found:
             raise UsageError(
                 f"{where}: its README names {path}, which no data file ({DATA_ENDINGS}) is; "
@@ -165,8 +165,33 @@ def _patterns(where: str, data_files: Any) -> list[tuple[str, str]]:
     return pairs
 
 
-def _glob(pattern: str) -> re.Pattern[str]:
-    """Returns a pattern of paths as an expression; * and ? stay inside a folder."""
-    forms = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
-    return re.compile("".join(forms.get(part) or re.escape(part) for part in parts))
+def _matches(pattern: str, path: str) -> bool:
+    """Returns whether a path is one of a pattern's; * and ? stay inside a folder.
+
+    In time that grows with the product of both lengths, whatever a stranger's pattern is.
+    """
+    tokens = re.findall(r"\*\*/|\*\*|.", pattern, re.DOTALL)
+
+    def reached(states: set[tuple[int, bool]]) -> set[tuple[int, bool]]:
+        """Adds what follows without a character."""
+        for place, token in enumerate(tokens):
+            if token.startswith("*") and (place, False) in states:
+                states.add((place + 1, False))
+        return states
+
+    # The place in `tokens`, and whether it is within the folders of a "**/".
+    now = reached({(0, False)})
+    for char in path:
+        following: set[tuple[int, bool]] = set()
+        for place, _ in now:
+            token = tokens[place] if place < len(tokens) else ""
+            if token == "**/":
+                following.add((place, True))
+                if char == "/":
+                    following.add((place + 1, False))
+            elif token == "**" or (token == "*" and char != "/"):
+                following.add((place, False))
+            elif token in (char, "?") and (token != "?" or char != "/"):
+                following.add((place + 1, False))
+        now = reached(following)
+    return (len(tokens), False) in now

@@ -32,8 +32,14 @@ def modelfile(gguf_file: str, tokenizer: Tokenizer) -> str:
     template = ollama_template(tokenizer)
     if template is not None:
         lines.append(f'TEMPLATE """{template}"""')
-    stops = sorted(tokenizer.stop_ids)
-    lines += [f"PARAMETER stop {json.dumps(tokenizer.token(i))}" for i in stops]
+    # Ollama strips quotes and knows no escapes. "?" stands for an id without a token.
+    stops = [tokenizer.token(i) for i in sorted(tokenizer.stop_ids)]
+    quotes = ('"""' if '"' in stop else '"' for stop in stops)
+    lines += [
+        f"PARAMETER stop {quote}{stop}{quote}"
+        for quote, stop in zip(quotes, stops, strict=True)
+        if stop != "?"
+    ]
     return "\n".join(lines) + "\n"
 
 

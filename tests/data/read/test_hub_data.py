@@ -228,3 +228,23 @@ def test_path_beside_a_folder_is_not_asked_for(hub, tmp_path):
         find_data_sources("owner/name")
     assert not hub.asked
     assert find_data_sources("owner/name@main")[0].hub
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matching", "other"),
+    [
+        ("data/*.jsonl", "data/a.jsonl", "data/b/a.jsonl"),
+        ("**/train-*.parquet", "train-0.parquet", "train-/0.parquet"),
+        ("**/train-*.parquet", "a/b/train-0.parquet", "a/b/strain-0.parquet"),
+        ("a/**", "a/b/c.csv", "b/a/c.csv"),
+        ("part-?.csv", "part-1.csv", "part-12.csv"),
+        ("a.csv", "a.csv", "abcsv"),
+    ],
+)
+def test_patterns_of_files(pattern: str, matching: str, other: str) -> None:
+    assert hub_data._matches(pattern, matching)
+    assert not hub_data._matches(pattern, other)
+
+
+def test_no_pattern_of_a_stranger_takes_long() -> None:
+    assert not hub_data._matches("**a" * 20 + "b", "a" * 200 + ".jsonl")
