@@ -197,7 +197,7 @@ def test_a_wrong_key_and_too_many_requests_are_refused(server, client):
     ):
         other.models.list()
     # One that can never be answered is not to be repeated.
-    with pytest.raises(openai.BadRequestError, match="8 texts in one request; .* 6"):
+    with pytest.raises(openai.BadRequestError, match=r"8 texts in one request; .* 6"):
         client.completions.create(model="hf", prompt=["a"] * 4, n=2, max_tokens=2)
     assert ask(client, "one").choices[0].message.content == TALKS["one"][1]
 

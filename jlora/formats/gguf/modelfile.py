@@ -6,7 +6,6 @@ rendering a conversation and looking at what stands between the messages.
 Source: Ollama's docs/modelfile.md and docs/template.md.
 """
 
-import json
 from collections.abc import Sequence
 
 from jlora.data.read.bad_rows import RowError

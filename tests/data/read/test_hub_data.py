@@ -9,6 +9,7 @@ from helpers.hub_server import Hub, answer_at
 
 from jlora.config.run_config import DataConfig
 from jlora.data.batch.load_dataset import load_split
+from jlora.data.read import hub_data
 from jlora.data.read.data_paths import find_data_sources
 from jlora.data.read.data_source import DataSource
 from jlora.data.read.splits import TO_EVALUATE
