@@ -37,7 +37,7 @@ class OptimConfig:
     warmup_ratio: float = 0.03
     """Share of the steps in which the learning rate rises linearly from 0 to its peak."""
     warmup_steps: int = 0
-    """Number of these steps; 0: warmup_ratio decides."""
+    """Number of these steps, at most all but the last; 0: warmup_ratio decides."""
     min_lr_ratio: float = 0.0
     """Of cosine and wsd: rate at the end, as a share of the peak."""
     decay_ratio: float = 0.1

@@ -224,8 +224,8 @@ class ComputeConfig:
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention kernel; auto: cudnn on GPU where it is supported, else xla; splash: on TPU."""
     kernels: Literal["auto", "xla", "hopper"] = "auto"
-    """Matmul kernels of the layers; auto: hopper on H100 and H200, in bfloat16 and if each
-    device has all weights; else xla."""
+    """Matmul kernels of the layers; auto: hopper on H100 and H200 in bfloat16, but not where
+    mesh.tensor splits layers with biases or DoRA; else xla."""
 
 
 def check_seed(seed: int) -> None:

@@ -69,8 +69,10 @@ def _check_shards(
     for specs in wanted.values():
         for leaf, spec in specs.items():
             try:
-                sharding(leaf, spec.shape).shard_shape(spec.shape)
+                shard = sharding(leaf, spec.shape).shard_shape(spec.shape)
             except ValueError:
+                shard = None
+            if shard is None or _cuts_block(leaf, spec, shard):
                 wrong.append(f"{leaf} {list(spec.shape)}")
     if wrong:
         raise UsageError(
@@ -78,6 +80,12 @@ def _check_shards(
             f"blocks of {BLOCK} weights together; lower mesh.fsdp or mesh.tensor, or use "
             "int8 or fp8"
         )
+
+
+def _cuts_block(leaf: str, spec: Spec, shard: tuple[int, ...]) -> bool:
+    """Returns whether a device's rows of nf4, two in a byte, end within a block."""
+    is_nf4 = leaf.endswith("/kernel_q") and spec.dtype == np.uint8
+    return is_nf4 and shard[0] < spec.shape[0] and 2 * shard[0] % BLOCK != 0
 
 
 def abstract_params(source: ModelSource, *, dtype: BaseDtype = "keep") -> Params:

@@ -51,7 +51,8 @@ KERNEL_AXES = {
     "lm_head": ("embed", "vocab"),
     "embed_tokens": ("vocab", "embed"),  # the kernel of one-hot tokens
 }
-# Of quantised kernels fsdp cuts columns: nf4 keeps 64 rows together, which need not divide.
+# Of these two fsdp cuts columns if they are quantised: nf4 keeps 64 rows together, and the
+# blocks of their inputs need not divide.
 QUANTIZED_AXES = KERNEL_AXES | {
     "o_proj": ("heads", "embed"),
     "down_proj": ("mlp", "embed"),
@@ -188,7 +189,12 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         spec = parameter_sharding(mesh, names).spec
         more = leaf.ndim - len(logical_axes(names))
-        return NamedSharding(mesh, PartitionSpec(*[None] * more, *spec))
+        sharding = NamedSharding(mesh, PartitionSpec(*[None] * more, *spec))
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:  # Adafactor keeps arrays of one element beside vectors
+            return NamedSharding(mesh, PartitionSpec())
+        return sharding
 
     return jax.tree_util.tree_map_with_path(sharding_of, tree)
 

@@ -3,7 +3,7 @@
 A sweep trains several adapters at once, so the loop takes a list of runs: one per adapter.
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -41,7 +41,7 @@ def train_runs(
     resume: str,
     stop: StopRequest,
     export: Callable[[Run, Params, int], None],
-    conclude: Callable[[Sequence[Run], Mapping[str, float]], None],
+    conclude: Callable[..., None],
 ) -> None:
     """Trains the adapters from their newest common checkpoint, or step 0, to the end.
 
@@ -56,8 +56,8 @@ def train_runs(
         stop: set when asked to stop, at any time.
         export: called at the end with each run that did not diverge, its whole tree and
             the step that it is of, in the first process only.
-        conclude: called after that with the runs and the seconds that each kind of work
-            took.
+        conclude: called after that with the runs, the seconds that each kind of work took,
+            and `ended_early`: whether patience ended before the steps did.
 
     Raises:
         StopRequested: when asked to, after saving.
@@ -100,7 +100,9 @@ def train_runs(
             is_over = _patience_is_over(runs)
             saving = is_due(step, config.save_every, total_steps) and not stopping
             if evaluating:  # what it found is saved with it
-                saving |= stopping or is_over or any(run.has_new_best for run in runs)
+                saving |= stopping or any(run.has_new_best for run in runs)
+            # So that `adapter/` is of the newest checkpoint, also where the last one diverges.
+            saving |= is_over and not stopping
             if saving:
                 _save(runs, trainer, state, step, pauses)
             if all(run.error for run in runs):
@@ -119,7 +121,7 @@ def train_runs(
                     record_export(run.folder, step, held)
     _write_reports(runs)
     pauses.seconds["training"] = runs[0].training_s
-    conclude(runs, pauses.seconds)
+    conclude(runs, pauses.seconds, ended_early=step < total_steps)
     _raise_diverged(runs)
 
 

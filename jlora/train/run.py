@@ -185,7 +185,7 @@ class Run:
     def _all_facts(self) -> dict[str, Any]:
         """Returns `facts` with versions, digests and the command that repeats the run."""
         again = ["--config", str(self.folder / "config.yaml")]
-        again += ["--output_dir", f"{self.folder}-again"]
+        again += ["--output_dir", f"{self.folder}-again", "--resume", "auto"]
         system = {"python": platform.python_version(), "system": platform.platform()}
         return {
             **self.facts,

@@ -78,7 +78,11 @@ def print_plan(
 
 
 def print_conclusion(
-    prompt: str | None, runs: Sequence[Run], seconds: Mapping[str, float]
+    prompt: str | None,
+    runs: Sequence[Run],
+    seconds: Mapping[str, float],
+    *,
+    ended_early: bool,
 ) -> None:
     """Prints how long a run took, its best evaluation, and the commands that use it.
 
@@ -86,13 +90,14 @@ def print_conclusion(
         prompt: to try it with; None: as a chat.
         runs: what was trained together; those of a sweep have a line each.
         seconds: that each kind of work took.
+        ended_early: whether it ended before its last planned step.
     """
     parts = [f"{work} {duration(spent)}" for work, spent in seconds.items()]
     print(f"done in {duration(sum(seconds.values()))} ({', '.join(parts)})")
     for run in runs:
         label = f"{run.name}: " if run.name else ""
         past = run.progress
-        if run.is_out_of_patience:
+        if ended_early and run.is_out_of_patience:
             waited = counted(past.evaluations_since_best, "evaluation")
             print(f"{label}ended early: no lower eval_loss in {waited}")
         if past.best_eval_loss is not None:

@@ -51,7 +51,7 @@ def test_biases_are_written_in_the_order_of_gguf(kind, workdir, run, tmp_path):
     for name, data in make_files().items():
         (model / name).write_bytes(data)
     flags = ["--model", model, "--type", kind]
-    succeed("to_gguf", run / "adapter", tmp_path / "out", *flags)
+    succeed("convert.to_gguf", run / "adapter", tmp_path / "out", *flags)
     expected = logits(model, run / "adapter")
     found = logits(tmp_path / "out" / "model.gguf")
     assert np.abs(found - expected).max() <= 0.1 * np.abs(expected).max()

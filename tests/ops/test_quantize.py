@@ -31,8 +31,9 @@ from jlora.errors import CorruptError, UnsupportedError, UsageError
 from jlora.formats.base.base_reader import open_base
 from jlora.formats.base.base_writer import write_base
 from jlora.formats.describe import describe_model
-from jlora.formats.load_params import abstract_params, load_params
+from jlora.formats.load_params import _cuts_block, abstract_params, load_params
 from jlora.formats.open_model import open_model
+from jlora.formats.safetensors_file import Spec
 from jlora.lora.adapter_tree import count_parameters, trainable_mask
 from jlora.lora.initialisation import add_lora
 from jlora.lora.lora_dense import LoRADense
@@ -444,3 +445,11 @@ def test_a_record_of_another_format_is_refused(bases, tmp_path):
     (out / "jlora.json").write_text(json.dumps(record))
     with pytest.raises(CorruptError, match="missing"):
         open_base(out)
+
+
+@pytest.mark.parametrize(("rows", "cuts"), [(64, False), (112, True), (192, False)])
+def test_a_shard_of_nf4_ends_with_a_block(rows: int, cuts: bool) -> None:
+    """Each device dequantises its own rows with its own absmax."""
+    spec = Spec((rows, 8), np.dtype(np.uint8))  # two rows in a byte
+    assert _cuts_block("layers/0/mlp/down_proj/kernel_q", spec, (rows // 2, 8)) is cuts
+    assert not _cuts_block("layers/0/mlp/down_proj/kernel_q", spec, (rows, 4))

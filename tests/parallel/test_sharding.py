@@ -190,3 +190,13 @@ def test_real_sizes_build_count_and_shard_without_memory(name):
     )
     # Norms and ranks are on every device, the rest is split by 8.
     assert on_a_device == pytest.approx(2 * total / 8, rel=0.01)
+
+
+def test_arrays_of_one_element_beside_vectors_are_on_every_device():
+    """Adafactor keeps them in place of a vector's rows and columns."""
+    mesh = make_mesh(MeshConfig(1, 1, 2), jax.devices()[:2])
+    shapes = {"lora_magnitude": jnp.zeros(8), "lora_A": jnp.zeros((8, 1))}
+    tree = {"q_proj": shapes, "v": {"q_proj": {"lora_magnitude": jnp.zeros(1)}}}
+    found = tree_shardings(mesh, tree)
+    assert found["q_proj"]["lora_magnitude"].spec == PartitionSpec("tensor")
+    assert found["v"]["q_proj"]["lora_magnitude"].spec == PartitionSpec()
