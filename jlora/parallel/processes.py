@@ -58,7 +58,7 @@ def joined_processes() -> Iterator[None]:
     timeout_s = start_timeout_s()
     late = (
         "the processes of this run did not meet: one did not start within "
-        f"{timeout_s} s, or cannot be reached; start all, or wait longer with "
+        f"{timeout_s} s, has ended, or cannot be reached; start all, or wait longer with "
         f"{START_TIMEOUT} (seconds)"
     )
     end_on_abort(late)

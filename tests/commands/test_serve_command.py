@@ -1,6 +1,7 @@
 """The server with OpenAI's own client, in a process as users start it."""
 
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -301,11 +302,14 @@ def test_a_token_id_that_the_model_lacks_is_refused(token, client):
     assert ask(client, "one").choices[0].message.content == TALKS["one"][1]
 
 
+@pytest.mark.usefixtures("run")
 def test_an_adapter_that_changes_the_base_is_refused(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
-    flags = ["--lora.init_lora_weights", "pissa", "--train.max_steps", 1]
-    succeed("train", *train_flags("serve_pissa", *flags, "--train.save_every", 1))
-    done = call("serve", "--model", "hf", "--adapter", "serve_pissa/checkpoints/1")
+    shutil.copytree(workdir / "run" / "adapter", workdir / "serve_pissa")
+    settings = workdir / "serve_pissa" / "adapter_config.json"
+    pissa = json.loads(settings.read_text()) | {"init_lora_weights": "pissa"}
+    settings.write_text(json.dumps(pissa))
+    done = call("serve", "--model", "hf", "--adapter", "serve_pissa")
     assert done.status == 3
     assert "not plain LoRA" in done.err
     assert "kernel" in done.err

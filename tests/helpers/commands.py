@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,7 +42,8 @@ def call(name: str, *flags: object) -> Done:
     """Runs a command in this process, as `python NAME FLAGS` would."""
     module = importlib.import_module(name)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    words = mock.patch.object(sys, "argv", [f"{name}.py"])
+    with words, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = run_command(module.main, module.Arguments, argv=list(map(str, flags)))
     return Done(status, out.getvalue(), err.getvalue())
 
