@@ -43,7 +43,7 @@ def logits(path: Path, adapter: Path | None = None) -> np.ndarray:
     return np.asarray(found)
 
 
-@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F16", "F32"])
 def test_biases_are_written_in_the_order_of_gguf(kind, workdir, run, tmp_path):
     config = json.loads((workdir / "hf" / "config.json").read_text())
     config |= {"attention_bias": True}
@@ -51,7 +51,8 @@ def test_biases_are_written_in_the_order_of_gguf(kind, workdir, run, tmp_path):
     for name, data in make_files().items():
         (model / name).write_bytes(data)
     flags = ["--model", model, "--type", kind]
-    succeed("convert.to_gguf", run / "adapter", tmp_path / "out", *flags)
+    done = call("convert.to_gguf", run / "adapter", tmp_path / "out", *flags)
+    assert done.status == 0, done.err
     expected = logits(model, run / "adapter")
     found = logits(tmp_path / "out" / "model.gguf")
     assert np.abs(found - expected).max() <= 0.1 * np.abs(expected).max()
