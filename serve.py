@@ -101,6 +101,12 @@ def main(args: Arguments) -> None:
     config = loaded.model.config
     context = args.context or min(_CONTEXT, config.longest)
     config.check_length(context, "context")
+    rope = config.rope_parameters.rope_type
+    if rope in ("dynamic", "longrope"):
+        warn(
+            f"{rope} rotary angles depend on a text's length, for which this server takes "
+            f"--context {context}; shorter texts may differ from those of jlora generate"
+        )
     stacked = stack_adapters(loaded.params, config, adapters)
     key = os.environ.get("JLORA_API_KEY") or None
     if args.host not in LOOPBACK and key is None:

@@ -1,4 +1,4 @@
-"""What XLA is told when it compiles a step."""
+"""Options with which XLA compiles a step."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jlora.lora.adapter_tree import Params
 
 # cuBLASLt adds an adapter's product while it writes the layer's; Triton's matmuls,
-# which XLA prefers for narrow ones, need a pass of their own. The library that multiplies
+# which XLA prefers for few columns, need a pass of their own. The library that multiplies
 # on a CPU is slower than XLA's own loops at the sums and scalings around a product, which
 # by default it is given, too.
 COMPILER_OPTIONS = {
@@ -22,7 +22,7 @@ COMPILER_OPTIONS = {
 
 
 def compiler_options(mesh: Mesh, params: Params) -> Any:
-    """Returns what `jax.jit` is told for the devices of this mesh and these parameters."""
+    """Returns the options for the devices of this mesh and these parameters."""
     platform = mesh.devices.flat[0].platform
     if platform == "gpu" and mesh.shape["fsdp"] > 1:
         # XLA then gathers a whole layer at once. Of several smaller ones, it starts each when

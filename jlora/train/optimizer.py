@@ -31,7 +31,7 @@ ELEMENTWISE = ("adamw", "lion")
 def make_schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     """Returns the learning rate of step 0, 1, ... total_steps - 1.
 
-    It rises linearly from 0 over the steps of warm-up: at step 0 nothing is learnt, as in
+    It rises linearly from 0 over the steps of warm-up: step 0 changes nothing, as in
     Transformers. Of a run of warm-up alone the last step has the full rate.
 
     Source: Transformers `optimization.py`: `get_linear_schedule_with_warmup` and its

@@ -169,7 +169,7 @@ BLOCKS = llama_config(
 
 @functools.cache
 def trained_with_nf4(mesh: MeshConfig, remat: str) -> Any:
-    # Smaller weights than those of narrow models, or rounding would grow layer by layer.
+    # Smaller weights than those of small models, or rounding would grow layer by layer.
     params = map_leaves(
         lambda path, leaf: 0.3 * leaf if path[-1] == "kernel" else leaf,
         adapted_params(BLOCKS),
