@@ -4,6 +4,7 @@ PYTHON =
 VENV = .venv
 VENV_PARITY = .venv-parity
 VENV_TRANSFORMERS4 = .venv-transformers4
+VENV_DOCS = .venv-docs
 CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11)
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 LOCKS = requirements/lock.txt requirements/smollm2.txt
@@ -13,7 +14,7 @@ COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 \
 	--generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
 	--custom-compile-command "make lock"
 
-.PHONY: help demo test parity chaos check format format-check lint types wheels lock clean
+.PHONY: help demo test parity chaos docs check format format-check lint types wheels lock clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | \
@@ -30,6 +31,9 @@ parity: $(VENV_PARITY)/ready $(VENV_TRANSFORMERS4)/ready  ## Compare with Transf
 
 chaos: $(VENV)/ready  ## Kill and damage at random, half an hour; ends with 1 if a result is wrong
 	PYTHONPATH=.:tests $(VENV)/bin/python -m chaos $(CHAOS_ARGS)
+
+docs: $(VENV_DOCS)/ready  ## Build the documentation's site in site/, and check its links
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/python -m mkdocs build --strict
 
 check: format-check lint types test  ## Format check, lint, types and tests
 
@@ -49,13 +53,12 @@ types: $(VENV)/ready
 wheels: $(VENV)/ready  ## Check that all pinned dependencies have wheels for Python 3.11 to 3.14
 	@set -e; for version in 3.11 3.12 3.13 3.14; do \
 		echo "wheels for Python $$version"; \
-		$(VENV)/bin/uv pip install --quiet --dry-run --no-deps --only-binary :all: \
-			--require-hashes --target $(VENV)/none --python-version $$version \
-			--python-platform x86_64-manylinux_2_28 $(addprefix -r ,$(LOCKS)) \
-			-r requirements/parity.txt; \
-		$(VENV)/bin/uv pip install --quiet --dry-run --no-deps --only-binary :all: \
-			--require-hashes --target $(VENV)/none --python-version $$version \
-			--python-platform x86_64-manylinux_2_28 -r requirements/transformers4.txt; \
+		for locks in "$(LOCKS) requirements/parity.txt" requirements/transformers4.txt \
+				requirements/docs.txt; do \
+			$(VENV)/bin/uv pip install --quiet --dry-run --no-deps --only-binary :all: \
+				--require-hashes --target $(VENV)/none --python-version $$version \
+				--python-platform x86_64-manylinux_2_28 $$(printf -- '-r %s ' $$locks); \
+		done; \
 	done
 
 lock: $(VENV)/ready  ## Renew the pinned dependencies in requirements/
@@ -64,9 +67,10 @@ lock: $(VENV)/ready  ## Renew the pinned dependencies in requirements/
 	echo torch | $(COMPILE) --upgrade --excludes /dev/stdin -c requirements/lock.txt \
 		requirements/parity.in -o requirements/parity.txt
 	$(COMPILE) --upgrade requirements/transformers4.in -o requirements/transformers4.txt
+	$(COMPILE) --upgrade --group docs -c requirements/lock.txt -o requirements/docs.txt
 
 clean:  ## Remove the environments, caches and the demo's files
-	rm -rf .venv* demo .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv* demo site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The first usable interpreter makes the environment; `ready` is written last, so that an
@@ -109,4 +113,10 @@ $(VENV_PARITY)/ready: $(LOCKS) requirements/parity.txt pyproject.toml
 $(VENV_TRANSFORMERS4)/ready: $(VENV_PARITY)/ready requirements/transformers4.txt
 	$(VENV_PARITY)/bin/python -m venv --clear $(VENV_TRANSFORMERS4)
 	$(VENV_TRANSFORMERS4)/bin/python $(PIP_INSTALL) --require-hashes --no-deps -r requirements/transformers4.txt
+	touch $@
+
+# Without jlora: the pages are files.
+$(VENV_DOCS)/ready: $(VENV)/ready requirements/docs.txt
+	$(VENV)/bin/python -m venv --clear $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python $(PIP_INSTALL) --require-hashes --no-deps -r requirements/docs.txt
 	touch $@
