@@ -222,7 +222,8 @@ class ComputeConfig:
     """What the backward pass recomputes: none, minimal (norms, rotary, SwiGLU), full (layers),
     offload (layers, their inputs on the host); auto: the first that fits."""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention kernel; auto: cudnn on GPU where it is supported, else xla; splash: on TPU."""
+    """Attention kernel; auto: in bfloat16 splash on TPU, and cudnn on GPU where it is
+    supported; else xla."""
     kernels: Literal["auto", "xla", "hopper"] = "auto"
     """Matmul kernels of the layers; auto: hopper on H100 and H200 in bfloat16, but not where
     mesh.tensor splits layers with biases or DoRA; else xla."""

@@ -88,7 +88,9 @@ def choose_dtype(wanted: str, platform: str) -> Any:
 
 
 def choose_attention(wanted: str, *, platform: str, dtype: Any, head_dim: int) -> str:
-    """Returns the attention to use; auto is cudnn where it can run, else xla.
+    """Returns the attention to use; auto is cudnn or splash where it can run, else xla.
+
+    The kernels round queries and keys to bfloat16, so auto takes neither with float32.
 
     Raises:
         UsageError: cudnn or splash is wanted where it cannot run.
@@ -108,7 +110,11 @@ def choose_attention(wanted: str, *, platform: str, dtype: Any, head_dim: int) -
         )
     if wanted != "auto":
         return wanted
-    return "cudnn" if platform == "gpu" and fits and dtype == jnp.bfloat16 else "xla"
+    if dtype != jnp.bfloat16:
+        return "xla"
+    if platform == "tpu":  # any size of a head: the kernel pads what it holds
+        return "splash"
+    return "cudnn" if platform == "gpu" and fits else "xla"
 
 
 def choose_code_products(dtype: Any, mesh: Mesh) -> tuple[str, ...]:

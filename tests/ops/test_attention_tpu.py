@@ -20,14 +20,20 @@ from jlora.train.step import summed_loss
 SEGMENTS = np.zeros((2, 200), np.int32)  # a full row, and one with a padded tail
 SEGMENTS[0] = np.repeat([1, 2, 3], [70, 100, 30])
 SEGMENTS[1, :150] = np.repeat([1, 2], [50, 100])
+# Three blocks of the kernel: documents end inside of each, and one spans all three.
+LONG = np.zeros((2, 301), np.int32)
+LONG[0] = np.repeat([1, 2, 3, 4], [60, 90, 111, 40])
+LONG[1, :299] = np.repeat([1, 2], [5, 294])
 NAMES = ("output", "dq", "dk", "dv")
 
 
-def with_gradients(attention: str, segment_ids: Any, kv_heads: int, head_dim: int):
+def with_gradients(
+    attention: str, segment_ids: Any, length: int, kv_heads: int, head_dim: int
+):
     keys = jax.random.split(jax.random.key(0), 4)
     counts = (4, kv_heads, kv_heads, 4)
     q, k, v, up = (
-        jax.random.normal(key, (2, 200, n, head_dim))
+        jax.random.normal(key, (2, length, n, head_dim))
         for key, n in zip(keys, counts, strict=True)
     )
 
@@ -45,14 +51,28 @@ def with_gradients(attention: str, segment_ids: Any, kv_heads: int, head_dim: in
 
 
 @pytest.mark.parametrize(
-    ("segment_ids", "kv_heads", "head_dim"),
-    [(None, 4, 64), (SEGMENTS, 4, 128), (SEGMENTS, 2, 64), (SEGMENTS, 1, 16)],
-    ids=["dense", "packed", "packed grouped", "packed one key head"],
+    ("segment_ids", "length", "kv_heads", "head_dim"),
+    [
+        (None, 200, 4, 64),
+        (None, 301, 2, 128),
+        (SEGMENTS, 200, 2, 64),
+        (LONG, 301, 1, 16),
+        (np.ones((2, 1), np.int32), 1, 2, 64),
+    ],
+    ids=[
+        "dense",
+        "dense grouped, blocks",
+        "packed grouped",
+        "packed one key head, blocks",
+        "one token",
+    ],
 )
-def test_splash_and_its_gradients_equal_the_reference(segment_ids, kv_heads, head_dim):
+def test_splash_and_its_gradients_equal_the_reference(
+    segment_ids, length, kv_heads, head_dim
+):
     given = None if segment_ids is None else jnp.asarray(segment_ids)
-    found = with_gradients("splash", given, kv_heads, head_dim)
-    wanted = with_gradients("xla", given, kv_heads, head_dim)
+    found = with_gradients("splash", given, length, kv_heads, head_dim)
+    wanted = with_gradients("xla", given, length, kv_heads, head_dim)
     for name in NAMES:
         # Float32 sums in blocks: measured 6e-6 on gradients of size 5.
         np.testing.assert_allclose(

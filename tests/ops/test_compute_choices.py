@@ -30,7 +30,7 @@ LIBRARY = Path(__file__).parents[2] / "jlora"
         ("gpu", "8.0", Compute("gpu", BFLOAT16, "cudnn", "xla", ("int8",))),
         ("gpu", "7.5", Compute("gpu", BFLOAT16, "cudnn")),
         ("gpu", "gfx90a", Compute("gpu", BFLOAT16, "cudnn")),
-        ("tpu", "", Compute("tpu", BFLOAT16, code_products=("int8",))),
+        ("tpu", "", Compute("tpu", BFLOAT16, "splash", code_products=("int8",))),
     ],
 )
 def test_auto_follows_from_the_devices_of_the_mesh(platform, capability, expected):
@@ -67,11 +67,14 @@ def test_attention_is_refused_where_it_cannot_run(wanted, platform, head_dim, me
         ("gpu", 128, "bfloat16", "cudnn"),
         ("gpu", 256, "bfloat16", "xla"),
         ("gpu", 128, "float32", "xla"),
-        ("tpu", 128, "bfloat16", "xla"),
+        ("tpu", 80, "bfloat16", "splash"),
+        ("tpu", 128, "float32", "xla"),
         ("cpu", 128, "bfloat16", "xla"),
     ],
 )
-def test_auto_takes_cudnn_where_it_applies(platform, head_dim, dtype, expected):
+def test_auto_takes_a_flash_kernel_where_it_applies(
+    platform, head_dim, dtype, expected
+):
     found = choose_attention(
         "auto", platform=platform, dtype=jnp.dtype(dtype), head_dim=head_dim
     )
