@@ -6,6 +6,7 @@ plain XLA does, layer by layer. A run has them by its devices (`jlora.ops.comput
 its weights (`can_fuse_any`) and its adapters: not several (`jlora.train.sweep_file`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from jlora.lora.adapter_tree import HEAD, Params, modules
 from jlora.lora.lora_dense import Leaves, LoRADense, scale_columns
 from jlora.ops.elementwise import gated
 from jlora.ops.hopper import fused_projections as fused
+from jlora.ops.hopper import matmul_kernel
 from jlora.ops.hopper.lora_factors import Dropout
 from jlora.ops.quantized_matmul import multiplies_codes
 from jlora.parallel.own_program import into_split, out_of_split, splits_layers
@@ -93,12 +95,26 @@ def add_swiglu(
 
 
 def can_fuse_any(params: Params, dtype: Any) -> bool:
-    """Returns whether the kernels support some projection of a model (or of its shapes)."""
+    """Returns whether the kernels support some projection of a model (or of its shapes).
+
+    They do if the number of tokens suits them, too; see `can_fuse_tokens`.
+    """
     return any(
         fused.takes_weights(_without_dora(leaves), dtype)
         for name, leaves in modules(params).items()
         if name != HEAD
     )
+
+
+def can_fuse_tokens(tokens: int) -> bool:
+    """Returns whether the kernels support so many tokens, of all rows of a device together."""
+    return tokens % matmul_kernel.ROWS == 0
+
+
+def suitable_length(rows: int, length: int) -> int:
+    """Returns the least length, not below `length`, of rows whose tokens the kernels take."""
+    step = matmul_kernel.ROWS // math.gcd(rows, matmul_kernel.ROWS)
+    return -(-length // step) * step
 
 
 def _without_dora(leaves: Leaves) -> Leaves:

@@ -22,7 +22,7 @@ from jlora.lora.adapter_tree import (
     split,
     trainable_mask,
 )
-from jlora.lora.projections import can_fuse_any
+from jlora.lora.projections import can_fuse_any, can_fuse_tokens, suitable_length
 from jlora.model.remat.layer_memory import num_pieces
 from jlora.ops.compute_choices import Compute, choose_compute
 from jlora.ops.quantize import is_quantized, kernel_shape
@@ -56,6 +56,8 @@ class Workload:
     compute: Compute
     adapters: int = 1
     """Adapters that are trained at once, each with its own rows."""
+    hint: str = ""
+    """What would be faster, for the user; empty if nothing is known."""
 
 
 def plan_workload(
@@ -107,15 +109,27 @@ def plan_workload(
                 "mesh.fsdp, or kernels auto or xla"
             )
         chosen = replace(chosen, kernels="xla")
+    own_rows = adapters * rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    hint = ""
+    if chosen.kernels == "hopper" and not can_fuse_tokens(own_rows * length):
+        hint = (
+            f"the fused ones do not take the {own_rows} x {length} tokens of a device; "
+            f"data.packing with data.seq_len {suitable_length(own_rows, length)} would "
+            "be faster"
+        )
+        if compute.kernels == "hopper":
+            raise UsageError(f"compute.kernels=hopper: {hint}")
+        chosen = replace(chosen, kernels="xla")
     work = Workload(
         config=own_config(config, mesh.shape["tensor"]) if is_own else config,
-        rows=adapters * rows // (mesh.shape["data"] * mesh.shape["fsdp"]),
+        rows=own_rows,
         length=length,
         fsdp=mesh.shape["fsdp"],
         tensor=mesh.shape["tensor"],
         devices=mesh.size // jax.process_count(),
         compute=replace(chosen, remat=compute.remat),
         adapters=adapters,
+        hint=hint,
     )
     if compute.remat != "auto":
         return work

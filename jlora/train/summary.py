@@ -60,6 +60,7 @@ def print_summary(
         f"{count} {mesh.devices.flat[0].device_kind}: {compute.dtype.name}, attention "
         f"{compute.attention}, kernels {compute.kernels}, remat {compute.remat}"
     )
+    lines += [f"kernels xla: {work.hint}"] if work.hint else []
     stored = stored_format(next(iter(trees.values())))
     if stored in compute.code_products:
         lines += [f"{stored} weights: activations are rounded to {stored} for products"]

@@ -13,7 +13,7 @@ from jlora.config.lora_config import LoraConfig
 from jlora.config.run_config import ComputeConfig
 from jlora.errors import UsageError
 from jlora.lora.initialisation import add_lora
-from jlora.lora.projections import can_fuse_any
+from jlora.lora.projections import can_fuse_any, suitable_length
 from jlora.ops.quantize import quantize_kernel
 from jlora.train.memory_estimate import plan_workload
 
@@ -67,7 +67,7 @@ def test_a_plan_has_the_fused_kernels_only_for_weights_that_they_take(make, expe
         mesh_of("gpu", capability="9.0"),
         compute=ComputeConfig(remat="none"),
         rows=1,
-        length=64,
+        length=256,
     )
     assert work.compute.kernels == ("hopper" if expected else "xla")
 
@@ -80,5 +80,31 @@ def test_fused_kernels_that_are_asked_for_and_take_no_weight_are_refused():
             mesh_of("gpu", capability="9.0"),
             compute=ComputeConfig(remat="none", kernels="hopper"),
             rows=1,
-            length=64,
+            length=256,
         )
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "longer"),
+    [(1, 256, None), (2, 128, None), (2, 1000, 1024), (3, 300, 512), (8, 33, 64)],
+)
+def test_tokens_that_the_fused_kernels_do_not_take_are_said(rows, length, longer):
+    def plan(kernels):
+        return plan_workload(
+            CONFIG,
+            tree(),
+            mesh_of("gpu", capability="9.0"),
+            compute=ComputeConfig(remat="none", kernels=kernels),
+            rows=rows,
+            length=length,
+        )
+
+    work = plan("auto")
+    assert work.compute.kernels == ("xla" if longer else "hopper")
+    assert bool(work.hint) == bool(longer)
+    if longer:
+        assert rows * longer % 256 == 0
+        said = rf"{rows} x {length} tokens.*data\.seq_len {longer} would be faster"
+        assert suitable_length(rows, length) == longer
+        with pytest.raises(UsageError, match=said):
+            plan("hopper")
