@@ -199,7 +199,8 @@ def test_devices_that_split_quantised_weights_train_as_one(
     for found, wanted in zip(metrics, expected, strict=True):
         assert found == pytest.approx(wanted, rel=2e-5)
     for name, moment in moments.items():
-        atol = 2e-4 * np.abs(same[name]).max()  # measured 9.4e-5
+        # Measured 9.4e-5; on one device an embedding of the next float32 numbers gives as much.
+        atol = 2e-4 * np.abs(same[name]).max()
         np.testing.assert_allclose(moment, same[name], rtol=0, atol=atol, err_msg=name)
 
 
