@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arguments(RowConfig, ModelConfig):
+class Arguments(ModelConfig):
     """Print the loss, perplexity and supervised tokens of a data set."""
 
-    data: list[str] | dict[str, float] | str
+    data_: (
+        list[str] | dict[str, float] | str
+    )  # --data, beside the group's --data.seq_len
     """File, folder, glob or hub id with records, or a list of them."""
+    data: RowConfig = field(default_factory=RowConfig)
     batch_size: int = 8
     """Rows at a time, over all devices."""
     adapters: list[str] = field(default_factory=list, metadata=REPEATED)
@@ -43,7 +46,6 @@ class Arguments(RowConfig, ModelConfig):
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
         super().__post_init__()
-        ModelConfig.__post_init__(self)
         if not 1 <= self.batch_size <= MAX_SIZE:
             raise UsageError(
                 f"batch_size={self.batch_size}; expected 1 to {MAX_SIZE:,}"
@@ -92,11 +94,11 @@ def main(args: Arguments) -> None:
     }
     compared = ["base", *adapters] if args.adapters else list(adapters) or ["base"]
     config = configs.get(compared[-1], source.config)
-    rows = args.sized(config.longest)
-    config.check_length(rows.row_length, "seq_len")
+    rows = args.data.sized(config.longest)
+    config.check_length(rows.row_length, "data.seq_len")
     tokenizer = Tokenizer(source.files, config)
     data = load_dataset(
-        args.data,
+        args.data_,
         tokenizer,
         rows,
         vocab_size=config.vocab_size,
@@ -134,7 +136,7 @@ def main(args: Arguments) -> None:
             params = attach_adapter(base, source.config, adapters[name])
         params = jax.device_put(params, tree_shardings(mesh, params))
         model = Llama.with_compute(configs.get(name, source.config), compute)
-        step = make_eval_step(model, mesh, params=params, packed=args.packing)
+        step = make_eval_step(model, mesh, params=params, packed=rows.packing)
         figures[name] = loss_figures(*evaluate(step, params, data, mesh))
         if questions:
             loaded = TextModel(model, params, tokenizer)

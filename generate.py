@@ -51,6 +51,14 @@ class Arguments(TextConfig, ModelConfig):
         for name in ("num_return_sequences", "batch_size"):
             if not 1 <= getattr(self, name) <= MAX_SIZE:
                 raise UsageError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.num_return_sequences > 1:
+            if not self.temperature:
+                raise UsageError(
+                    "num_return_sequences has no effect with temperature=0, as all samples "
+                    "would be the same; give a temperature"
+                )
+            if given == [None] * 3:
+                raise UsageError("num_return_sequences has no effect at the keyboard")
 
 
 def main(args: Arguments) -> None:
@@ -92,10 +100,13 @@ def read_records(args: Arguments) -> list[dict[str, Any]] | None:
         return None
     if args.system is None:
         return records
+    if not args.chat and not all("messages" in record for record in records):
+        raise UsageError(
+            f"{args.prompts}: holds prompts that are not conversations, on which --system "
+            "has no effect; add --chat"
+        )
     return [
         {**record, "messages": with_system(conversation(record), args.system)}
-        if args.chat or "messages" in record
-        else record
         for record in records
     ]
 

@@ -126,7 +126,7 @@ def train(args: Arguments, stop: "StopRequest") -> None:
         name: initialise(shapes, lora=run_args.lora, seed=run_args.seed)[0]
         for name, run_args in args_of.items()
     }
-    check_members([split[0] for split in splits_of.values()], shapes_of)
+    check_members([split[0] for split in splits_of.values()], shapes_of, args_of)
     largest = max(shapes_of.values(), key=lambda tree: count_parameters(tree)[0])
     compute = compute_for_adapters(args.compute, len(args_of), packed=args.data.packing)
     work = plan_workload(

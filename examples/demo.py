@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "demo"
 BASE, RUN, MERGED, PEFT = (OUT / name for name in ("base", "run", "merged", "peft"))
 TRAIN, HELD_OUT = OUT / "data" / "train.jsonl", OUT / "data" / "held_out.jsonl"
-SIZES = ["--packing", "--seq_len", "256", "--batch_size", "2"]
+SIZES = ["--data.packing", "--data.seq_len", "256", "--batch_size", "2"]
 SAMPLES = 3
 VERIFY_ROWS = 2
 

@@ -146,8 +146,13 @@ def open_adapter(folder: str | Path, step: int | None = None) -> Adapter:
         UnsupportedError, CorruptError: as `read_adapter`.
     """
     run = run_of(folder)
-    if run != Path(folder) and step is None:
-        step = int(Path(folder).name)
+    if run != Path(folder):
+        own = int(Path(folder).name)
+        if step not in (None, own):
+            raise UsageError(
+                f"{folder} and step={step} name two steps; give one of them"
+            )
+        step = own
     if step is None:
         found = exported_adapter(folder)
         if found is not None:

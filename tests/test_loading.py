@@ -56,6 +56,8 @@ def test_a_run_folder_gives_its_adapter_or_newest_checkpoint(tmp_path, finished)
         jax.tree.map(np.testing.assert_array_equal, same.tensors, expected.tensors)
     with pytest.raises(UsageError, match="no step 2; there are 3"):
         open_adapter(tmp_path, 2)
+    with pytest.raises(UsageError, match="3 and step=2 name two steps"):
+        open_adapter(step, 2)
     if finished:
         with pytest.raises(UsageError, match="holds no checkpoints, so step=3"):
             open_adapter(tmp_path / "adapter", 3)

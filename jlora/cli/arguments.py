@@ -45,6 +45,7 @@ def parse(cls: type[T], words: Sequence[str]) -> T:
     values = _read_config([texts[0] for flag, texts in given if flag is _CONFIG], named)
     added: dict[str, Any] = {}
     for flag, texts in given:
+        values.pop(flag.instead_of, None)
         if flag is not _CONFIG:
             before = added.get(flag.key, []) if flag.is_repeated else None
             value = _value_of(flag, texts)
@@ -196,6 +197,10 @@ def _flatten(
         members = [
             k.removeprefix(f"{name}.") for k in flags if k.startswith(f"{name}.")
         ]
+        # evaluate has --data and --data.seq_len: data is a file, {file: weight} or a group.
+        is_dict = isinstance(value, dict)
+        if name in flags and value and not (is_dict and {*value} & {*members}):
+            members = []
         if members and not isinstance(value, dict | None):
             raise UsageError(
                 f"{where}: {name} is {value!r}; expected keys below it: "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from jlora.cli.arguments import parse
+from jlora.cli.flags import flags_of
 from jlora.cli.help_page import help_page
 from jlora.cli.printing import EscapedOutput
 from jlora.cli.unread_output import allow_closed_output, say_error
@@ -101,7 +102,7 @@ def _explain(error: Exception, arguments_class: type) -> JloraError | None:
 def in_own_flags(text: str, arguments_class: type) -> str:
     """Returns a message with the names that a command without flag groups has for its flags.
 
-    The library calls a setting data.seq_len, as train.py does; evaluate.py has --seq_len.
+    The library calls a setting compute.dtype, as train.py does; evaluate.py has --dtype.
     """
     own = {field.name for field in dataclasses.fields(arguments_class)}
     groups = _groups(arguments_class)
@@ -127,8 +128,8 @@ def _less_memory(arguments_class: type) -> str:
             "fewer rows at a time (train.grad_accum_steps), a shorter data.seq_len, or "
             "compute.remat full or offload"
         )
-    own = {field.name for field in dataclasses.fields(arguments_class)}
-    smaller = [n for n in ("batch_size", "seq_len", "max_new_tokens") if n in own]
+    own = flags_of(arguments_class)
+    smaller = [n for n in ("batch_size", "data.seq_len", "max_new_tokens") if n in own]
     return f"a smaller {' or '.join(smaller)}" if smaller else "a larger device"
 
 

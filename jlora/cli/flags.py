@@ -34,6 +34,8 @@ class Flag:
     """Given by its place among the words, not by name."""
     is_repeated: bool = False
     """A list that every flag of this name adds to."""
+    instead_of: str = ""
+    """Key of the flag that says the same in another way, if there is one."""
     is_hidden: bool = False
     """Left out of --help: the dataclass checks the value and does not keep it."""
 
@@ -76,9 +78,14 @@ def flags_of(cls: type, prefix: str = "") -> dict[str, Flag]:
             summary_of(cls),
             "is_positional" in item.metadata,
             "is_repeated" in item.metadata,
+            _sibling(prefix, item.metadata.get("instead_of", "")),
             is_hidden,
         )
     return flags | groups
+
+
+def _sibling(prefix: str, name: str) -> str:
+    return prefix + name if name else ""
 
 
 def summary_of(cls: type) -> str:

@@ -95,10 +95,42 @@ NAMES = {
     "mask_prompt": "data.train_on",
     "train_on_completions": "data.train_on",
     "out": "output_dir",
+    "random_state": "seed",
+    "data_seed": "seed",
+    "optim": "optim.optimizer",
+    "scheduler": "optim.lr_schedule",
+    "beta1": "optim.adam_b1",
+    "beta2": "optim.adam_b2",
+    "use_gradient_checkpointing": "compute.remat",
+    "attn_implementation": "compute.attention",
+    "flash_attention": "compute.attention",
+    "torch_dtype": "compute.dtype",
+    "block_size": "data.seq_len",
+    "dataset_text_field": "data.fields",
+    "dataset_path": "data.train",
+    "train_on_responses_only": "data.train_on",
+    "resume_from_checkpoint": "resume",
+    "adapter_path": "output_dir",
+    "max_iters": "train.max_steps",
+    "save_strategy": "train.save_every",
+    "eval_strategy": "train.eval_every",
+    "evaluation_strategy": "train.eval_every",
+    "layers": "lora.layers_to_transform",
+    "num_layers": "lora.layers_to_transform",
 }
-# The same of the commands that generate.
-_SAMPLING = {
+# The same of the other commands.
+_OTHERS = {
     "temp": "temperature",
+    "n": "num_return_sequences",
+    "num_samples": "num_return_sequences",
+    "repeat_penalty": "repetition_penalty",
+    "system_prompt": "system",
+    "stop": "stop_strings",
+    "ctx_size": "context",
+    "max_model_len": "context",
+    "lora_modules": "adapter",
+    "outtype": "type",
+    "q_bits": "quantize",
     "max_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
     "n_predict": "max_new_tokens",
@@ -142,7 +174,7 @@ def name_here(name: str, known: Collection[str]) -> str | None:
         known: the command's flags; a command may have them without their groups.
     """
     plain = name.replace("-", "_").rpartition(".")[2]
-    names = [n for n in (NAMES.get(plain), _SAMPLING.get(plain)) if n]
+    names = [n for n in (NAMES.get(plain), _OTHERS.get(plain)) if n]
     ours = [*names, *(name.rpartition(".")[2] for name in names)]
     return next((name for name in ours if name in known), None)
 

@@ -21,6 +21,14 @@ _PLURALS: dict[Any, str] = {
 }
 
 
+def given_instead_of(other: str) -> dict[str, Any]:
+    """Returns the metadata of a field that says what another of its class says, too.
+
+    On a command line such a flag also replaces the other one's value in a file.
+    """
+    return {"instead_of": other}
+
+
 def has_type(value: Any, kind: Any) -> bool:
     """Returns whether the value is of this type; an int is a float, a bool is neither."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jlora.config.field_types import check_at_least
+from jlora.config.field_types import check_at_least, given_instead_of
 from jlora.config.json_fields import MAX_FLOAT
 from jlora.errors import UsageError, listing, nearest
 
@@ -34,9 +34,9 @@ class OptimConfig:
         "linear"
     )
     """Shape after warm-up, as in Transformers; wsd: constant, then a cosine at the end."""
-    warmup_ratio: float = 0.03
+    warmup_ratio: float = field(default=0.03, metadata=given_instead_of("warmup_steps"))
     """Share of the steps in which the learning rate rises linearly from 0 to its peak."""
-    warmup_steps: int = 0
+    warmup_steps: int = field(default=0, metadata=given_instead_of("warmup_ratio"))
     """Number of these steps, at most all but the last; 0: warmup_ratio decides."""
     min_lr_ratio: float = 0.0
     """Of cosine and wsd: rate at the end, as a share of the peak."""
@@ -73,6 +73,11 @@ class OptimConfig:
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
                 raise UsageError(f"optim.{name}={value}; expected a number in [0, 1]")
+        if self.warmup_steps and self.warmup_ratio != OptimConfig.warmup_ratio:
+            raise UsageError(
+                f"optim.warmup_ratio={self.warmup_ratio} has no effect with "
+                f"optim.warmup_steps={self.warmup_steps}; leave one of them out"
+            )
         for name in ("adam_b1", "adam_b2"):
             if not 0 <= getattr(self, name) < 1:
                 value = getattr(self, name)

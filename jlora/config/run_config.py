@@ -1,10 +1,10 @@
 """The flags of a run in groups: a dataclass each, with defaults, checks and help texts."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
-from jlora.config.field_types import check_at_least
+from jlora.config.field_types import check_at_least, given_instead_of
 from jlora.config.json_fields import MAX_SIZE
 from jlora.errors import UsageError
 
@@ -46,7 +46,7 @@ R = TypeVar("R", bound="RowConfig")
 
 @dataclass(frozen=True)
 class RowConfig:
-    """How records become rows of tokens; the flags that train.py and evaluate.py share."""
+    """How records become rows of tokens, in training and in evaluation."""
 
     format: Literal[
         "auto", "text", "prompt_completion", "messages", "alpaca", "sharegpt"
@@ -104,10 +104,12 @@ class _DataFiles:
     train: list[str] | dict[str, float] | str | None = None
     """File, folder, glob or hub id (owner/name:config/split) to train on, a list of them, or
     {path: passes per epoch}."""
-    eval: list[str] | dict[str, float] | str | None = None
+    eval: list[str] | dict[str, float] | str | None = field(
+        default=None, metadata=given_instead_of("eval_fraction")
+    )
     """Held-out records, in the same forms, evaluated every train.eval_every steps; null:
     the validation split of data.train, if it is a folder with one."""
-    eval_fraction: float = 0.0
+    eval_fraction: float = field(default=0.0, metadata=given_instead_of("eval"))
     """Share of data.train that is held out for evaluation, instead of data.eval."""
 
 
@@ -133,10 +135,10 @@ class DataConfig(RowConfig, _DataFiles):
 class TrainConfig:
     """Length of the training, batch size, and when to log, evaluate and save."""
 
-    max_steps: int = 0
+    max_steps: int = field(default=0, metadata=given_instead_of("num_epochs"))
     """Optimizer steps; 0: num_epochs decides."""
-    num_epochs: float = 1.0
-    """Passes over the data, if max_steps is 0."""
+    num_epochs: float = field(default=1.0, metadata=given_instead_of("max_steps"))
+    """Passes over the data, unless max_steps is given."""
     batch_size: int = 8
     """Rows per optimizer step, over all devices and accumulation steps."""
     grad_accum_steps: int = 1
@@ -162,13 +164,20 @@ class TrainConfig:
         for name in ("max_steps", "save_every", "eval_every"):
             check_at_least("train", self, name, 0)
         check_at_least("train", self, "early_stopping_patience", 0)
-        if self.early_stopping_patience and not self.eval_every:
-            raise UsageError(
-                "train.early_stopping_patience has no effect without train.eval_every"
-            )
+        for name in ("early_stopping_patience", "keep_best"):
+            if getattr(self, name) and not self.eval_every:
+                raise UsageError(
+                    f"train.{name} has no effect without train.eval_every, as there is one "
+                    "evaluation at the end; give both, or leave it out"
+                )
         for name in ("batch_size", "grad_accum_steps", "log_every", "keep"):
             check_at_least("train", self, name, 1)
-        if not self.max_steps and not 0 < self.num_epochs < MAX_SIZE:
+        if self.max_steps and self.num_epochs != TrainConfig.num_epochs:
+            raise UsageError(
+                f"train.num_epochs={self.num_epochs} has no effect with train.max_steps="
+                f"{self.max_steps}, which ends the run; leave one of them out"
+            )
+        if not 0 < self.num_epochs < MAX_SIZE:
             raise UsageError(
                 f"train.num_epochs={self.num_epochs}; expected a number above 0"
             )
@@ -184,12 +193,11 @@ class TrainConfig:
 
     def check_evaluation(self, *, has_data: bool) -> None:
         """Raises UsageError for a setting that has no effect without held-out data."""
-        for name in ("eval_every", "keep_best", "early_stopping_patience"):
-            if getattr(self, name) and not has_data:
-                raise UsageError(
-                    f"train.{name} has no effect without held-out data; give data.eval or "
-                    "data.eval_fraction, or leave it out"
-                )
+        if self.eval_every and not has_data:
+            raise UsageError(
+                "train.eval_every has no effect without held-out data; give data.eval or "
+                "data.eval_fraction, or leave it out"
+            )
 
 
 @dataclass(frozen=True)

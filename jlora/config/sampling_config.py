@@ -7,6 +7,8 @@ from jlora.config.run_config import check_seed
 from jlora.errors import UsageError
 
 NEW_TOKENS = 256
+# Settings that leave out unlikely tokens, with the values that leave out none.
+_OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class SamplingConfig:
     @property
     def steps(self) -> frozenset[str]:
         """The settings that change something; of a greedy choice, only the penalty can."""
-        off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        steps = {name for name, value in off.items() if getattr(self, name) != value}
+        steps = {name for name, value in _OFF.items() if getattr(self, name) != value}
         steps = steps | {"temperature"} if self.temperature else set()
         if self.repetition_penalty != 1:
             steps |= {"repetition_penalty"}
@@ -79,6 +80,12 @@ class TextConfig(SamplingConfig):
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UsageError(
                 f"max_new_tokens={self.max_new_tokens}; expected at least 1"
+            )
+        unused = [name for name in _OFF if getattr(self, name) != _OFF[name]]
+        if unused and not self.temperature:
+            raise UsageError(
+                f"{' and '.join(unused)} have no effect with temperature=0, which takes "
+                "the most likely token; give a temperature, or leave them out"
             )
 
     def count(self, used: int, longest: int) -> int:

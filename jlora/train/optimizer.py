@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from jlora.config.optim_config import DECAY_GROUPS, OptimConfig
+from jlora.errors import UsageError, listing
 from jlora.lora.adapter_tree import Params, map_leaves, trainable_mask
 
 # Optimizers that look at one number at a time: layers may be stacked, and padded.
@@ -74,6 +75,21 @@ def group_of(path: tuple[str, ...]) -> str:
     if leaf.startswith("lora_magnitude"):
         return "magnitude"
     return "norm" if leaf.endswith(("scale", "bias")) else "whole"
+
+
+def check_groups(config: OptimConfig, params: Params) -> None:
+    """Raises UsageError for a setting of a group in which nothing is trained."""
+    groups = jax.tree.leaves(map_leaves(lambda path, _: group_of(path), params))
+    is_trained = jax.tree.leaves(trainable_mask(params))
+    there = {g for g, trained in zip(groups, is_trained, strict=True) if trained}
+    given = {f"optim.group_weight_decay.{g}": g for g in config.group_weight_decay}
+    if config.loraplus_lr_embedding != OptimConfig.loraplus_lr_embedding:
+        given["optim.loraplus_lr_embedding"] = "embedding"
+    if unused := [name for name, group in given.items() if group not in there]:
+        raise UsageError(
+            f"{listing(unused)} has no effect, as nothing of that group is trained; there "
+            f"is {listing(sorted(there))}"
+        )
 
 
 @jax.tree_util.register_dataclass

@@ -125,7 +125,7 @@ def next_commands(
     if prompt and prompt.startswith("-"):  # would be taken for a flag
         ask = [f"--prompt={prompt}"]
     rows = [
-        f"--{item.name}={as_text(data[item.name])}"
+        f"--data.{item.name}={as_text(data[item.name])}"
         for item in fields(RowConfig)
         if data[item.name] != item.default
     ]

@@ -19,7 +19,7 @@ from jlora.cli.strict_yaml import read_yaml
 from jlora.config.run_config import ComputeConfig
 from jlora.data.batch.batches import Dataset
 from jlora.errors import UsageError, listing
-from jlora.train.optimizer import ELEMENTWISE
+from jlora.train.optimizer import ELEMENTWISE, check_groups
 
 # What is data to one compiled step. All else is shared: base, files, batch size, steps.
 VARIES = (
@@ -120,12 +120,16 @@ def _paths(changes: dict[str, Any]) -> list[str]:
     return found
 
 
-def check_members(datasets: Sequence[Dataset], trees: Mapping[str, Any]) -> None:
+def check_members(
+    datasets: Sequence[Dataset], trees: Mapping[str, Any], args_of: Mapping[str, Any]
+) -> None:
     """Raises UsageError where data in other orders makes other rows or steps.
 
-    Also as `check_same_leaves`, of the adapters' trees by name.
+    Also as `check_same_leaves`, of the adapters' trees by name, and as `check_groups`.
     """
     check_same_leaves(trees)
+    for name, tree in trees.items():
+        check_groups(args_of[name].optim, tree)
     shapes = {(d.row_length, d.steps_per_epoch) for d in datasets}
     if len(shapes) > 1:
         raise UsageError(

@@ -1,3 +1,5 @@
+from dataclasses import dataclass, field
+
 import pytest
 from helpers.flag_cases import Arguments, Group, Placed
 
@@ -335,3 +337,37 @@ def test_a_key_that_is_given_nested_and_dotted_is_refused(text, config):
 def test_names_that_are_one_as_text_are_refused():
     words = ("--model", "m", "--group.ranks", '{1: 1, "1": 2}')
     assert "--group.ranks is" in message(*words)
+
+
+def test_a_flag_replaces_what_a_file_says_in_another_way(config):
+    file = config("group: {rank: 4, rate: 0.1}")
+    got = read("--config", file, "--group.share", "0.5")
+    assert got.group == Group(share=0.5, rate=0.1)
+    both = config("group: {rank: 4, share: 0.5}")
+    assert read("--config", both).group == Group(rank=4, share=0.5)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Show a file."""
+
+    group_: dict[str, float] | str
+    """File."""
+    group: Group = field(default_factory=Group)
+
+
+@pytest.mark.parametrize(
+    ("text", "file"),
+    [
+        ("group: a", "a"),
+        ("group: {a: 2}", {"a": 2.0}),
+        ("group.rank: 3\ngroup: a", "a"),
+    ],
+)
+def test_a_flag_may_have_the_name_of_a_group(text, file, config):
+    rank = 3 if "rank" in text else 8
+    assert parse(Shown, ["--config", config(text)]) == Shown(file, Group(rank=rank))
+    words = ["--group", "a", "--group.rank", "2"]
+    assert parse(Shown, words) == Shown("a", Group(rank=2))
+    said = message("--config", config("group: {rank: 2}"), cls=Shown)
+    assert said == "missing: --group (File); --help lists all"

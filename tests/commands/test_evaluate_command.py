@@ -23,7 +23,7 @@ def test_evaluate_of_the_base_gives_the_loss_before_training(run):
     assert evaluated_loss("--model", "hf") > 1.5 * metrics(run)[-1]["eval_loss"]
 
 
-@pytest.mark.parametrize("more", [["--packing"], ["--batch_size", 2]])
+@pytest.mark.parametrize("more", [["--data.packing"], ["--batch_size", 2]])
 def test_the_loss_does_not_depend_on_rows(more):
     assert evaluated_loss("--model", "hf", *more) == pytest.approx(
         evaluated_loss("--model", "hf"), abs=5e-6
@@ -133,7 +133,10 @@ def test_the_last_answer_of_a_conversation_is_the_reference(tmp_path):
         (["--adapter", "a", "--adapters", "b"], "give --adapter or --adapters"),
         (["--answers", "a"], "--answers has no effect without --generate"),
         (["--generate", -1], "generate=-1; expected at least 0"),
-        (["--generate", 1, "--format", "text"], "no record has a prompt and an answer"),
+        (
+            ["--generate", 1, "--data.format", "text"],
+            "no record has a prompt and an answer",
+        ),
     ],
 )
 def test_mistakes_of_comparing_are_named(flags, message, tmp_path):

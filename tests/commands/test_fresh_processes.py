@@ -19,7 +19,7 @@ for package in (convert, jlora):
         importlib.import_module(module.name)
 for module, flags in (
     (train, sys.argv[1:]),
-    (evaluate, "--model hf --data eval.jsonl --seq_len 64 --adapter pure".split()),
+    (evaluate, "--model hf --data eval.jsonl --data.seq_len 64 --adapter pure".split()),
     (generate, "--model hf --prompt a --max_new_tokens 4 --adapter pure".split()),
 ):
     assert run_command(module.main, module.Arguments, argv=flags) == 0
@@ -54,7 +54,7 @@ run_command(module.main, module.Arguments, argv=sys.argv[2:])
 def test_memory_is_kept_before_any_use_of_a_device(name):
     flags = {
         "train": train_flags("never"),
-        "evaluate": ["--model", "hf", "--data", "eval.jsonl", "--seq_len", 64],
+        "evaluate": ["--model", "hf", "--data", "eval.jsonl", "--data.seq_len", 64],
     }
     done = finish(start_python("-c", IN_TIME, name, *flags[name]))
     assert done.err.splitlines()[-1:] == ["in time"]

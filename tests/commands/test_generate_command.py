@@ -190,6 +190,15 @@ def test_an_answer_ends_before_a_stop_string():
         (["--prompt", "a", "--max_new_tokens", 0], "max_new_tokens=0; expected"),
         (["--prompt", "a", "--top_p", 0], "top_p=0.0; expected above 0"),
         (["--messages", "chat.jsonl", "--max_new_tokens", 999], "max_new_tokens=999"),
+        (["--prompt", "a", "--num_return_sequences", 2], "would be the same"),
+        (
+            ["--chat", "--num_return_sequences", 2, "--temperature", 1],
+            "no effect at the keyboard",
+        ),
+        (
+            ["--prompts", "train.jsonl", "--system", "b"],
+            "not conversations, on which --system has no effect; add --chat",
+        ),
     ],
 )
 def test_mistakes_are_named(flags, message):

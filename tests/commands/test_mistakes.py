@@ -77,6 +77,12 @@ TRAIN_MISTAKES = [
     ("{} --lora.r 1000000000000", 2, "r=1000000000000; expected"),
     ("{} --lora.target_modules []", 2, "target_modules=[] is empty"),
     ("{} --train.num_epochs 0 --train.max_steps 0", 2, "num_epochs=0"),
+    ("{} --data.split_turns", 2, "split_turns has no effect on train.jsonl"),
+    (
+        '{} --optim.group_weight_decay {"magnitude":1}',
+        2,
+        "nothing of that group is trained; there is lora_A, lora_B",
+    ),
     ("{} --resume sometimes", 2, "expected one of auto, never, must"),
     ("{} --model nowhere", 2, "nowhere: no such file or folder"),
     ("{} --model empty", 2, "empty: holds no config.json"),
@@ -110,11 +116,15 @@ GENERATE_MISTAKES = [
 
 EVALUATE_MISTAKES = [
     ("--model hf", 2, "missing: --data"),
-    ("--model hf --data eval.jsonl --seq_len 512", 2, "seq_len=512 exceeds"),
+    ("--model hf --data eval.jsonl --data.seq_len 512", 2, "seq_len=512 exceeds"),
     ("--model hf --data eval.jsonl --batch_size 0", 2, "batch_size=0"),
-    ("--model hf --data eval.jsonl --seq_len 0", 2, "seq_len=0"),
-    ("--model hf --data broken.jsonl --seq_len 64", 4, "line 2, column 31"),
-    ("--model hf --data eval.jsonl --seq_len 64 --adapter new_run", 2, "checkpoint"),
+    ("--model hf --data eval.jsonl --data.seq_len 0", 2, "seq_len=0"),
+    ("--model hf --data broken.jsonl --data.seq_len 64", 4, "line 2, column 31"),
+    (
+        "--model hf --data eval.jsonl --data.seq_len 64 --adapter new_run",
+        2,
+        "checkpoint",
+    ),
 ]
 
 

@@ -52,7 +52,7 @@ def test_converted_evaluated_generated_and_merged(models, tmp_path):
     base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
     succeed("convert.from_hf", models / "mixed", base)
     assert "nf4: the layers' projections" in succeed("convert.info", base)
-    flags = ("--data", "eval.jsonl", "--seq_len", 64)
+    flags = ("--data", "eval.jsonl", "--data.seq_len", 64)
     own, plain = (
         float(succeed("evaluate", "--model", model, *flags).split()[1])
         for model in (base, models / "plain mixed")

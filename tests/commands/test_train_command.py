@@ -179,18 +179,10 @@ def test_a_best_step_that_is_damaged_is_replaced_by_the_last_with_a_warning(
     assert f"adapter of step {last} written" in done.out
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("--train.eval_every", 5),
-        ("--train.keep_best",),
-        ("--train.eval_every", 5, "--train.early_stopping_patience", 2),
-    ],
-)
-def test_a_setting_of_evaluations_without_held_out_data_is_refused(more, tmp_path):
-    done = call("train", *train_flags(tmp_path / "run", *more))
+def test_evaluations_without_held_out_data_are_refused(tmp_path):
+    done = call("train", *train_flags(tmp_path / "run", "--train.eval_every", 5))
     assert done.status == 2
-    assert f"{more[0][2:]} has no effect without held-out data" in done.err
+    assert "train.eval_every has no effect without held-out data" in done.err
     assert not (tmp_path / "run").exists()
 
 

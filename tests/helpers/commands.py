@@ -95,7 +95,7 @@ def adapter_bytes(run: Path) -> bytes:
 
 
 def evaluated_loss(*flags: object) -> float:
-    flags = ("--data", "eval.jsonl", "--seq_len", 64, *flags)
+    flags = ("--data", "eval.jsonl", "--data.seq_len", 64, *flags)
     return float(succeed("evaluate", *flags).split()[1])
 
 

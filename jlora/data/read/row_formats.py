@@ -63,7 +63,7 @@ def detect_format(
     """Returns the format of a source by its first good row, which is at `where`.
 
     Raises:
-        UsageError: a field or a choice of data.train_on that the format does not have.
+        UsageError: a field, a choice of data.train_on or turns that it does not have.
         CorruptError: the row fits no format.
     """
     fields = config.fields or {}
@@ -81,6 +81,11 @@ def detect_format(
         raise UsageError(
             f"data.train_on={train_on} does not fit {source}, which is of format "
             f"{name}{kind}; choose {listing(['auto', *choices])}"
+        )
+    if config.split_turns and not is_chat:
+        raise UsageError(
+            f"data.split_turns has no effect on {source}, which is of format {name} without "
+            "conversations; leave it out"
         )
     return RowFormat(name, is_chat, dict(fields), train_on, config.split_turns)
 
