@@ -31,7 +31,9 @@ def test_the_loss_does_not_depend_on_rows(more):
 
 
 def test_evaluate_prints_loss_perplexity_and_tokens():
-    out = succeed("evaluate", "--model", "hf", "--data", "eval.jsonl", "--seq_len", 64)
+    out = succeed(
+        "evaluate", "--model", "hf", "--data", "eval.jsonl", "--data.seq_len", 64
+    )
     loss, perplexity, tokens = (part.split(": ")[1] for part in out.split(" || "))
     assert float(perplexity) == pytest.approx(np.exp(float(loss)), rel=1e-5)
     # " It is a." has 6 tokens, with c and e 7 each ("Ġa" is one token); and 3 ends.
@@ -48,7 +50,14 @@ def test_without_a_length_evaluate_reads_whole_records():
 def test_evaluate_shows_what_would_be_read(monkeypatch):
     monkeypatch.setattr("jlora.formats.load_params.load_params", pytest.fail)
     out = succeed(
-        "evaluate", "--model", "hf", "--data", "chat.jsonl", "--show", "--seq_len", 64
+        "evaluate",
+        "--model",
+        "hf",
+        "--data",
+        "chat.jsonl",
+        "--show",
+        "--data.seq_len",
+        64,
     )
     assert "{+The sum is five.[[<|im_end|>]]+}" in out
 
@@ -70,7 +79,7 @@ def test_a_base_is_evaluated_in_the_format_that_is_asked_for(run):
 
 def test_several_adapters_are_compared_with_the_base_in_one_table(run, tmp_path):
     shutil.copytree(run, tmp_path / "copy")
-    flags = ["--model", "hf", "--data", "eval.jsonl", "--seq_len", 64]
+    flags = ["--model", "hf", "--data", "eval.jsonl", "--data.seq_len", 64]
     several = ["--adapters", "run", "--adapters", tmp_path / "copy"]
     out = succeed("evaluate", *flags, *several, "--generate", 3, "--max_new_tokens", 12)
     head, *rows = out.splitlines()
@@ -96,7 +105,14 @@ def test_several_adapters_are_compared_with_the_base_in_one_table(run, tmp_path)
 
 def test_answers_are_written_beside_their_references(run, tmp_path):
     flags = ["--model", "hf", "--adapter", "run", "--data", "eval.jsonl"]
-    flags += ["--seq_len", 64, "--generate", 2, "--answers", tmp_path / "answers.jsonl"]
+    flags += [
+        "--data.seq_len",
+        64,
+        "--generate",
+        2,
+        "--answers",
+        tmp_path / "answers.jsonl",
+    ]
     printed = dict(x.split(": ") for x in succeed("evaluate", *flags).split(" || "))
     assert float(printed["loss"]) == evaluated_loss(*flags[:4])
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()

@@ -54,7 +54,7 @@ def test_a_run_needs_no_local_file(hub, tmp_path, run):
         ["train", *training, "--init_adapter", "owner/adapter"],
         [
             *("evaluate", "--model", "owner/model", "--adapter", "owner/adapter"),
-            *("--data", "owner/data:default/validation", "--seq_len", 64),
+            *("--data", "owner/data:default/validation", "--data.seq_len", 64),
         ],
     )
     assert done.out.count("status: 0") == 2, done

@@ -51,7 +51,7 @@ def test_training_within_the_window_is_that_of_full_attention(mistral, tmp_path)
 def test_longer_rows_are_refused(mistral, tmp_path):
     for name, flags in {
         "train": train_flags(tmp_path / "a", "--model", mistral),  # rows of 64
-        "evaluate": ["--model", mistral, "--data", "eval.jsonl", "--seq_len", 64],
+        "evaluate": ["--model", mistral, "--data", "eval.jsonl", "--data.seq_len", 64],
     }.items():
         status, _, err = call(name, *flags)
         assert status == 3
@@ -63,7 +63,7 @@ def test_evaluation_reads_rows_of_the_window_by_default(mistral):
     flags = ("--data", "eval.jsonl")
     status, out, err = call("evaluate", "--model", mistral, *flags)
     assert (status, err) == (0, said("seq_len"))
-    assert out == succeed("evaluate", "--model", "hf", *flags, "--seq_len", WINDOW)
+    assert out == succeed("evaluate", "--model", "hf", *flags, "--data.seq_len", WINDOW)
 
 
 def test_text_is_generated_up_to_the_window(mistral):
