@@ -62,7 +62,7 @@ def test_longer_rows_are_refused(mistral, tmp_path):
 def test_evaluation_reads_rows_of_the_window_by_default(mistral):
     flags = ("--data", "eval.jsonl")
     status, out, err = call("evaluate", "--model", mistral, *flags)
-    assert (status, err) == (0, said("seq_len"))
+    assert (status, err) == (0, said("data.seq_len"))
     assert out == succeed("evaluate", "--model", "hf", *flags, "--data.seq_len", WINDOW)
 
 
