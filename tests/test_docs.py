@@ -78,3 +78,17 @@ def test_the_memory_table_is_what_the_plan_says(monkeypatch):
     assert table.row("Llama 3.2 1B", 16) in TEXTS["README.md"].splitlines()
     cards = TEXTS["performance.md"].splitlines()
     assert table.card_row("Llama 3.2 1B") in cards
+
+
+def test_the_page_of_flags_is_current(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    script = importlib.import_module("make_configuration")
+    renew = "run: python docs/make_configuration.py"
+    assert script.page() == TEXTS["configuration.md"], renew
+
+
+def test_every_page_is_in_the_menu_and_in_the_index():
+    menu = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for file in ROOT.glob("docs/*.md"):
+        assert f": {file.name}\n" in menu
+        assert f"]({file.name})" in TEXTS["index.md"] or file.name == "index.md"
