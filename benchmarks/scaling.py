@@ -8,9 +8,10 @@ appended to `--out`.
     python benchmarks/scaling.py B --meshes data=1 fsdp=2 -- --base-dtype nf4
 
 What follows `--` is given to `step_time.py`. `of_linear` is the rate for each device divided by
-that of the first mesh, which should be one device. `predicted` is the same by this model: a
-step takes the time of one device, and that of the collectives beside which nothing else
-can run, at `--link` bytes per second.
+that of the first mesh, which should be one device. `predicted` is the same by the plan's model
+(`jlora.train.step_time_model`): a step takes the time that was measured of one device, and that
+of the collectives beside which nothing else can run. It is null on devices that the model does not
+know.
 """
 
 import argparse
@@ -22,33 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from step_time import WORKLOADS, Workload
+from step_time import WORKLOADS
 
 STEP_TIME = Path(__file__).with_name("step_time.py")
 RESULTS = Path(__file__).parent / "results" / "scaling.jsonl"
-# Of NVLink between two H200s, in each direction, as NCCL reaches it: 450 is the datasheet's.
-LINK = 350e9
-
-
-def exposed_seconds(
-    sizes: dict[str, int], facts: dict[str, Any], work: Workload, link: float
-) -> float:
-    """Returns the time of the collectives that no computation hides.
-
-    The embedding's weights, and those of the layers with which a pass begins, are needed at
-    once; the other layers' are gathered beside attention, the head's beside the last layer. The
-    gradients of the adapters are summed at the end. A tensor axis sums the
-    activations after attention and MLP, forward and backward.
-    """
-    data, fsdp, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "tensor"))
-    shards, gib = data * fsdp, facts["gib"]
-    gathered = gib["embedding"] + 2 * gib["layer"] + gib["adapter"]
-    wire = gathered * (fsdp - 1) / fsdp + 2 * gib["adapter"] * (shards - 1) / shards
-    rows = work.rows * tensor  # a step has the workload's rows for each device
-    activation = rows * work.length * work.config.hidden_size * 2 / 2**30
-    sums = 4 * work.config.num_hidden_layers
-    wire += 2 * sums * activation * (tensor - 1) / tensor
-    return wire * 2**30 / link
 
 
 def measured(
@@ -77,29 +55,31 @@ def main() -> None:
     parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("--meshes", nargs="+", default=["data=1", "data=2", "fsdp=2"])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--link", type=float, default=LINK, help="bytes per second")
     parser.add_argument(
         "--limit-s", type=float, default=math.inf, help="of all meshes together"
     )
     args, options = parser.parse_known_args()
     options = [option for option in options if option != "--"]
-    end, one, work = time.monotonic() + args.limit_s, None, WORKLOADS[args.workload]
+    end, one = time.monotonic() + args.limit_s, None
     args.out.parent.mkdir(parents=True, exist_ok=True)
     options += ["--out", str(args.out.with_suffix(".step_time.jsonl"))]
     for mesh in args.meshes:
         limit_s = min(end - time.monotonic(), 3600)
         found = measured(args.workload, mesh, options, limit_s)
-        sizes = {a: int(n) for a, n in (part.split("=") for part in mesh.split(","))}
-        devices = math.prod(sizes.values())
+        devices = math.prod(int(part.split("=")[1]) for part in mesh.split(","))
         line: dict[str, Any] = {"workload": args.workload, "mesh": mesh} | found
         if "error" not in found:
             rate = found["tokens_per_second"] / devices
             line["tokens_per_second_per_device"] = round(rate, 1)
             one = one or found | {"rate": rate}
             seconds = one["step_ms"] / 1e3
-            exposed = exposed_seconds(sizes, found, work, args.link)
+            exposed = found["exposed_ms"]
             line["of_linear"] = round(rate / one["rate"], 3)
-            line["predicted"] = round(seconds / (seconds + exposed), 3)
+            line["predicted"] = (
+                None
+                if exposed is None
+                else round(seconds / (seconds + exposed / 1e3), 3)
+            )
         text = json.dumps(line)
         print(text, flush=True)
         with args.out.open("a") as file:

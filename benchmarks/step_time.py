@@ -49,6 +49,7 @@ from jlora.train.flops import flops_per_token, peak_flops
 from jlora.train.memory_estimate import memory_bytes, peak_memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
+from jlora.train.step_time_model import step_time
 
 STEPS, WARM_UP = 8, 3
 RESULTS = Path(__file__).parent / "results" / "step_time.jsonl"
@@ -212,16 +213,17 @@ def prepare(
     )
     weights_s = time.perf_counter() - start
     params = jlora.add_lora(base, work.lora, jax.random.key(1))
+    rows = work.rows * mesh.size
     planned = plan_workload(
         work.config,
         params,
         mesh,
         compute=work.compute,
-        rows=work.rows * mesh.size,
+        rows=rows,
         length=work.length,
         max_segments=work.length // (work.document or work.length),
     )
-    plan = planned.compute
+    plan, expected = planned.compute, step_time(params, planned, mesh)
     model = Llama.with_compute(work.config, plan)
     model = model.clone(lora_dropout=work.lora.lora_dropout)
     settings = OptimConfig()
@@ -237,11 +239,11 @@ def prepare(
         "attention": plan.attention,
         "kernels": plan.kernels,
         "base_dtype": work.compute.base_dtype,
-        "gib": {
-            "adapter": _gib(state.trainable),
-            "layer": _gib(frozen["layers"]["0"]),
-            "embedding": _gib(frozen["embed_tokens"]),
-        },
+        "layer_gib": _gib(frozen["layers"]["0"]),
+        "predicted_tokens_per_second": round(rows * work.length / expected.total, 1)
+        if expected
+        else None,
+        "exposed_ms": round(1e3 * expected.exposed, 2) if expected else None,
         "planned_gib": round(sum(memory_bytes(params, planned).values()) / 2**30, 2),
         "flops": flops_per_token(params, work.config, work.document or work.length),
     }

@@ -5,17 +5,7 @@ import jax
 from jlora.config.llama_config import LlamaConfig
 from jlora.lora.adapter_tree import Params, is_adapter, is_trainable, modules
 from jlora.ops.quantize import SCALES, num_weights
-
-# Dense bfloat16 peak of one device in FLOP/s, by the vendors' datasheets.
-PEAK_FLOPS = {
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
+from jlora.parallel.described_devices import kind_of
 
 
 def flops_per_token(params: Params, config: LlamaConfig, length: int) -> float:
@@ -43,7 +33,6 @@ def flops_per_token(params: Params, config: LlamaConfig, length: int) -> float:
 
 
 def peak_flops(devices: int) -> float | None:
-    """Returns the peak of so many devices together, or None where it is not known."""
-    kind = jax.devices()[0].device_kind
-    found = [rate for name, rate in PEAK_FLOPS.items() if name in kind]
-    return found[0] * devices if found else None
+    """Returns the bfloat16 peak of so many devices together, or None where it is not known."""
+    kind = kind_of(jax.devices()[0])
+    return kind.products["bf16"] * devices if kind else None

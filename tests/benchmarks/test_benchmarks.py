@@ -61,22 +61,21 @@ def test_scaling_compares_meshes_and_reports_those_that_fail(tmp_path: Path) -> 
     meshes = ("data=1", "fsdp=3", "fsdp=2", "data=2,tensor=2")
     lines = run_script(
         *("scaling", "tiny", "--meshes", *meshes, "--out", str(tmp_path / "lines")),
-        *("--link", "1e7"),
         *("--", "--remat", "minimal"),
         devices=4,
     )
     one, failed, *others = map(json.loads, lines)
     assert [line["mesh"] for line in (one, failed, *others)] == list(meshes)
-    assert one["of_linear"] == one["predicted"] == 1
+    assert one["of_linear"] == 1
+    assert one["predicted"] is None  # of a CPU
     assert failed["exit_status"] == 1
     assert "error" in failed
     for line in others:
         assert line["tokens_per_second_per_device"] > 0
         assert line["loss"] == pytest.approx(one["loss"], abs=0.1)
-        assert 0 < line["predicted"] < 1
     # Each layer, though XLA on a CPU removes the barriers, and gathers it only once.
     _, gib, in_loops = others[0]["collectives"]["all-gather"]
-    assert gib > 2 * one["gib"]["layer"]
+    assert gib > 2 * one["layer_gib"]
     assert in_loops == 0
     (skipped,) = run_script(
         *("scaling", "tiny", "--meshes", "data=1", "--limit-s", "0"),
