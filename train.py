@@ -1,6 +1,5 @@
 """Fine-tune a Llama with LoRA: model and data in, a run folder with the adapter out."""
 
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from jlora.config.run_config import (
     ComputeConfig,
     DataConfig,
     MeshConfig,
+    ReportConfig,
     TrainConfig,
     check_seed,
 )
@@ -37,6 +37,7 @@ class Arguments:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     seed: int = 0
     """Seed of the adapter's initial values, the order of the data and dropout."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -83,18 +84,18 @@ def train(args: Arguments, stop: "StopRequest") -> None:
     from jlora.lora.adapter_tree import count_parameters
     from jlora.model.llama import Llama
     from jlora.parallel.sharding import check_divisible, make_mesh, parameter_sharding
+    from jlora.train import sweep_file
     from jlora.train.export import export_adapter
     from jlora.train.flops import flops_per_token
     from jlora.train.loop import train_runs
     from jlora.train.memory_estimate import plan_workload
-    from jlora.train.resuming import check_run, locked, model_identity
-    from jlora.train.run import Run, write_settings
+    from jlora.train.resuming import check_run, model_identity
+    from jlora.train.run import Run
     from jlora.train.summary import print_conclusion, print_plan, print_summary
-    from jlora.train.sweep_file import check_members, compute_for_adapters, read_sweep
 
     stop.check()
     # Configuration: `args_of` each adapter, by name. Without a sweep there is one, named "".
-    args_of = read_sweep(args)
+    args_of = sweep_file.read_sweep(args)
     for run_args in () if args.plan else args_of.values():
         check_run(Path(run_args.output_dir), args.resume)
 
@@ -126,9 +127,12 @@ def train(args: Arguments, stop: "StopRequest") -> None:
         name: initialise(shapes, lora=run_args.lora, seed=run_args.seed)[0]
         for name, run_args in args_of.items()
     }
-    check_members([split[0] for split in splits_of.values()], shapes_of, args_of)
+    datasets = [split[0] for split in splits_of.values()]
+    sweep_file.check_members(datasets, shapes_of, args_of)
     largest = max(shapes_of.values(), key=lambda tree: count_parameters(tree)[0])
-    compute = compute_for_adapters(args.compute, len(args_of), packed=args.data.packing)
+    compute = sweep_file.compute_for_adapters(
+        args.compute, len(args_of), packed=args.data.packing
+    )
     work = plan_workload(
         config,
         largest,
@@ -152,12 +156,7 @@ def train(args: Arguments, stop: "StopRequest") -> None:
             sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
         )
     model = Llama.with_compute(config, work.compute)
-    shared = {
-        **model_identity(config, base, continued, tokenizer),
-        "batch_size": args.train.batch_size,
-        "data.packing": args.data.packing,
-        "data.seq_len": data.row_length,
-    }
+    shared = model_identity(config, base, continued, tokenizer)
     runs = []
     for name, run_args in args_of.items():
         params, lora = initialise(base, lora=run_args.lora, seed=run_args.seed)
@@ -178,9 +177,7 @@ def train(args: Arguments, stop: "StopRequest") -> None:
 
     # The loop: batches, step, log, evaluate, save, stop; and the export at the end.
     conclude = partial(print_conclusion, first_prompt(held_out or data, tokenizer))
-    with locked(Path(args.output_dir)) if args.sweep else nullcontext():
-        if args.sweep:
-            write_settings(Path(args.output_dir), asdict(args))
+    with sweep_file.sweep_folder(args):
         train_runs(
             runs,
             model,

@@ -41,6 +41,7 @@ OWNERS = {
     "rich": ("jlora.report",),
     "yaml": ("jlora.cli", "jlora.formats.model_card", "jlora.report", "jlora.train"),
     "sacrebleu": ("jlora.serving",),
+    **dict.fromkeys(("wandb", "tensorboardX", "trackio"), ("jlora.report.trackers",)),
     "starlette": ("jlora.serving",),
     "uvicorn": ("jlora.serving", "serve"),
     "torch": (),

@@ -117,6 +117,8 @@ NAMES = {
     "evaluation_strategy": "train.eval_every",
     "layers": "lora.layers_to_transform",
     "num_layers": "lora.layers_to_transform",
+    "report_to": "report.to",
+    "wandb_project": "report.project",
 }
 # The same of the other commands.
 _OTHERS = {

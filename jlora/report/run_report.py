@@ -16,6 +16,7 @@ from jlora.cli.printing import unescaped_output
 from jlora.errors import about_file, printable
 from jlora.parallel.processes import is_first
 from jlora.report.metrics_file import drop_lines_after
+from jlora.report.tracking import Tracking
 
 
 class Report:
@@ -46,6 +47,7 @@ class Report:
         target = self.path if is_first() else Path(os.devnull)
         self._file = target.open("a", encoding="utf-8")
         self._total, self._label = total_steps, f"{name}: " if name else ""
+        self.tracking = Tracking()
         self._owns_display = beside is None
         self._progress = beside._progress if beside else _make_progress()
         if self._progress:
@@ -70,6 +72,7 @@ class Report:
             self._progress.stop()
         with about_file(self.path):
             self._file.close()
+        self.tracking.close(failed=kind is not None)
 
     def log(self, **metrics: Any) -> None:
         """Appends one line of a step's metrics and shows it, on a terminal in the bar."""
@@ -110,6 +113,7 @@ class Report:
         with about_file(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
+        self.tracking.log(line)
 
     def say(self, message: str) -> None:
         """Prints one line, above the progress bar if there is one."""

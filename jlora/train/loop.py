@@ -119,6 +119,8 @@ def train_runs(
                 if is_first():
                     export(run, params, held)
                     record_export(run.folder, step, held)
+            figures = {**run.progress.figures, "training_s": run.training_s}
+            run.report.tracking.summarise(figures, step)
     _write_reports(runs)
     pauses.seconds["training"] = runs[0].training_s
     conclude(runs, pauses.seconds, ended_early=step < total_steps)

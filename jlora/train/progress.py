@@ -29,6 +29,13 @@ class Progress:
     best_step: int | None = None
     evaluations_since_best: int = 0
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures of the evaluations so far, by their names here."""
+        names = ("initial_eval_loss", "best_eval_loss", "best_step")
+        values = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
     def add_loss(self, loss: float, supervised_tokens: int) -> None:
         """Takes a step into the mean."""
         if math.isfinite(loss) and supervised_tokens:

@@ -96,8 +96,8 @@ class Run:
             splits: data to train on, and held-out data or None.
             mesh: devices.
             name: in a sweep; empty for a single run.
-            shared: what a resumed run must have in common with the one it continues,
-                besides its data, adapter settings and seed.
+            shared: of the model; what a resumed run must have in common with the one it
+                continues, besides its data, adapter settings and seed.
             together: names of all runs that are trained together.
             flops_per_token: of the model with this adapter.
             facts: lines of the summary, and samples of the data.
@@ -109,6 +109,9 @@ class Run:
             "lora": asdict(lora),
             "seed": settings.seed,
             "optim.optimizer": settings.optim.optimizer,
+            "batch_size": data.batch_size,
+            "data.packing": settings.data.packing,
+            "data.seq_len": data.row_length,
         }
         if data.revisions:
             own["data.revisions"] = data.revisions
@@ -162,6 +165,13 @@ class Run:
             name=self.name,
             beside=None if runs[0] is self else runs[0].report,
         )
+        if is_first():
+            self.report.tracking.start(
+                self.meta["settings"],
+                start_step=steps_done,
+                in_sweep=bool(self.name),
+                say=self.report.say,
+            )
         if steps_done < total_steps and (self.folder / "adapter").is_dir():
             self.report.say(
                 f"{self.folder / 'adapter'} stays as it is until the end; --adapter "

@@ -7,8 +7,9 @@ high: {optim.learning_rate: 3e-4, lora.r: 16, seed: 1}
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,8 @@ from jlora.config.run_config import ComputeConfig
 from jlora.data.batch.batches import Dataset
 from jlora.errors import UsageError, listing
 from jlora.train.optimizer import ELEMENTWISE, check_groups
+from jlora.train.resuming import locked
+from jlora.train.run import write_settings
 
 # What is data to one compiled step. All else is shared: base, files, batch size, steps.
 VARIES = (
@@ -77,6 +80,22 @@ def read_sweep(args: A) -> dict[str, A]:
     if not args_of:
         raise UsageError(f"{file}: no adapters; expected NAME: {{KEY: VALUE}} lines")
     return args_of
+
+
+@contextmanager
+def sweep_folder(args: Any) -> Iterator[None]:
+    """Locks the folder of a sweep, and writes its config.yaml; nothing without a sweep.
+
+    Raises:
+        UsageError: as `locked`.
+    """
+    if args.sweep is None:
+        yield
+        return
+    folder = Path(args.output_dir)
+    with locked(folder):
+        write_settings(folder, asdict(args))
+        yield
 
 
 def _changed(args: A, name: str, changes: Any, file: Path) -> A:

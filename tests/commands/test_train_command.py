@@ -361,3 +361,15 @@ def test_a_folder_that_may_not_be_written_is_reported(tmp_path, monkeypatch):
     done = call("train", *train_flags(tmp_path / "run"))
     assert done.status == 2
     assert "cannot be written (Permission denied)" in done.err
+
+
+def test_a_run_and_its_continuation_are_sent_to_tensorboard(tmp_path):
+    flags = train_flags(tmp_path / "run", "--data.eval", "eval.jsonl")
+    flags += ["--report.to", "tensorboard", "--train.max_steps"]
+    succeed("train", *flags, 1)
+    succeed("train", *flags, 2)
+    files = sorted((tmp_path / "run" / "tensorboard").iterdir())
+    first, second = (file.read_bytes() for file in files)
+    for name in (b"train/loss", b"eval/loss", b"best_eval_loss", b"lora_alpha: 8"):
+        assert name in first
+        assert name in second

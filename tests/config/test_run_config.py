@@ -6,6 +6,7 @@ from jlora.config.run_config import (
     DataConfig,
     MeshConfig,
     ModelConfig,
+    ReportConfig,
     TrainConfig,
 )
 from jlora.config.sampling_config import SamplingConfig, TextConfig
@@ -44,11 +45,25 @@ NAN = float("nan")
         (TrainConfig, {"eval_every": -1}, "train.eval_every=-1"),
         (TrainConfig, {"keep": 0}, "train.keep=0"),
         (MeshConfig, {"tensor": -1}, "mesh.tensor=-1"),
+        (ReportConfig, {"to": "wandbb"}, "report.to='wandbb'.*did you mean 'wandb'"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_its_flag(group, changes, words):
     with pytest.raises(UsageError, match=words):
         group(**changes)
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+def test_a_tracker_that_is_not_installed_is_refused_with_its_extra(name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    with pytest.raises(UsageError, match=rf"report.to={name} .*'jlora\[{name}\]'"):
+        ReportConfig(to=[name])
+
+
+def test_trackers_are_given_in_one_word_or_as_a_list():
+    assert ReportConfig(to="tensorboard, tensorboard").trackers == ["tensorboard"]
+    assert ReportConfig(to=["tensorboard"]).trackers == ["tensorboard"]
+    assert ReportConfig().trackers == []
 
 
 def test_a_batch_that_cannot_be_split_is_refused_with_both_numbers():
