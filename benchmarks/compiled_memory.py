@@ -17,10 +17,11 @@ are not XLA's own.
 
 import argparse
 import json
+import math
 import os
 import re
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,12 @@ from jlora.config.run_config import MeshConfig
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
-from jlora.parallel.sharding import batch_sharding, make_mesh, tree_shardings
+from jlora.parallel.sharding import (
+    MESH_AXES,
+    batch_sharding,
+    make_mesh,
+    tree_shardings,
+)
 from jlora.train.memory_estimate import memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import TrainState, make_train_step
@@ -61,7 +67,7 @@ def described(device: str, config: MeshConfig) -> Mesh:
 
     # The rule for attention asks the installed cuDNN for its version.
     fused_attention_stablehlo.check_cudnn_version = lambda: 91200
-    size = config.data * config.fsdp * config.tensor
+    size = math.prod(asdict(config).values())
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=DESCRIPTION.read_text(), topology=f"1x1x{size}"
     )
@@ -70,7 +76,7 @@ def described(device: str, config: MeshConfig) -> Mesh:
 
 def compiled_step(work: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """Returns the compiled step of a workload, each device with its rows, and its memory."""
-    rows = work.rows * mesh.size
+    rows = work.rows_on(mesh)
 
     def make_params() -> Any:
         dtype = jnp.dtype(work.compute.dtype)
@@ -156,12 +162,12 @@ def main() -> None:
     parser.add_argument("--kernels", choices=("auto", "xla", "hopper"), default="auto")
     parser.add_argument("--base-dtype", choices=QUANTIZERS, help="quantise the weights")
     parser.add_argument("--remat", choices=("none", "minimal", "full", "offload"))
-    for axis in ("data", "fsdp", "tensor"):
+    for axis in MESH_AXES:
         parser.add_argument(f"--{axis}", type=int, default=1, help="number of devices")
     parser.add_argument("--hlo", type=Path, help="write the compiled program here")
     args = parser.parse_args()
     work = WORKLOADS[args.workload]
-    wanted = MeshConfig(args.data, args.fsdp, args.tensor)
+    wanted = MeshConfig(**{axis: getattr(args, axis) for axis in MESH_AXES})
     is_cpu = args.device == "cpu"
     mesh = make_mesh(wanted) if is_cpu else described(args.device, wanted)
     compute = replace(

@@ -108,7 +108,7 @@ class Device:
 def one_gpu() -> Mesh:
     """Returns a mesh of one H200 that need not be there."""
     device: Any = Device()
-    return Mesh(np.array(device).reshape(1, 1, 1), MESH_AXES)
+    return Mesh(np.array(device).reshape(1, 1, 1, 1), MESH_AXES)
 
 
 def planned_gib(config: LlamaConfig, rank: int, dtype: BaseDtype, remat: Any) -> float:

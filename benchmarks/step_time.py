@@ -44,7 +44,7 @@ from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
 from jlora.ops.quantize import BLOCK, NF4
-from jlora.parallel.sharding import batch_sharding, make_mesh
+from jlora.parallel.sharding import MESH_AXES, batch_sharding, make_mesh
 from jlora.train.flops import flops_per_token, peak_flops
 from jlora.train.memory_estimate import memory_bytes, peak_memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
@@ -91,11 +91,16 @@ class Workload:
     config: LlamaConfig
     lora: LoraConfig
     rows: int
+    """For each device, or for those that share rows."""
     length: int
     """Tokens per row."""
     compute: ComputeConfig = BFLOAT16
     document: int | None = None
     """Tokens of each document in a packed row; None if a row is one document."""
+
+    def rows_on(self, mesh: Mesh) -> int:
+        """Returns the rows of a step on these devices."""
+        return self.rows * mesh.size // mesh.shape["context"]
 
 
 A = Workload(LLAMA_2_7B, QV, 4, 2048)
@@ -113,6 +118,9 @@ WORKLOADS = {
     "B-packed": replace(B, document=512),
     "B-8k": replace(B, rows=1, length=8192),
     "B-16k": replace(B, rows=1, length=16384),
+    "B-128k": replace(
+        B, rows=1, length=131072, compute=replace(BFLOAT16, remat="offload")
+    ),
     "B-short": replace(B, length=2048, compute=replace(BFLOAT16, remat="offload")),
     "C": Workload(LLAMA_3_70B, ALL, 1, 4096, replace(BFLOAT16, remat="offload")),
     "E": E,
@@ -182,7 +190,7 @@ QUANTIZERS = {
 
 def random_batch(work: Workload, mesh: Mesh) -> dict[str, Any]:
     """Returns a batch of random tokens on the devices."""
-    shape = work.rows * mesh.size, work.length + 1
+    shape = work.rows_on(mesh), work.length + 1
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, work.config.vocab_size, shape, np.int32)
     return jax.device_put(unpadded_batch(tokens, work.document), batch_sharding(mesh))
@@ -213,7 +221,7 @@ def prepare(
     )
     weights_s = time.perf_counter() - start
     params = jlora.add_lora(base, work.lora, jax.random.key(1))
-    rows = work.rows * mesh.size
+    rows = work.rows_on(mesh)
     planned = plan_workload(
         work.config,
         params,
@@ -356,7 +364,7 @@ def main() -> None:
         "--cache", action="store_true", help="keep compiled programs between runs"
     )
     parser.add_argument("--layers", type=int, help="use this many layers")
-    for axis in ("data", "fsdp", "tensor"):
+    for axis in MESH_AXES:
         parser.add_argument(f"--{axis}", type=int, default=1, help="number of devices")
     args = parser.parse_args()
     if len(args.workloads) > 1:  # the peak of memory is counted for a process
@@ -377,8 +385,7 @@ def main() -> None:
     )
     layers = args.layers or work.config.num_hidden_layers
     config = replace(work.config, num_hidden_layers=layers)
-    devices = jax.devices()[: args.data * args.fsdp * args.tensor]
-    mesh = make_mesh(MeshConfig(args.data, args.fsdp, args.tensor), devices)
+    mesh = make_mesh(MeshConfig(**{axis: getattr(args, axis) for axis in MESH_AXES}))
     found = measure(name, replace(work, config=config, compute=compute), mesh)
     line = json.dumps(found | ({"layers": layers} if args.layers else {}))
     print(line, flush=True)

@@ -247,10 +247,12 @@ class MeshConfig:
     """Devices that split the batch and the weights."""
     tensor: int = 1
     """Devices that split the heads and the MLP."""
+    context: int = 1
+    """Devices that split the tokens of each row, for long rows; weights are copied."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
-        for name in ("data", "fsdp", "tensor"):
+        for name in ("data", "fsdp", "tensor", "context"):
             check_at_least("mesh", self, name, 0)
 
 

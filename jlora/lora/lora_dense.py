@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, UInt32
 
 from jlora.lora.adapter_tree import weight_of
 from jlora.ops.compute_choices import Compute
-from jlora.ops.dropout import drop_by, seeds
+from jlora.ops.dropout import drop_by, placed, seeds
 from jlora.ops.elementwise import plus_trained
 from jlora.ops.hopper.fused_projections import PRODUCT_NAME, Leaves
 from jlora.ops.matmul import matmul, matmul_float32
@@ -62,7 +62,7 @@ class LoRADense(nn.Module):
         leaves = self.variables["params"]
         dropped = None
         if "lora_A" in leaves and self.has_dropout():
-            dropped = drop_by(x, self.dropout_seeds(), self.dropout)
+            dropped = drop_by(x, self.dropout_seeds(x), self.dropout)
         return linear(
             x, leaves, self.compute, dropped=dropped, save_output=self.save_output
         )
@@ -71,16 +71,16 @@ class LoRADense(nn.Module):
         """Returns whether dropout's seeds are given, or an rng to draw them from."""
         return self.has_variable("dropout", "seeds") or self.has_rng("dropout")
 
-    def dropout_seeds(self) -> UInt32[Array, " words"]:
-        """Returns the seeds of this layer's dropout mask."""
+    def dropout_seeds(self, x: Float[Array, "... T _"]) -> UInt32[Array, " words"]:
+        """Returns the seeds of this layer's dropout mask, of inputs that lie where x does."""
         if self.has_variable("dropout", "seeds"):
             found = self.get_variable("dropout", "seeds")
         else:
             found = seeds(self.make_rng("dropout"))
         if not (self.takes_split and splits_layers()):
-            return found
+            return placed(found, x)
         size, _ = kernel_shape(self.variables["params"])
-        return jnp.append(found, first_column(size))
+        return placed(found, x, first_column(size))
 
 
 def linear(

@@ -144,7 +144,7 @@ def _fused_call(
     x = x.astype(compute.dtype)
     if not fused.can_fuse(x, leaves, drops=drops):
         return None
-    seeds = [layer.dropout_seeds() for layer in layers] if drops else []
+    seeds = [layer.dropout_seeds(x) for layer in layers] if drops else []
     codes = all(multiplies_codes(own, compute) for own in leaves)
     dropout = Dropout(float(rate), seeds) if drops else None
     return _FusedCall(x, leaves, dropout, codes)

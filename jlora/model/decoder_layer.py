@@ -33,6 +33,7 @@ from jlora.ops.attention_cached import attend_cached
 from jlora.ops.compute_choices import Compute
 from jlora.ops.elementwise import times_trained
 from jlora.ops.hopper.fused_projections import DOWN_NAME, PRODUCT_NAME
+from jlora.parallel.context import heads_of_rows, tokens_of_heads
 from jlora.parallel.own_program import into_split
 
 # What remat "minimal" saves for the backward pass, besides the inputs and outputs of a
@@ -60,7 +61,7 @@ class SharedInputs:
     """Of the rotary angles [B, T, 1, H / 2]."""
     sin: Any
     segment_ids: Any
-    """[B, T], or None where a row is one document."""
+    """[B, T] of whole rows, or None where a row is one document."""
     offset: Any
     """[B], tokens before this call in the cache; None without a cache."""
 
@@ -117,9 +118,10 @@ class Attention(nn.Module):
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def add_output(
-        self, residual: Float[Array, "B T D"], out: Float[Array, "B T N H"]
+        self, residual: Float[Array, "B T D"], out: Array
     ) -> Float[Array, "B T D"]:
-        """Returns residual + o_proj(the outputs of all heads)."""
+        """Returns residual + o_proj(what `DecoderLayer.attend` returns)."""
+        out = tokens_of_heads(out)
         return add_projection(residual, out.reshape(*out.shape[:2], -1), self.o_proj)
 
 
@@ -228,10 +230,14 @@ class DecoderLayer(nn.Module):
         k: Array,
         v: Array,
         shared: SharedInputs,
-    ) -> Float[Array, "B T N H"]:
-        """Returns the outputs of all heads, over the keys of a cache if there is one."""
+    ) -> Float[Array, "B _ _ H"]:
+        """Returns the outputs of all heads, over the keys of a cache if there is one.
+
+        Where a context axis splits rows, those of the device's heads of whole rows.
+        """
         if shared.offset is not None:
             return attend_cached(q, k, v, shared.offset)
+        q, k, v = map(heads_of_rows, (q, k, v))
         return attend(q, k, v, self.compute, segment_ids=shared.segment_ids)
 
     @nn.nowrap

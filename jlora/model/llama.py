@@ -29,6 +29,7 @@ from jlora.model.remat.layer_stack import LayerParts, run_stack
 from jlora.model.rotary import rope_angles
 from jlora.ops.compute_choices import Compute, default_platform
 from jlora.ops.dropout import drop
+from jlora.parallel.context import whole_length, whole_rows
 from jlora.parallel.own_program import holds_parts
 
 
@@ -164,15 +165,16 @@ class Llama(nn.Module):
         so by its size all keys get the same angles.
         """
         if cache is None:
-            self.config.check_window(tokens.shape[1], "tokens in a row")
+            self.config.check_window(whole_length(tokens), "tokens in a row")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        length = tokens.shape[1] if length is None else length
+        length = whole_length(tokens) if length is None else length
         cos, sin = rope_angles(self.config, positions, length, self.platform)
         offset = None if cache is None else cache.length
         x = self.embed_tokens(tokens)
         x = nn.with_logical_constraint(x, ("batch", "length", "act_embed"))
-        x, filled = self.layers(x, SharedInputs(cos, sin, segment_ids, offset), cache)
+        shared = SharedInputs(cos, sin, whole_rows(segment_ids), offset)
+        x, filled = self.layers(x, shared, cache)
         return self.norm(x), filled
 
     def _logits(self, hidden: Array) -> Array:

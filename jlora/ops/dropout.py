@@ -10,23 +10,21 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Integer, UInt32
 
-from jlora.parallel.sharding import BATCH_AXES
+from jlora.parallel.context import token_numbers
+from jlora.parallel.own_program import own_size
 
 
-def drop(x: Float[Array, "... D"], key: Array, rate: float | Array) -> Array:
+def drop(x: Float[Array, "... T D"], key: Array, rate: float | Array) -> Array:
     """Returns x with a share `rate` of its elements set to 0 and the others scaled up."""
-    return drop_by(x, seeds(key), rate)
+    return drop_by(x, placed(seeds(key), x), rate)
 
 
 def drop_by(
     x: Float[Array, "... D"], seeds: UInt32[Array, " words"], rate: float | Array
 ) -> Float[Array, "... D"]:
-    """Returns what `drop` does, given the `seeds` of its key.
-
-    They may have a third word: the number of x's first column among all columns.
-    """
+    """Returns what `drop` does, given the `seeds` of its key, `placed` for x."""
     # Float32 from here on, so that a rate which a sweep traces gives the same mask.
     rate = jnp.float32(rate)
     size = x.shape[-1]
@@ -41,12 +39,27 @@ def seeds(key: Array) -> UInt32[Array, "2"]:
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
+def placed(
+    seeds: UInt32[Array, "2"],
+    x: Float[Array, "... T D"],
+    first_column: Array | int = 0,
+) -> UInt32[Array, " words"]:
+    """Returns the seeds, and words that say where x lies if a device has a part of it.
+
+    They are the number of its first column among all columns, and its tokens of each row.
+    """
+    if own_size("context") == own_size("tensor") == 1:
+        return seeds
+    words = [jnp.uint32(first_column), jnp.uint32(x.shape[-2])]
+    return jnp.concatenate([seeds, jnp.stack(words)])
+
+
 def threshold(rate: float | Array) -> UInt32[Array, ""]:
     """Returns the limit, of 2^32, below which a product of codes drops its element."""
     return (jnp.float32(rate) * 2.0**32).astype(jnp.uint32)
 
 
-def codes(index: Int[Array, "..."], seed: Array) -> UInt32[Array, "..."]:
+def codes(index: Integer[Array, "..."], seed: Array) -> UInt32[Array, "..."]:
     """Returns a random odd word for the number of every row or column.
 
     Source: Wellons, "Prospecting for Hash Functions" (2018), the constants of `lowbias32`
@@ -81,15 +94,12 @@ def axis_codes(
     ]
 
 
-def _numbers(size: int, axis: int, seeds: Array) -> Int[Array, " size"]:
+def _numbers(size: int, axis: int, seeds: Array) -> Integer[Array, " size"]:
     """Returns the numbers of all rows (axis 0) or columns."""
+    first_column, length = (0, size) if seeds.shape[0] == 2 else (seeds[2], seeds[3])
     if axis == 1:
-        # A third word is the number of the first column, where a device has some of them.
-        return jnp.arange(size) + (seeds[2] if seeds.shape[0] > 2 else 0)
-    # Inside `jlora.parallel.own_program.over_rows` a device has some of the rows only.
-    is_split = jax.sharding.get_abstract_mesh().manual_axes
-    first = lax.axis_index(BATCH_AXES) * size if is_split else 0
-    return first + jnp.arange(size)
+        return jnp.arange(size) + first_column
+    return token_numbers(size, length)
 
 
 def tile_mask(

@@ -4,6 +4,7 @@
 tensor splits, a device has some heads and some of the MLP: the projections into them have
 whole inputs, and the outputs of those out of them are summed. Embedding and head are gathered
 over both axes, and each device of a tensor axis computes the loss of its own positions.
+Of a row that context splits, a device has some tokens; see `jlora.parallel.context`.
 
 Source of the split layers: "Megatron-LM" (Shoeybi et al., 2019), section 3.
 """
@@ -19,10 +20,12 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jlora.config.llama_config import LlamaConfig
+from jlora.errors import UsageError
 from jlora.parallel.sharding import (
     BATCH_AXES,
     MESH_AXES,
     RULES,
+    TOKEN_SPEC,
     logical_axes,
     tree_shardings,
     use_mesh,
@@ -41,10 +44,19 @@ def runs_own_program(mesh: Mesh, layers: Any) -> bool:
     """Returns whether each device computes its rows by a program of its own.
 
     `layers` are the parameters of some or all. If not, the compiler partitions the step.
+
+    Raises:
+        UsageError: the compiler would have to partition attention over the tokens of a row.
     """
     leaves = jax.tree_util.tree_leaves_with_path(layers)
     is_plain = all(path[-1].key in _SPLIT_LEAVES for path, _ in leaves)
-    return mesh.shape["tensor"] == 1 or is_plain
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    if tensor > 1 and context > 1 and not is_plain:
+        raise UsageError(
+            f"mesh.context={context} with mesh.tensor={tensor} takes no layers with biases "
+            "or DoRA; use mesh.fsdp in the place of one of them"
+        )
+    return tensor == 1 or is_plain
 
 
 def own_config(config: LlamaConfig, tensor: int) -> LlamaConfig:
@@ -68,8 +80,8 @@ def over_rows(
 
     `function` returns a number, and gradients with the structure of `trainable`, or {}.
 
-    With an own program, each device runs `function` on its own rows only, so that it may
-    use kernels which the compiler cannot partition. There `rest` is complete on
+    With an own program, each device runs `function` on its own rows or tokens only, so that it
+    may use kernels which the compiler cannot partition. There `rest` is complete on
     every device. `frozen`, a tree of parameters, is the device's part of it, which
     `gathered` completes, and `trainable` is split by tensor only. The results are summed
     once, in their own dtype; the compiler would sum bfloat16 gradients before they are cast to
@@ -96,7 +108,7 @@ def over_rows(
         return jax.shard_map(
             summed,
             mesh=mesh,
-            in_specs=(whole, parts, PartitionSpec(), PartitionSpec(BATCH_AXES)),
+            in_specs=(whole, parts, PartitionSpec(), TOKEN_SPEC),
             out_specs=(PartitionSpec(), whole if has_gradients else {}),
             check_vma=False,  # the kernels do not declare over which axes they vary
         )(trainable, frozen, rest, batch)
@@ -126,10 +138,10 @@ def _summed_axes(path: tuple[Any, ...]) -> tuple[str, ...]:
     """
     is_factor = path[0].key == "layers" and path[-1].key in ("lora_A", "lora_B")
     is_split = any("tensor" in (rule or ()) for rule in _axes(path))
-    return MESH_AXES if is_factor and not is_split else BATCH_AXES
+    return MESH_AXES if is_factor and not is_split else (*BATCH_AXES, "context")
 
 
-def _own_size(axis: str) -> int:
+def own_size(axis: str) -> int:
     """Returns the devices of a mesh axis inside `over_rows`, elsewhere 1."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.shape[axis] if axis in mesh.manual_axes else 1
@@ -137,7 +149,7 @@ def _own_size(axis: str) -> int:
 
 def holds_parts() -> bool:
     """Returns whether fsdp splits the frozen weights here, inside `over_rows`."""
-    return _own_size("fsdp") > 1
+    return own_size("fsdp") > 1
 
 
 def gathered(tree: Any, axes: tuple[str, ...] = ("fsdp",)) -> Any:
@@ -145,7 +157,7 @@ def gathered(tree: Any, axes: tuple[str, ...] = ("fsdp",)) -> Any:
 
     They are gathered as they are stored, so quantised ones as their bytes.
     """
-    axes = tuple(axis for axis in axes if _own_size(axis) > 1)
+    axes = tuple(axis for axis in axes if own_size(axis) > 1)
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         for dimension, rule in enumerate(_axes(path)):
@@ -159,7 +171,7 @@ def gathered(tree: Any, axes: tuple[str, ...] = ("fsdp",)) -> Any:
 
 def splits_layers() -> bool:
     """Returns whether a device has a part of each layer here, inside `over_rows`."""
-    return _own_size("tensor") > 1
+    return own_size("tensor") > 1
 
 
 def into_split(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -183,7 +195,7 @@ def own_positions(x: Array) -> Array:
 
     They are padded with zeros to the same number for each device.
     """
-    count = _own_size("tensor")
+    count = own_size("tensor")
     if count == 1:
         return x
     size = -(-x.shape[1] // count)

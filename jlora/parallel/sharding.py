@@ -1,4 +1,4 @@
-"""Where every array lives: three mesh axes, the logical axes of arrays, and one table.
+"""Where every array lives: four mesh axes, the logical axes of arrays, and one table.
 
 The table `RULES` says which mesh axis splits which logical axis: change the layout there.
 A parameter's logical axes follow from the name of its module, those of an adapter's leaf
@@ -8,6 +8,7 @@ from its kernel's.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import flax.linen as nn
@@ -18,8 +19,11 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError, listing
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# From the outermost to the innermost, whose devices exchange most.
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+# Of a [B, T] array: rows, and the tokens of a row.
+TOKEN_SPEC = PartitionSpec(BATCH_AXES, "context")
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # parameters
@@ -34,7 +38,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("lora_rank", None),
     # activations; other names, so that their D is not split as a parameter's D is
     ("batch", BATCH_AXES),
-    ("length", None),
+    ("length", "context"),
     ("act_embed", None),
     ("act_heads", "tensor"),
     ("act_mlp", "tensor"),
@@ -68,7 +72,7 @@ LEAF_AXES = {
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Returns the (data, fsdp, tensor) mesh over all devices, or over the first of them.
+    """Returns the mesh of `MESH_AXES` over all devices, or over the first of them.
 
     Only one process may leave devices unused: of several, each needs its own.
 
@@ -76,23 +80,30 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         UsageError: there are fewer devices, or the axes do not divide them.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
-    fixed = math.prod(size for size in sizes if size)
-    if sizes.count(0) > 1:
-        raise UsageError("mesh: only one of data, fsdp and tensor may be 0 (the rest)")
-    if 0 in sizes and len(devices) % fixed == 0:
-        sizes[sizes.index(0)] = len(devices) // fixed
-    if 0 not in sizes and jax.process_count() == 1:
-        devices = devices[: math.prod(sizes)]
-    if math.prod(sizes) != len(devices):
-        named = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+    sizes = asdict(config)
+    rest = [axis for axis, size in sizes.items() if not size]
+    fixed = math.prod(size for size in sizes.values() if size)
+    if len(rest) > 1:
+        raise UsageError(
+            f"mesh: only one of {listing(list(sizes))} may be 0 (the rest)"
+        )
+    if rest and len(devices) % fixed == 0:
+        sizes[rest[0]] = len(devices) // fixed
+    count = math.prod(sizes.values())
+    if not rest and jax.process_count() == 1:
+        devices = devices[:count]
+    if count != len(devices):
+        named = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
         fewer = "" if jax.process_count() > 1 else "or less, "
         raise UsageError(
             f"mesh: {named} does not make {len(devices)} devices; "
-            f"the product of the three must, {fewer}and one may be 0 (the rest)"
+            f"the product of them must, {fewer}and one may be 0 (the rest)"
         )
     return jax.make_mesh(
-        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+        tuple(sizes[axis] for axis in MESH_AXES),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(MESH_AXES),
+        devices=devices,
     )
 
 
@@ -123,6 +134,18 @@ def check_divisible(
         raise UsageError("; ".join(problems))
 
 
+def check_length(mesh: Mesh, length: int) -> None:
+    """Raises UsageError if the mesh does not divide the tokens of a row."""
+    parts = mesh.shape["context"]
+    if length % parts:
+        legal = [n for n in range(1, mesh.size + 1) if length % n == 0]
+        raise UsageError(
+            f"mesh.context={parts} does not divide rows of {length} tokens (legal: "
+            f"{listing(legal)}); their length is data.seq_len, or without packing that "
+            "of the longest record, rounded up"
+        )
+
+
 def _divided(config: LlamaConfig) -> dict[tuple[str, ...], dict[str, int]]:
     """Returns the sizes of a model that mesh axes, or their product, must divide."""
     heads = config.num_attention_heads
@@ -136,6 +159,8 @@ def _divided(config: LlamaConfig) -> dict[tuple[str, ...], dict[str, int]]:
             **width,
             "vocab_size": config.vocab_size,
         },
+        # Devices exchange the tokens of a row for heads of all of them.
+        ("context", "tensor"): {"num_attention_heads": heads},
         ("fsdp", "tensor"): {
             "num_attention_heads*head_dim": heads * config.head_dim,
             **width,
@@ -200,8 +225,8 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns where a [B, T] array lives: rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, None))
+    """Returns where a [B, T] array lives: rows over data and fsdp, T over context."""
+    return NamedSharding(mesh, TOKEN_SPEC)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from jlora.ops.compute_choices import Compute, choose_compute
 from jlora.ops.quantize import is_quantized, kernel_shape
 from jlora.ops.quantized_matmul import multiplies_codes
 from jlora.parallel.own_program import own_config, runs_own_program
+from jlora.parallel.sharding import check_length
 from jlora.train.optimizer import stack_layers
 
 # Room left for the compiler's temporary buffers and fragmentation.
@@ -46,7 +47,9 @@ class Workload:
     rows: int
     """Rows of a part of the batch."""
     length: int
-    """Tokens per row."""
+    """Tokens of each row."""
+    context: int
+    """Devices that have as many of the same row."""
     fsdp: int
     """Devices that split the weights, and gather those of a layer before it computes."""
     tensor: int
@@ -87,8 +90,10 @@ def plan_workload(
         adapters: trained at once.
 
     Raises:
-        UsageError: an attention implementation or kernels that cannot run here.
+        UsageError: an attention implementation or kernels that cannot run here, or the mesh
+            does not divide the tokens of a row.
     """
+    check_length(mesh, length)
     chosen = choose_compute(
         compute, mesh, head_dim=config.head_dim, max_segments=max_segments
     )
@@ -110,12 +115,13 @@ def plan_workload(
             )
         chosen = replace(chosen, kernels="xla")
     own_rows = adapters * rows // (mesh.shape["data"] * mesh.shape["fsdp"])
-    hint = ""
-    if chosen.kernels == "hopper" and not can_fuse_tokens(own_rows * length):
+    context, hint = mesh.shape["context"], ""
+    own_length = length // context
+    if chosen.kernels == "hopper" and not can_fuse_tokens(own_rows * own_length):
+        better = suitable_length(own_rows, own_length) * context
         hint = (
-            f"the fused ones do not take the {own_rows} x {length} tokens of a device; "
-            f"data.packing with data.seq_len {suitable_length(own_rows, length)} would "
-            "be faster"
+            f"the fused ones do not take the {own_rows} x {own_length} tokens of a device; "
+            f"data.packing with data.seq_len {better} would be faster"
         )
         if compute.kernels == "hopper":
             raise UsageError(f"compute.kernels=hopper: {hint}")
@@ -123,7 +129,8 @@ def plan_workload(
     work = Workload(
         config=own_config(config, mesh.shape["tensor"]) if is_own else config,
         rows=own_rows,
-        length=length,
+        length=own_length,
+        context=context,
         fsdp=mesh.shape["fsdp"],
         tensor=mesh.shape["tensor"],
         devices=mesh.size // jax.process_count(),
@@ -221,7 +228,7 @@ def _activation_bytes(work: Workload) -> int:
     scores = 0
     # Float32 scores and weights, of one layer or of all; less on a CPU, which keeps blocks.
     if work.compute.attention == "xla":
-        per_layer = 2 * 4 * c.num_attention_heads * work.length
+        per_layer = 2 * 4 * c.num_attention_heads * work.length * work.context
         scores = per_layer * (layers if work.compute.remat == "none" else 1)
     return work.rows * work.length * (kept + scores)
 

@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jlora.data.batch.batches import Dataset
-from jlora.parallel.sharding import batch_sharding
+from jlora.parallel.sharding import batch_sharding, check_length
 
 # Batches that are made or being made while one is in use.
 _AHEAD = 3
@@ -22,7 +23,11 @@ def place_batch(dataset: Dataset, step: int, mesh: Mesh) -> dict[str, jax.Array]
 
     The mesh decides which rows these are, so the batch is the same for any number of
     processes.
+
+    Raises:
+        UsageError: the mesh does not divide the tokens of a row.
     """
+    check_length(mesh, dataset.row_length)
     sharding = batch_sharding(mesh)
     shape = (dataset.batch_size, dataset.row_length)
     made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
@@ -34,10 +39,12 @@ def place_batch(dataset: Dataset, step: int, mesh: Mesh) -> dict[str, jax.Array]
         return made[first, end]
 
     names = rows((slice(0, 0),))
+
+    def part(name: str, index: Any) -> np.ndarray:
+        return rows(index)[name][:, index[1]]
+
     return {
-        name: jax.make_array_from_callback(
-            shape, sharding, lambda index, name=name: rows(index)[name]
-        )
+        name: jax.make_array_from_callback(shape, sharding, partial(part, name))
         for name in names
     }
 

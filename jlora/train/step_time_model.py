@@ -148,7 +148,7 @@ def _layer_passes(work: Workload) -> float:
     if work.compute.kernels == "xla":
         numbers += 3 * c.intermediate_size * (2 if _recomputes(work) else 1)
     if work.compute.attention == "xla":
-        numbers += 16 * c.num_attention_heads * work.length
+        numbers += 16 * c.num_attention_heads * work.length * work.context
     return c.num_hidden_layers * numbers
 
 
@@ -181,7 +181,8 @@ def _attention_seconds(work: Workload, kind: DeviceKind, tokens: int) -> float:
     """Returns the time of causal attention: two products forward, five backward."""
     c = work.config
     width = c.num_attention_heads * c.head_dim
-    flops = (9 if _recomputes(work) else 7) * width * work.length * tokens
+    seen = work.length * work.context
+    flops = (9 if _recomputes(work) else 7) * width * seen * tokens
     return c.num_hidden_layers * flops / (ATTENTION * kind.products["bf16"])
 
 
@@ -200,13 +201,17 @@ class _Wire:
     gradients: float
     sums: float
     """Of activations, where a tensor axis splits the layers."""
+    exchanged: float
+    """Of tokens for heads, where a context axis splits the rows."""
     is_quantized: bool
 
     @property
     def received(self) -> float:
         """Bytes of all collectives."""
-        ends = self.embedding + self.head + self.adapter + self.gradients + self.sums
-        return ends + self.gathers * self.layers * self.layer
+        ends = self.embedding + self.head + self.adapter + self.gradients
+        return (
+            ends + self.sums + self.exchanged + self.gathers * self.layers * self.layer
+        )
 
     def exposed_seconds(
         self, once: StepTime, work: Workload, mesh: Mesh, kind: DeviceKind
@@ -216,7 +221,7 @@ class _Wire:
         The embedding, the adapters, and the layers with which a pass begins are needed at
         once. The other layers' weights are gathered beside the attention of the layer before;
         unquantised ones beside all of it in the forward pass. The head's are gathered beside
-        the last layer. Gradients, and sums of activations, come when all is computed.
+        the last layer. Gradients, sums and exchanged activations come when all is computed.
         """
         split = _link(mesh, "fsdp", kind)
         beside = once.attention / self.layers
@@ -232,13 +237,14 @@ class _Wire:
             + passes * (2 * gather + (self.layers - 1) * late)
             + self.gradients / _link(mesh, "data", kind)
             + self.sums / _link(mesh, "tensor", kind)
+            + self.exchanged / _link(mesh, "context", kind)
         )
 
 
 def _wire(params: Params, work: Workload, mesh: Mesh, parts: int) -> _Wire:
     """Returns what each device receives; layers are gathered as they are stored."""
     fsdp, tensor = work.fsdp, work.tensor
-    shards = mesh.shape["data"] * fsdp
+    shards = mesh.shape["data"] * fsdp * work.context
     found = modules(params)
     head, embedding = found.get(HEAD, {}), found[EMBEDDING]
     layers = list(params["layers"].values())
@@ -258,8 +264,23 @@ def _wire(params: Params, work: Workload, mesh: Mesh, parts: int) -> _Wire:
         adapter=adapter * others,
         gradients=2 * adapter * (1 - 1 / shards),
         sums=2 * sums * activation * (1 - 1 / tensor),
+        exchanged=len(layers) * parts * _exchanged_bytes(work),
         is_quantized=stored_format(params) is not None,
     )
+
+
+def _exchanged_bytes(work: Workload) -> float:
+    """Returns what a device receives for a layer: queries, keys, values and outputs.
+
+    Forward, backward, and again where they are recomputed: all, or outputs only.
+    """
+    c = work.config
+    copied = math.lcm(c.num_key_value_heads, work.context)
+    all_heads = 2 * (c.num_attention_heads + copied)
+    again = {"none": 0, "minimal": c.num_attention_heads}
+    heads = 2 * all_heads + again.get(work.compute.remat, all_heads)
+    tokens = work.rows * work.length
+    return 2 * tokens * heads * c.head_dim * (1 - 1 / work.context)
 
 
 def _link(mesh: Mesh, axis: str, kind: DeviceKind) -> float:

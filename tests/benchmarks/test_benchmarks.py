@@ -58,7 +58,7 @@ def test_step_time_measures_a_step_and_appends_the_line(tmp_path: Path) -> None:
 
 
 def test_scaling_compares_meshes_and_reports_those_that_fail(tmp_path: Path) -> None:
-    meshes = ("data=1", "fsdp=3", "fsdp=2", "data=2,tensor=2")
+    meshes = ("data=1", "fsdp=3", "fsdp=2", "data=2,tensor=2", "context=2")
     lines = run_script(
         *("scaling", "tiny", "--meshes", *meshes, "--out", str(tmp_path / "lines")),
         *("--", "--remat", "minimal"),

@@ -70,7 +70,11 @@ TRAIN_MISTAKES = [
     ("{} --data.seq_len 1", 2, "data.seq_len=1; expected at least 2"),
     ("{} --train.batch_size 12", 2, "does not divide"),
     ("{} --train.batch_size 8 --train.grad_accum_steps 3", 2, "not a multiple"),
-    ("{} --mesh.data 9", 2, "data=9, fsdp=1, tensor=1 does not make 8 devices"),
+    (
+        "{} --mesh.data 9",
+        2,
+        "data=9, fsdp=1, tensor=1, context=1 does not make 8 devices",
+    ),
     ("{} --mesh.data 1 --mesh.tensor 8", 2, "num_key_value_heads=2"),
     ("{} --seed -1", 2, "seed=-1"),
     ("{} --seed 4294967296", 2, "seed=4294967296; expected"),

@@ -11,8 +11,10 @@ from jlora.parallel.sharding import MESH_AXES
 def mesh_of(
     platform: str, sizes: tuple[int, int, int] = (1, 1, 1), capability: str = ""
 ) -> Mesh:
-    devices = np.empty(sizes, object)
-    for place in np.ndindex(sizes):
+    data, fsdp, tensor = sizes
+    shape = data, fsdp, 1, tensor
+    devices = np.empty(shape, object)
+    for place in np.ndindex(shape):
         devices[place] = Mock(
             platform=platform, compute_capability=capability, device_kind="a device"
         )

@@ -157,7 +157,7 @@ class Run:
         total_steps: int = 10,
         seed: int = 0,
     ) -> None:
-        size = max(mesh.data, 1) * mesh.fsdp * mesh.tensor
+        size = max(mesh.data, 1) * mesh.fsdp * mesh.tensor * mesh.context
         self.mesh = make_mesh(mesh, jax.devices()[:size])
         config = llama_config(num_hidden_layers=1) if config is None else config
         params = adapted_params(config) if params is None else params

@@ -308,6 +308,7 @@ def test_the_plan_counts_the_weights_that_are_dequantised():
         config=config,
         rows=64,
         length=64,
+        context=1,
         fsdp=1,
         tensor=1,
         devices=1,

@@ -28,6 +28,7 @@ from jlora.parallel.sharding import (
     MESH_AXES,
     RULES,
     check_divisible,
+    check_length,
     make_mesh,
     tree_shardings,
     use_mesh,
@@ -92,10 +93,10 @@ def problems(mesh, batch_size=ROWS, grad_accum_steps=1, **changes):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((3, 3, 1), "data=3, fsdp=3, tensor=1 does not make 8 devices"),
-        ((0, 3, 1), "data=0, fsdp=3, tensor=1 does not make 8 devices"),
-        ((0, 0, 1), "only one of data, fsdp and tensor may be 0"),
-        ((4, 4, 1), "data=4, fsdp=4, tensor=1 does not make 8 devices"),
+        ((3, 3, 1), "data=3, fsdp=3, tensor=1, context=1 does not make 8 devices"),
+        ((0, 3, 1), "data=0, fsdp=3, tensor=1, context=1 does not make 8 devices"),
+        ((0, 0, 1), "only one of data, fsdp, tensor, context may be 0"),
+        ((4, 1, 1, 4), "data=4, fsdp=1, tensor=1, context=4 does not make 8 devices"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
@@ -110,27 +111,45 @@ def test_a_smaller_mesh_takes_the_first_devices():
 
 def test_several_processes_use_all_their_devices(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UsageError, match="the product of the three must, and"):
+    with pytest.raises(UsageError, match="the product of them must, and"):
         make_mesh(MeshConfig(4))
 
 
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
-        ((0, 1, 1), (8, 1, 1)),
-        ((0, 2, 2), (2, 2, 2)),
-        ((2, 0, 1), (2, 4, 1)),
-        ((1, 1, 0), (1, 1, 8)),
+        ((0, 1, 1), {"data": 8, "fsdp": 1, "context": 1, "tensor": 1}),
+        ((0, 2, 2), {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}),
+        ((2, 0, 1), {"data": 2, "fsdp": 4, "context": 1, "tensor": 1}),
+        ((1, 1, 0), {"data": 1, "fsdp": 1, "context": 1, "tensor": 8}),
+        ((2, 1, 1, 0), {"data": 2, "fsdp": 1, "context": 4, "tensor": 1}),
     ],
 )
 def test_a_mesh_axis_of_zero_takes_the_rest(sizes, expected):
-    assert tuple(make_mesh(MeshConfig(*sizes)).shape.values()) == expected
+    assert dict(make_mesh(MeshConfig(*sizes)).shape) == expected
 
 
 def test_a_mesh_that_cuts_a_head_lists_the_legal_sizes():
     message = problems((1, 1, 8), num_key_value_heads=4)
     assert "mesh.tensor=8 does not divide num_key_value_heads=4 " in message
     assert "(legal: 1, 2, 4)" in message
+
+
+def test_a_mesh_with_too_few_heads_to_exchange_for_tokens_lists_the_legal_sizes():
+    message = problems((1, 1, 2, 4), num_attention_heads=4, num_key_value_heads=2)
+    assert (
+        "mesh.context*mesh.tensor=8 does not divide num_attention_heads=4 " in message
+    )
+    assert "(legal: 1, 2, 4)" in message
+
+
+def test_rows_that_do_not_divide_into_equal_parts_are_refused():
+    mesh = make_mesh(MeshConfig(1, 1, 1, 3))
+    check_length(mesh, 66)
+    with pytest.raises(
+        UsageError, match=r"mesh.context=3 does not divide .* 64 tokens"
+    ):
+        check_length(mesh, 64)
 
 
 def test_all_faults_of_a_mesh_are_listed_at_once():

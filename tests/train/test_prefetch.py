@@ -18,11 +18,12 @@ MESHES = [
     MeshConfig(data=2),
     MeshConfig(data=2, fsdp=2),
     MeshConfig(data=2, tensor=4),
+    MeshConfig(data=2, context=4),
 ]
 
 
 def mesh_of(config: MeshConfig = MESHES[0]):
-    return make_mesh(config, jax.devices()[: config.data * config.fsdp * config.tensor])
+    return make_mesh(config)
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ def planned(
     count = int(np.prod(sizes))
     devices = np.empty(count, object)
     devices[:] = described_devices(f"{device}:{count}")
-    padded = [*sizes, *[1] * (len(MESH_AXES) - len(sizes))]
-    mesh = Mesh(devices.reshape(padded), MESH_AXES)
+    data, fsdp, tensor, context = (*sizes, 1)[:4]
+    mesh = Mesh(devices.reshape(data, fsdp, context, tensor), MESH_AXES)
     planned = plan_workload(
         work.config,
         params,
@@ -112,6 +112,20 @@ def test_two_gpus_that_split_the_rows(workloads, shapes, kernels, speed):
     params = shapes("B", "keep")
     work, mesh = planned(workloads["B"], params, "h200", (2, 1, 1), kernels=kernels)
     assert rate(params, work, mesh) == pytest.approx(speed, rel=0.1)
+
+
+def test_a_device_of_a_context_axis_receives_what_it_exchanges(workloads, shapes):
+    params = shapes("B", "keep")
+    work, mesh = planned(workloads["B"], params, "h200", (1, 1, 1, 2))
+    # Of 32 layers and 8,192 tokens; queries and outputs, keys and values, twice, and outputs
+    # once more, in bfloat16.
+    heads, adapter = 2 * 2 * (32 + 8) + 32, 4 * 41_943_040
+    exchanged = 32 * 8192 * heads * 128 * 2 / 2
+    found = predicted(params, work, mesh)
+    assert found.wire_bytes == pytest.approx(exchanged + adapter)
+    alone, one = planned(workloads["B"], params, "h200")
+    # As many tokens, with the same attention.
+    assert found.computing == pytest.approx(predicted(params, alone, one).computing)
 
 
 def test_gathering_costs_what_attention_does_not_hide(workloads, shapes):

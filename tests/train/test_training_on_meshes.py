@@ -9,6 +9,7 @@ import pytest
 from helpers.training_cases import (
     ALL_LINEAR,
     CONFIG,
+    LENGTH,
     MESHES,
     ROWS,
     Run,
@@ -28,13 +29,13 @@ DORA = replace(ALL_LINEAR, use_dora=True)
 
 
 @functools.cache
-def trained(mesh, grad_accum_steps=1, layers=1):
+def trained(mesh, grad_accum_steps=1, layers=1, length=LENGTH):
     run = Run(
         MeshConfig(*mesh),
         config=llama_config(num_hidden_layers=layers),
         grad_accum_steps=grad_accum_steps,
     )
-    metrics = run.train(STEPS)
+    metrics = run.train(STEPS, length)
     adapters = {name: np.asarray(x) for name, x in flatten(run.state.trainable).items()}
     return metrics, adapters
 
@@ -86,6 +87,22 @@ def test_four_accumulated_parts_train_as_one_does(mesh):
 
 def test_two_layers_on_every_axis_train_as_on_one_device():
     found, expected = (trained(mesh, layers=2) for mesh in ((2, 2, 2), (1, 1, 1)))
+    assert_same_training(found, expected)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        (1, 1, 1, 2),
+        (1, 1, 1, 8),
+        (2, 1, 1, 4),
+        (1, 4, 1, 2),
+        (1, 1, 2, 4),
+        (1, 2, 2, 2),
+    ],
+)
+def test_devices_that_split_the_tokens_of_rows_train_as_one_does(mesh):
+    found, expected = (trained(sizes, length=16) for sizes in (mesh, (1, 1, 1)))
     assert_same_training(found, expected)
 
 
@@ -151,9 +168,9 @@ def test_activation_constraints_reach_the_compiler_where_it_partitions_a_step():
     found = constraints(lowered.as_text())
     rows = '{"data", "fsdp"}'
     assert {
-        ("32x10x32", f"[{rows}, {{}}, {{}}]"),
-        ("32x10x16x4", f'[{rows}, {{}}, {{"tensor"}}, {{}}]'),
-        ("32x10x48", f'[{rows}, {{}}, {{"tensor"}}]'),
+        ("32x10x32", f'[{rows}, {{"context"}}, {{}}]'),
+        ("32x10x16x4", f'[{rows}, {{"context"}}, {{"tensor"}}, {{}}]'),
+        ("32x10x48", f'[{rows}, {{"context"}}, {{"tensor"}}]'),
     } <= found
 
 

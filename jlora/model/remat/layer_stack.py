@@ -33,9 +33,9 @@ class LayerParts(NamedTuple):
     before: Callable[..., tuple[Array, Array, Array]]
     """(params, seeds, x, shared) -> queries, keys, values."""
     attention: Callable[..., Array]
-    """(queries, keys, values, shared) -> the outputs of all heads."""
+    """(queries, keys, values, shared) -> the outputs of heads."""
     after: Callable[..., Array]
-    """(params, seeds, x, the outputs of all heads) -> x."""
+    """(params, seeds, x, the outputs of heads) -> x."""
 
 
 def run_stack(

@@ -189,10 +189,12 @@ def trained_with_nf4(mesh: MeshConfig, remat: str) -> Any:
         ("offload", (2, 2, 1)),
         ("minimal", (1, 1, 2)),
         ("full", (1, 2, 2)),
+        ("minimal", (2, 1, 2, 2)),
+        ("offload", (1, 2, 1, 2)),
     ],
 )
 def test_devices_that_split_quantised_weights_train_as_one(
-    remat: str, sizes: tuple[int, int, int]
+    remat: str, sizes: tuple[int, ...]
 ) -> None:
     metrics, moments = trained_with_nf4(MeshConfig(*sizes), remat)
     expected, same = trained_with_nf4(MeshConfig(1), "none")
@@ -205,11 +207,11 @@ def test_devices_that_split_quantised_weights_train_as_one(
 
 
 @pytest.mark.usefixtures("plain_kernels")
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 2, 4)])
-def test_devices_with_own_rows_evaluate_as_one(sizes: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 1, 1, 2)])
+def test_devices_with_own_rows_evaluate_as_one(sizes: tuple[int, ...]) -> None:
     params, batch, found = moved(adapted_params(ONE_LAYER)), ragged_batch(), []
     for config, kernels in ((MeshConfig(*sizes), "hopper"), (MeshConfig(1), "xla")):
-        devices = config.data * config.fsdp * config.tensor
+        devices = config.data * config.fsdp * config.tensor * config.context
         mesh = make_mesh(config, jax.devices()[:devices])
         step = make_eval_step(Llama(ONE_LAYER, kernels=kernels), mesh, params=params)
         jaxpr = step.trace(params, batch).jaxpr.jaxpr
