@@ -20,6 +20,7 @@ from jlora.config.run_config import (
 )
 
 if TYPE_CHECKING:
+    from jlora.loading import Base
     from jlora.train.stopping import StopRequest
 
 
@@ -71,19 +72,17 @@ def main(args: Arguments) -> None:
             train(args, stop)
 
 
-def train(args: Arguments, stop: "StopRequest") -> None:
-    """Runs the whole fine-tune, in the order things happen."""
+def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> None:
+    """Runs the whole fine-tune, in the order things happen; `base` is args.model, opened."""
     from jlora.data.batch.load_dataset import load_split
     from jlora.data.batch.preview import first_prompt, preview_samples
     from jlora.data.tokenize.tokenizer import Tokenizer
-    from jlora.formats.load_params import abstract_params, load_params
-    from jlora.formats.open_model import open_model
     from jlora.formats.peft.attach_adapter import initialise_adapter
     from jlora.formats.peft.named_base import name_for_peft
-    from jlora.loading import open_adapter
+    from jlora.loading import Base, open_adapter
     from jlora.lora.adapter_tree import count_parameters
     from jlora.model.llama import Llama
-    from jlora.parallel.sharding import check_divisible, make_mesh, parameter_sharding
+    from jlora.parallel.sharding import check_divisible, make_mesh
     from jlora.train import sweep_file
     from jlora.train.export import export_adapter
     from jlora.train.flops import flops_per_token
@@ -103,8 +102,8 @@ def train(args: Arguments, stop: "StopRequest") -> None:
     stop.check()
     mesh = make_mesh(args.mesh)
     keep_compiled()
-    source = open_model(args.model)
-    config = source.config
+    base = base or Base.open(args.model, args.compute.base_dtype)
+    source, config = base.source, base.source.config
     data_config = args.data.sized(config.longest)
     config.check_length(data_config.row_length, "data.seq_len")
     check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
@@ -122,9 +121,8 @@ def train(args: Arguments, stop: "StopRequest") -> None:
     # Plan: what `auto` means here, and whether the adapter with the most to train fits.
     continued = open_adapter(args.init_adapter) if args.init_adapter else None
     initialise = partial(initialise_adapter, config=config, adapter=continued)
-    shapes = abstract_params(source, dtype=args.compute.base_dtype)  # type: ignore[arg-type]
     shapes_of = {
-        name: initialise(shapes, lora=run_args.lora, seed=run_args.seed)[0]
+        name: initialise(base.shapes(), lora=run_args.lora, seed=run_args.seed)[0]
         for name, run_args in args_of.items()
     }
     datasets = [split[0] for split in splits_of.values()]
@@ -150,16 +148,12 @@ def train(args: Arguments, stop: "StopRequest") -> None:
 
     # Base, model and adapters: the base is read once and shared.
     with stop.ends_body():
-        base = load_params(
-            source,
-            dtype=args.compute.base_dtype,  # type: ignore[arg-type]
-            sharding=lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
-        )
+        weights = base.load(mesh)
     model = Llama.with_compute(config, work.compute)
-    shared = model_identity(config, base, continued, tokenizer)
+    shared = model_identity(config, weights, continued, tokenizer)
     runs = []
     for name, run_args in args_of.items():
-        params, lora = initialise(base, lora=run_args.lora, seed=run_args.seed)
+        params, lora = initialise(weights, lora=run_args.lora, seed=run_args.seed)
         run = Run.create(
             run_args,
             params,

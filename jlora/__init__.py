@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jlora.config.llama_config import LlamaConfig
     from jlora.config.lora_config import LoraConfig
+    from jlora.fitting import fit
     from jlora.formats.peft.adapter_writer import save_adapter
     from jlora.loading import load
     from jlora.lora.adapter_tree import count_parameters, trainable_mask
@@ -31,6 +32,7 @@ __all__ = [
     "LoraConfig",
     "add_lora",
     "count_parameters",
+    "fit",
     "generate",
     "load",
     "merge",
@@ -44,6 +46,7 @@ _PLACES = {
     "LoraConfig": "config.lora_config",
     "add_lora": "lora.initialisation",
     "count_parameters": "lora.adapter_tree",
+    "fit": "fitting",
     "generate": "model.generation",
     "load": "loading",
     "merge": "lora.merging",

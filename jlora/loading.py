@@ -1,18 +1,25 @@
 """Loads a model from Python: `jlora.load`, and the adapters of PEFT folders and runs."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, Self, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jlora.cli.strict_yaml import read_yaml
+from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import ModelConfig
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UsageError, listing
-from jlora.formats.load_params import BASE_DTYPES, BaseDtype, load_params
-from jlora.formats.model_source import Dtype
+from jlora.formats.load_params import (
+    BASE_DTYPES,
+    BaseDtype,
+    abstract_params,
+    load_params,
+)
+from jlora.formats.model_source import Dtype, ModelSource
 from jlora.formats.open_model import open_model
 from jlora.formats.peft.adapter import Adapter
 from jlora.formats.peft.adapter_placement import adapted_config
@@ -34,6 +41,87 @@ from jlora.train.checkpoint import adapter_of_step, saved_steps
 from jlora.train.resuming import is_newest_export
 
 
+@dataclass
+class Base:
+    """A model without an adapter; `load` reads its weights when they are needed.
+
+    Attributes:
+        path: as the user gave it.
+        source: the opened model.
+        dtype: of the weights; see `load_params`.
+        params: once they are loaded.
+        mesh: where they are; None: on the first device.
+    """
+
+    path: str
+    source: ModelSource
+    dtype: BaseDtype
+    params: Params | None = None
+    mesh: Mesh | None = None
+
+    @classmethod
+    def open(cls, path: str, dtype: BaseDtype) -> "Base":
+        """Opens a model; raises as `open_model`."""
+        return cls(path, open_model(path), dtype)
+
+    def shapes(self) -> Params:
+        """Returns the shapes and dtypes of the params; reads nothing."""
+        return abstract_params(self.source, dtype=self.dtype)
+
+    def load(self, mesh: Mesh | None) -> Params:
+        """Returns the params on the devices of a mesh; they are read once."""
+        params = self.params
+        if params is None:
+            params = load_params(
+                self.source,
+                dtype=self.dtype,
+                sharding=None
+                if mesh is None
+                else lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
+            )
+        elif mesh is not None and mesh != self.mesh:
+            params = jax.device_put(params, tree_shardings(mesh, params))
+        self.params, self.mesh = params, mesh
+        return params
+
+    def adapted(self, adapter: Adapter) -> tuple[Params, LlamaConfig]:
+        """Returns the loaded params with an adapter, and the configuration of both."""
+        assert self.params is not None
+        params = attach_adapter(self.params, self.source.config, adapter)
+        if self.mesh is not None:
+            params = jax.device_put(params, tree_shardings(self.mesh, params))
+        return params, adapted_config(adapter, self.source.config)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """Returns the model's tokenizer; None if it has no tokenizer.json."""
+        if "tokenizer.json" not in self.source.files:
+            return None
+        return Tokenizer(self.source.files, self.source.config)
+
+
+class _Triple(NamedTuple):
+    model: Llama
+    params: Params
+    tokenizer: Tokenizer | None
+
+
+class Loaded(_Triple):
+    """(model, params, tokenizer), with the `base` that `jlora.fit` trains on."""
+
+    base: Base
+
+    @classmethod
+    def of(cls, model: Llama, params: Params, base: Base) -> Self:
+        """Returns a model that was made of this base."""
+        loaded = cls(model, params, base.tokenizer())
+        loaded.base = base
+        return loaded
+
+    def __repr__(self) -> str:
+        # Not the arrays, which a notebook would show.
+        return f"<{type(self).__name__} of {self.base.path}>"
+
+
 def load(
     path: str | Path,
     adapter: str | Path | None = None,
@@ -41,7 +129,7 @@ def load(
     *,
     base_dtype: BaseDtype | None = None,
     mesh: Mesh | None = None,
-) -> tuple[Llama, Params, Tokenizer | None]:
+) -> Loaded:
     """Returns a model, its params and its tokenizer.
 
         model, params, tokenizer = jlora.load("base", adapter="run")
@@ -58,7 +146,8 @@ def load(
         mesh: spreads the params over its devices, by the rules of training.
 
     Returns:
-        The tokenizer is None if the model has no tokenizer.json.
+        Three values; `jlora.fit` also takes them together. The tokenizer is None if the
+        model has no tokenizer.json.
 
     Raises:
         UsageError, UnsupportedError, CorruptError: as `open_model` and `open_adapter`.
@@ -69,27 +158,14 @@ def load(
     ):
         if value not in known:
             raise UsageError(f"{name}={value!r}; expected one of {listing(known)}")
-    source = open_model(str(path))
-    config, dropout = source.config, 0.0
-    params = load_params(
-        source,
-        dtype=dtype if base_dtype is None else base_dtype,
-        sharding=None
-        if mesh is None
-        else lambda path, _: parameter_sharding(mesh, tuple(path.split("/"))),
-    )
-    if adapter is not None:
-        opened = open_adapter(adapter)
-        params = attach_adapter(params, config, opened)
-        config = adapted_config(opened, config)
+    base = Base.open(str(path), dtype if base_dtype is None else base_dtype)
+    opened = None if adapter is None else open_adapter(adapter)
+    params, config, dropout = base.load(mesh), base.source.config, 0.0
+    if opened is not None:
+        params, config = base.adapted(opened)
         dropout = float(opened.config.lora_dropout)
-        if mesh is not None:
-            params = jax.device_put(params, tree_shardings(mesh, params))
     compute = jnp.float32 if dtype == "keep" else jnp.dtype(dtype)
-    model = Llama(config, dtype=compute, lora_dropout=dropout)
-    if "tokenizer.json" not in source.files:
-        return model, params, None
-    return model, params, Tokenizer(source.files, source.config)
+    return Loaded.of(Llama(config, dtype=compute, lora_dropout=dropout), params, base)
 
 
 class TextModel(NamedTuple):
@@ -113,13 +189,18 @@ def load_for_text(args: ModelConfig) -> TextModel:
         params = attach_adapter(params, config, adapter)
         config = adapted_config(adapter, config)
         params = decoding_weights(params)
-    platform = default_platform()
-    dtype = choose_dtype(args.dtype, platform)
-    attention = choose_attention(
-        "auto", platform=platform, dtype=dtype, head_dim=config.head_dim
-    )
-    model = Llama(config, dtype, attention)
+    model = model_for_text(config, args.dtype)
     return TextModel(model, params, Tokenizer(source.files, config))
+
+
+def model_for_text(config: LlamaConfig, dtype: str) -> Llama:
+    """Returns the model that generates on these devices; dtype: of `ComputeConfig`."""
+    platform = default_platform()
+    chosen = choose_dtype(dtype, platform)
+    attention = choose_attention(
+        "auto", platform=platform, dtype=chosen, head_dim=config.head_dim
+    )
+    return Llama(config, chosen, attention)
 
 
 def exported_adapter(folder: str | Path) -> Path | None:

@@ -22,6 +22,7 @@ PACKAGES = (
     "jlora.formats",
     "jlora.train",
     "jlora.loading",
+    "jlora.fitting",
     "jlora.publishing",
     "jlora.serving",
 )

@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return error.exit_status
     try:
-        module = _load(script)
+        module = load_command(script)
     except KeyboardInterrupt:
         say_error("interrupted")
         return 130
@@ -102,8 +102,8 @@ def _choose_export(words: Sequence[str]) -> list[str]:
 
 def start_words(name: str) -> list[str]:
     """Returns how to start a command, in the way in which this one was started."""
-    if not sys.argv[0].endswith(".py"):
-        return ["jlora", name]
+    if Path(sys.argv[0]).name not in {f"{script}.py" for script in COMMANDS.values()}:
+        return ["jlora", name]  # also in a notebook, and in a program of the user's
     script = COMMANDS[name]
     if _file_of(script).parent.name == "convert":
         return ["python", "-m", f"convert.{script}"]
@@ -125,8 +125,8 @@ def _summary(script: str) -> str:
     return (ast.get_docstring(tree) or "").splitlines()[0]
 
 
-def _load(script: str) -> ModuleType:
-    """Returns the script as a module, whatever else has its name on sys.path."""
+def load_command(script: str) -> ModuleType:
+    """Returns the script of a command as a module, whatever else has its name on sys.path."""
     name = f"jlora.commands.{script}"
     spec = importlib.util.spec_from_file_location(name, _file_of(script))
     assert spec is not None

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jlora.config.sampling_config import SamplingConfig, TextConfig
+from jlora.errors import UsageError
 from jlora.lora.adapter_tree import Params
 from jlora.model.decoding.engine import Row
 from jlora.model.decoding.text_stream import TextStream
@@ -35,7 +36,7 @@ class TextTokenizer(Protocol):
 def generate(
     model: Llama,
     params: Params,
-    tokenizer: TextTokenizer,
+    tokenizer: TextTokenizer | None,
     prompt: str | Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int | None = None,
@@ -67,9 +68,12 @@ def generate(
         seed: of the sampling.
 
     Raises:
-        UsageError: the prompt is empty or too long, or a value is out of range.
+        UsageError: the prompt is empty or too long, a value is out of range, or there is no
+            tokenizer.
         UnsupportedError: it is longer than the model's attention window.
     """
+    if tokenizer is None:
+        raise UsageError("the model has no tokenizer.json, which text needs")
     if isinstance(prompt, str):
         tokens = tokenizer.encode(prompt, add_bos=True)
     else:

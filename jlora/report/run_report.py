@@ -16,6 +16,7 @@ from jlora.cli.printing import unescaped_output
 from jlora.errors import about_file, printable
 from jlora.parallel.processes import is_first
 from jlora.report.metrics_file import drop_lines_after
+from jlora.report.notebook_progress import NotebookProgress, notebook
 from jlora.report.tracking import Tracking
 
 
@@ -127,14 +128,16 @@ class Report:
 
 
 def _make_progress() -> Progress | None:
-    """Returns a display for a terminal, and None where there is none."""
-    if not sys.stdout.isatty():
-        return None
-    return Progress(
+    """Returns a display for a terminal or a notebook, and None where there is neither."""
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeLeft(),
         TextColumn("{task.fields[note]}"),
-        console=Console(file=unescaped_output()),
     )
+    if ipython := notebook():
+        return NotebookProgress(ipython, *columns)
+    if not sys.stdout.isatty():
+        return None
+    return Progress(*columns, console=Console(file=unescaped_output()))

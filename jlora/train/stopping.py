@@ -30,16 +30,19 @@ class StopRequest(threading.Event):
 
     Attributes:
         answer: what is printed then, at once.
+        number: of the signal that asked.
     """
 
     def __init__(self) -> None:
         """Nothing is asked for yet, and no step runs."""
         super().__init__()
         self.answer = BEFORE_TRAINING
+        self.number = 0
         self._ends_body = False
 
-    def ask(self) -> None:
+    def ask(self, number: int) -> None:
         """Is what the first signal does, in the main thread."""
+        self.number = number
         self.set()
         if self._ends_body:
             self.check()
@@ -73,22 +76,28 @@ class StopRequest(threading.Event):
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Yields what the first SIGTERM or Ctrl-C sets; a second, of either, kills."""
+def stop_requests(*, in_notebook: bool = False) -> Iterator[StopRequest]:
+    """Yields what the first SIGTERM or Ctrl-C sets; a second, of either, kills.
+
+    In a notebook, whose kernel is to stay, the second one is a KeyboardInterrupt.
+    """
     stop = StopRequest()
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
     def ask(number: int, _: object) -> None:
         if stop.is_set():
+            if in_notebook:
+                raise KeyboardInterrupt
             _die(number)
-        stop.ask()
+        stop.ask(number)
 
     def answer() -> None:
         if reader.recv(1):
-            _use_default_handlers()  # so that nothing needs to run for the second one
+            if not in_notebook:
+                _use_default_handlers()  # so that nothing needs to run for the second
             print(stop.answer, file=sys.stderr, flush=True)
-            for number in reader.recv(1):  # it came before that
+            for number in b"" if in_notebook else reader.recv(1):  # it came before that
                 _die(number)
 
     before = [signal.signal(number, ask) for number in SIGNALS]
