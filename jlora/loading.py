@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self, get_args
+from typing import NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -105,13 +105,16 @@ class _Triple(NamedTuple):
     tokenizer: Tokenizer | None
 
 
+L = TypeVar("L", bound="Loaded")
+
+
 class Loaded(_Triple):
     """(model, params, tokenizer), with the `base` that `jlora.fit` trains on."""
 
     base: Base
 
     @classmethod
-    def of(cls, model: Llama, params: Params, base: Base) -> Self:
+    def of(cls: type[L], model: Llama, params: Params, base: Base) -> L:
         """Returns a model that was made of this base."""
         loaded = cls(model, params, base.tokenizer())
         loaded.base = base
