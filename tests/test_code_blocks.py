@@ -29,7 +29,8 @@ from jlora.lora.target_modules import select_trainable
 from jlora.train.sweep_file import read_sweep
 
 # Programs that are not ours: their flags are not checked.
-OTHERS = {"llama-cli", "ollama", "vllm"}
+OTHERS = {"llama-cli", "mlx_lm.fuse", "mlx_lm.generate", "mlx_lm.lora", "ollama"}
+OTHERS |= {"python3", "source", "trl", "vllm"}
 LANGUAGES = {"bash", "jsonl", "mermaid", "python", "text", "yaml"}
 # A Llama with as many layers as any, for what the lora group selects.
 DEEP = LlamaConfig.from_hf({**CONFIG, "num_hidden_layers": 80})
@@ -58,7 +59,7 @@ def test_every_block_names_a_language_that_is_checked():
 def test_unchecked_blocks_are_few():
     unchecked = [block for block in BLOCKS if block.unchecked]
     print("\n".join(f"{block}: {block.unchecked}" for block in unchecked))
-    assert len(unchecked) == 2
+    assert len(unchecked) == 5
 
 
 @pytest.fixture(scope="module")

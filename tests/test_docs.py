@@ -5,9 +5,11 @@ import re
 
 import pytest
 from helpers import ROOT
-from helpers.documents import FILES
+from helpers.documents import FILES, rows_of
 
+import train
 from jlora.cli.flags import flags_of
+from jlora.cli.foreign_config import NAMES
 
 TEXTS = {name: file.read_text("utf-8") for name, file in FILES.items()}
 SCRIPTS = ["train", "generate", "evaluate", "serve"] + [
@@ -34,7 +36,7 @@ def test_every_flag_that_is_named_exists(name):
 @each_document
 def test_every_file_that_is_named_exists(name):
     folders = "jlora|convert|tests|docs|benchmarks|examples|requirements"
-    paths = re.findall(rf"(?<![\w/.])((?:{folders})/[\w/.]*\w/?)", TEXTS[name])
+    paths = re.findall(rf"(?<![\w/.])((?:{folders})/[\w/.-]*\w/?)", TEXTS[name])
     names = [ROOT / path for path in paths]
     assert [
         n for n in names if not n.exists() and not n.with_suffix(".py").exists()
@@ -92,3 +94,15 @@ def test_every_page_is_in_the_menu_and_in_the_index():
     for file in ROOT.glob("docs/*.md"):
         assert f": {file.name}\n" in menu
         assert f"]({file.name})" in TEXTS["index.md"] or file.name == "index.md"
+
+
+def test_the_tables_of_other_tools_agree_with_what_their_flags_are_answered_with():
+    flags = flags_of(train.Arguments)
+    told: dict[str, str] = {}
+    for theirs, ours, *_ in rows_of("coming-from.md"):
+        if len(ours) == 1 and ours[0] in flags:
+            told |= dict.fromkeys(theirs, ours[0])
+    for name, key in told.items():
+        same = key.rpartition(".")[2]  # as it is called here, but for the group
+        assert NAMES.get(name, same if name == same else None) in (key, same), name
+    assert NAMES.keys() - told.keys() == set()

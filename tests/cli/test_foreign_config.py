@@ -37,7 +37,7 @@ def test_every_name_is_one_of_train_py():
             "axolotl.yml",
             "Axolotl",
             ["base_model is model", "lora_r is lora.r", "bf16 is compute.dtype"],
-            "adapter, optimizer, special_tokens",
+            "adapter, special_tokens",
         ),
         (
             "llamafactory.yaml",

@@ -73,3 +73,15 @@ def commands_of(text: str) -> list[list[str]]:
     lines = text.replace("\\\n", " ").splitlines()
     split = [shlex.split(line, comments=True) for line in lines]
     return [words for words in split if words]
+
+
+def rows_of(page: str) -> list[list[list[str]]]:
+    """The rows of all tables of a page: for each cell, the `spans` of code in it."""
+    rows: list[list[list[str]]] = []
+    for token in _tokens(FILES[page].read_text("utf-8")):
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.type == "inline" and rows and token.level > 3:
+            spans = [x.content for x in token.children or () if x.type == "code_inline"]
+            rows[-1].append(spans)
+    return rows
