@@ -10,11 +10,11 @@ from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.cli.unread_output import unread_output_is_discarded
 from jlora.config.lora_config import LoraConfig
 from jlora.config.optim_config import OptimConfig
+from jlora.config.report_config import ReportConfig
 from jlora.config.run_config import (
     ComputeConfig,
     DataConfig,
     MeshConfig,
-    ReportConfig,
     TrainConfig,
     check_seed,
 )
@@ -83,6 +83,7 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
     from jlora.lora.adapter_tree import count_parameters
     from jlora.model.llama import Llama
     from jlora.parallel.sharding import check_divisible, make_mesh
+    from jlora.serving.sampler import make_sampler
     from jlora.train import sweep_file
     from jlora.train.export import export_adapter
     from jlora.train.flops import flops_per_token
@@ -116,6 +117,7 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
         splits_of = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
     data, held_out = next(iter(splits_of.values()))
     args.train.check_evaluation(has_data=held_out is not None)
+    sampler = make_sampler(args, held_out, tokenizer, config, mesh)
     total_steps = args.train.total_steps(data.steps_per_epoch)
 
     # Plan: what `auto` means here, and whether the adapter with the most to train fits.
@@ -181,6 +183,7 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
             packed=args.data.packing,
             resume=args.resume,
             stop=stop,
+            generate=sampler,
             export=partial(export_adapter, name_for_peft(source, args.model)),
             conclude=conclude,
         )

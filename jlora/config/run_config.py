@@ -1,21 +1,14 @@
 """The flags of a run in groups: a dataclass each, with defaults, checks and help texts."""
 
-import importlib.util
 import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from jlora.config.field_types import check_at_least, given_instead_of
 from jlora.config.json_fields import MAX_SIZE
-from jlora.errors import UsageError, listing, nearest
+from jlora.errors import UsageError
 
 DEFAULT_SEQ_LEN = 512
-# The package of each tracker; the extra that installs it has the tracker's name.
-TRACKER_PACKAGES = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboardX",
-    "trackio": "trackio",
-}
 
 # How a converted base is stored: all tensors, and the projections of the layers.
 Dtype = Literal["keep", "float32", "bfloat16", "float16"]
@@ -205,36 +198,6 @@ class TrainConfig:
                 "train.eval_every has no effect without held-out data; give data.eval or "
                 "data.eval_fraction, or leave it out"
             )
-
-
-@dataclass(frozen=True)
-class ReportConfig:
-    """Where a run reports to, besides the terminal and its folder."""
-
-    to: list[str] | str = ""
-    """Trackers that also get the run: wandb, tensorboard, trackio, or several: wandb,trackio."""
-    project: str = "jlora"
-    """Name of the project in wandb and trackio."""
-
-    def __post_init__(self) -> None:
-        """Raises UsageError for a tracker that is unknown or not installed."""
-        for name in self.trackers:
-            if name not in TRACKER_PACKAGES:
-                raise UsageError(
-                    f"report.to={name!r}; there are {listing(list(TRACKER_PACKAGES))}"
-                    f"{nearest(name, TRACKER_PACKAGES)}"
-                )
-            package = TRACKER_PACKAGES[name]
-            if importlib.util.find_spec(package) is None:
-                raise UsageError(
-                    f"report.to={name} needs {package}: pip install 'jlora[{name}]'"
-                )
-
-    @property
-    def trackers(self) -> list[str]:
-        """Names of the trackers."""
-        names = self.to.split(",") if isinstance(self.to, str) else self.to
-        return list(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 @dataclass(frozen=True)

@@ -78,11 +78,28 @@ def _section(run: RunFolder) -> dict[str, Any]:
         "charts": _charts(run),
         "summary": run.facts.get("summary", []),
         "samples": run.facts.get("samples", []),
+        "answers": _answers(run),
         "versions": versions,
         "origin": origin,
         "config": yaml.safe_dump(run.settings, sort_keys=False) if run.settings else "",
         "command": run.facts.get("command", ""),
     }
+
+
+def _answers(run: RunFolder) -> list[tuple[str, dict[str, str]]]:
+    """Returns each held-out prompt with what the data and the model say after it."""
+    told = {
+        f"after step {step:,}" if step else "before training": texts
+        for step, texts in run.generated.items()
+    }
+    return [
+        (
+            same[0].prompt,
+            {"reference": same[0].reference}
+            | {title: text.text for title, text in zip(told, same, strict=True)},
+        )
+        for same in zip(*told.values(), strict=False)
+    ]
 
 
 def _charts(run: RunFolder) -> list[Chart]:

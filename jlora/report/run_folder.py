@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from jlora.cli.strict_yaml import read_yaml
 from jlora.errors import UsageError, about_file, printable
 from jlora.report.metrics_file import read_metrics
+from jlora.report.trackers import GeneratedText
 
-FACTS = "facts.json"
+FACTS, GENERATED = "facts.json", "generated.json"
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class RunFolder:
         settings: of config.yaml.
         facts: what `write_facts` wrote; empty for a run of an earlier version.
         metrics: lines of metrics.jsonl.
+        generated: {step: texts} of what the model wrote, the earliest step first.
     """
 
     name: str
     settings: dict[str, Any]
     facts: dict[str, Any]
     metrics: list[dict[str, Any]]
+    generated: dict[int, list[GeneratedText]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> "RunFolder":
@@ -52,6 +55,7 @@ class RunFolder:
             settings=read_yaml(config) if config.is_file() else {},
             facts=found if isinstance(found, dict) else {},
             metrics=read_metrics(folder / "metrics.jsonl"),
+            generated=_read_generated(folder / GENERATED),
         )
 
     def points(self, key: str) -> list[tuple[int, float]]:
@@ -79,6 +83,25 @@ def write_facts(run: Path, facts: dict[str, Any]) -> None:
     """Writes what a report tells of a run's start: JSON, with lists of lines and numbers."""
     with about_file(run / FACTS):
         (run / FACTS).write_text(json.dumps(facts, indent=1), "utf-8")
+
+
+def write_generated(run: Path, step: int, texts: Sequence[GeneratedText]) -> None:
+    """Keeps what the model writes after a step, beside what it wrote before the first one."""
+    before = {
+        k: v for k, v in _read_generated(run / GENERATED).items() if k == 0 < step
+    }
+    lines = {k: [asdict(t) for t in v] for k, v in {**before, step: texts}.items()}
+    with about_file(run / GENERATED):
+        (run / GENERATED).write_text(json.dumps(lines, indent=1), "utf-8")
+
+
+def _read_generated(path: Path) -> dict[int, list[GeneratedText]]:
+    """Returns what `write_generated` wrote; nothing of a file that is not like that."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        return {int(k): [GeneratedText(**t) for t in v] for k, v in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
 def run_folders(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from jlora.config.run_config import ReportConfig
+from jlora.config.report_config import ReportConfig
 from jlora.errors import warn
 from jlora.report.trackers import (
     PATIENCE_S,

@@ -27,6 +27,7 @@ from jlora.train.step import Batch, TrainState
 from jlora.train.step_log import is_due
 from jlora.train.stopping import WHILE_TRAINING, StopRequest
 from jlora.train.sweep import make_sweep_trainer
+from jlora.train.text_samples import Generate, TextSamples
 from jlora.train.trainer import Trainer, make_trainer
 
 
@@ -40,6 +41,7 @@ def train_runs(
     packed: bool,
     resume: str,
     stop: StopRequest,
+    generate: Generate | None,
     export: Callable[[Run, Params, int], None],
     conclude: Callable[..., None],
 ) -> None:
@@ -54,6 +56,7 @@ def train_runs(
         packed: whether rows hold several documents.
         resume: auto, must or never; see `jlora.train.resuming.resume_all`.
         stop: set when asked to stop, at any time.
+        generate: answers held-out prompts, before the first step and at the end.
         export: called at the end with each run that did not diverge, its whole tree and
             the step that it is of, in the first process only.
         conclude: called after that with the runs, the seconds that each kind of work took,
@@ -65,6 +68,7 @@ def train_runs(
         UsageError, CorruptError: as `resume_all`.
     """
     pauses = Pauses(runs)
+    samples = TextSamples(generate, pauses)
     with ExitStack() as stack:
         for run in runs:
             stack.enter_context(locked(run.folder))
@@ -78,6 +82,9 @@ def train_runs(
         if config.eval_at_start and not steps_done:
             stop.check()
             _evaluate(runs, trainer, state, 0, evaluator, pauses)
+        for index, run in enumerate(() if steps_done else runs):
+            with stop.ends_body():
+                samples.take(run.report, trainer.parameters(state, index), 0)
         step = steps_done
         last = steps_done if _patience_is_over(runs) else total_steps
         stream = _batches(runs, mesh, steps_done, last)
@@ -116,6 +123,7 @@ def train_runs(
         for index, run in enumerate(runs):
             if not run.error:
                 params, held = run.trained_params(trainer.adapter_state(state, index))
+                samples.take(run.report, params, held)
                 if is_first():
                     export(run, params, held)
                     record_export(run.folder, step, held)

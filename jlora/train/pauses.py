@@ -31,10 +31,12 @@ class Pauses:
         for run in self._runs:
             run.flush()
         began = time.perf_counter()
-        yield
-        self.seconds[work] += time.perf_counter() - began
-        for run in self._runs:
-            run.restart_clock()
+        try:
+            yield
+        finally:
+            self.seconds[work] += time.perf_counter() - began
+            for run in self._runs:
+                run.restart_clock()
 
     @contextmanager
     def compiling(self, what: str) -> Iterator[None]:

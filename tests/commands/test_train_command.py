@@ -1,4 +1,5 @@
 import contextlib
+import json
 import re
 import shlex
 import shutil
@@ -373,3 +374,36 @@ def test_a_run_and_its_continuation_are_sent_to_tensorboard(tmp_path):
     for name in (b"train/loss", b"eval/loss", b"best_eval_loss", b"lora_alpha: 8"):
         assert name in first
         assert name in second
+
+
+@pytest.fixture(scope="module")
+def sampled(workdir) -> Path:
+    """A run with samples that was continued after its end."""
+    flags = train_flags("sampled", "--data.eval", "eval.jsonl", "--mesh.data", 1)
+    flags += ["--report.samples", 2]
+    with contextlib.chdir(workdir):
+        assert "step 0: 2 samples generated in" in succeed("train", *flags)
+        before = json.loads((workdir / "sampled" / "generated.json").read_text())
+        assert list(before) == ["0", str(STEPS)]
+        succeed("train", *flags, "--train.max_steps", STEPS + 1)
+    return workdir / "sampled"
+
+
+def test_samples_are_what_generate_writes_after_the_same_prompts(sampled):
+    found = json.loads((sampled / "generated.json").read_text())
+    for step, more in (("0", ()), (str(STEPS + 1), ("--adapter", sampled))):
+        for sample, letter in zip(found[step], "ac", strict=True):
+            asked = ("--prompt", sample["prompt"], "--max_new_tokens", 64)
+            written = generated("--model", "hf", *more, *asked)
+            assert written == sample["text"] + "\n"
+            assert sample["prompt"] == f"What is {letter}?"
+            assert sample["reference"] == f" It is {letter}."
+    assert found["0"][0]["text"] != found[str(STEPS + 1)][0]["text"]
+
+
+def test_the_report_shows_samples_before_and_after(sampled, run):
+    page = (sampled / "report.html").read_text("utf-8")
+    assert "<p>before training</p>" in page
+    assert f"<p>after step {STEPS + 1}</p>" in page
+    assert "<pre> It is a.</pre>" in page
+    assert not (run / "generated.json").exists()

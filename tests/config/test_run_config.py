@@ -1,12 +1,12 @@
 import pytest
 
 from jlora.config.optim_config import OptimConfig
+from jlora.config.report_config import ReportConfig
 from jlora.config.run_config import (
     ComputeConfig,
     DataConfig,
     MeshConfig,
     ModelConfig,
-    ReportConfig,
     TrainConfig,
 )
 from jlora.config.sampling_config import SamplingConfig, TextConfig
@@ -45,6 +45,7 @@ NAN = float("nan")
         (TrainConfig, {"eval_every": -1}, "train.eval_every=-1"),
         (TrainConfig, {"keep": 0}, "train.keep=0"),
         (MeshConfig, {"tensor": -1}, "mesh.tensor=-1"),
+        (ReportConfig, {"samples": -1}, "report.samples=-1"),
         (ReportConfig, {"to": "wandbb"}, "report.to='wandbb'.*did you mean 'wandb'"),
     ],
 )
@@ -58,6 +59,12 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_extra(name, monkeyp
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     with pytest.raises(UsageError, match=rf"report.to={name} .*'jlora\[{name}\]'"):
         ReportConfig(to=[name])
+
+
+def test_two_samples_are_generated_where_there_is_held_out_data():
+    assert ReportConfig().num_samples(has_data=True) == 2
+    assert ReportConfig().num_samples(has_data=False) == 0
+    assert ReportConfig(samples=0).num_samples(has_data=True) == 0
 
 
 def test_trackers_are_given_in_one_word_or_as_a_list():
@@ -96,6 +103,7 @@ def test_the_defaults_are_valid(group):
         (lambda: TextConfig(top_p=0.9), "temperature=0"),
         (lambda: TextConfig(top_k=5, min_p=0.1), "temperature=0"),
         (lambda: ModelConfig(model="m", step=3), "without an adapter"),
+        (lambda: ReportConfig(samples=1).num_samples(has_data=False), "held-out data"),
     ],
 )
 def test_a_setting_without_effect_is_refused(make, without):

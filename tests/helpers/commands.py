@@ -123,5 +123,6 @@ def train_flags(run: object, *more: object) -> list[object]:
         *("--model", "hf", "--output_dir", run, "--data.train", "train.jsonl"),
         *("--data.seq_len", 64, "--lora.target_modules", "all-linear"),
         *("--optim.learning_rate", 0.02, "--train.max_steps", STEPS),
+        *("--report.samples", 0),
         *more,
     ]

@@ -10,8 +10,9 @@ import yaml
 
 from jlora.errors import UsageError
 from jlora.report.html_report import write_report
-from jlora.report.run_folder import run_folders, write_facts
+from jlora.report.run_folder import run_folders, write_facts, write_generated
 from jlora.report.run_report import Report
+from jlora.report.trackers import GeneratedText
 
 EVIL = "<script>alert(1)</script>&\"'<img src=x>"
 # What a browser shows without loading or running anything.
@@ -174,3 +175,22 @@ def test_a_page_is_small_however_long_the_run_is(tmp_path):
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     page_of(run)
     assert (run / "report.html").stat().st_size < 100_000
+
+
+def test_generated_text_is_shown_beside_the_reference_as_text(tmp_path):
+    run = make_run(tmp_path / "run", [2.0, 1.0])
+    for step, answer in ((0, "no\x1b idea"), (1_000, EVIL)):
+        write_generated(run, step, [GeneratedText("ask", "right", answer)])
+    page = page_of(run)
+    shown = ["ask", "reference", "right", "before training", "no\\x1b idea"]
+    shown += ["after step 1,000", EVIL]
+    start = page.texts.index("ask")
+    assert [text for text in page.texts[start:] if text][: len(shown)] == shown
+    assert set(page.tags) <= HARMLESS
+
+
+@pytest.mark.parametrize("text", ["[", "[1]", '{"a": []}', '{"1": [{"prompt": 2}]}'])
+def test_a_file_of_generated_text_that_is_damaged_is_left_out(tmp_path, text):
+    run = make_run(tmp_path / "run", [2.0, 1.0])
+    (run / "generated.json").write_text(text)
+    assert "Held-out prompts" not in page_of(run).texts
