@@ -5,7 +5,7 @@ import re
 
 import pytest
 from helpers import ROOT
-from helpers.documents import FILES, rows_of
+from helpers.documents import FILES, rows_of, texts_of
 
 import train
 from jlora.cli.flags import flags_of
@@ -106,3 +106,17 @@ def test_the_tables_of_other_tools_agree_with_what_their_flags_are_answered_with
         same = key.rpartition(".")[2]  # as it is called here, but for the group
         assert NAMES.get(name, same if name == same else None) in (key, same), name
     assert NAMES.keys() - told.keys() == set()
+
+
+def test_every_message_that_is_explained_is_one_of_the_code():
+    files = [f for p in ("*.py", "convert/*.py", "jlora/**/*.py") for f in ROOT.glob(p)]
+    texts = "\n\n".join(x for f in files for x in texts_of(f.read_text("utf-8")))
+    messages = [row[0][0] for row in rows_of("troubleshooting.md") if row[0]]
+    assert len(messages) > 40
+    for message in messages:
+        parts = [re.escape(part) for part in message.split("...")]
+        assert re.search("[^\n]*".join(parts), texts), message
+
+
+def test_texts_have_marks_for_values():
+    assert texts_of("x = f'a {b:>{c}} d' + 'e'")[:2] == ["a \0 d", "e"]

@@ -1,5 +1,6 @@
 """The documents for readers, and the code in them."""
 
+import ast
 import re
 import shlex
 from typing import NamedTuple
@@ -85,3 +86,17 @@ def rows_of(page: str) -> list[list[list[str]]]:
             spans = [x.content for x in token.children or () if x.type == "code_inline"]
             rows[-1].append(spans)
     return rows
+
+
+def texts_of(code: str) -> list[str]:
+    """The texts in Python code, with "\0" for each value that is put into one."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.JoinedStr):
+            parts = [
+                x.value if isinstance(x, ast.Constant) else "\0" for x in node.values
+            ]
+            found.append("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+    return found
