@@ -17,7 +17,7 @@ SCRIPTS = ["train", "generate", "evaluate", "serve"] + [
     for name in ("from_hf", "to_hf", "to_gguf", "to_peft", "combine", "info")
 ]
 # Flags of llama.cpp's script, and those that every command has.
-OTHER_FLAGS = {"--base", "--config", "--help", "--version", "--to"}
+OTHER_FLAGS = {"--base", "--config", "--schema", "--help", "--version", "--to"}
 each_document = pytest.mark.parametrize("name", TEXTS)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib.metadata
+import json
 import logging
 import re
 import sys
@@ -19,6 +20,7 @@ from typing import Any, cast
 from jlora.cli.arguments import parse
 from jlora.cli.flags import flags_of
 from jlora.cli.help_page import help_page
+from jlora.cli.json_schema import json_schema
 from jlora.cli.printing import EscapedOutput
 from jlora.cli.unread_output import allow_closed_output, say_error
 from jlora.errors import (
@@ -59,6 +61,9 @@ def run_command(
     _hide_library_errors()
     if {"-h", "--help"} & set(words):
         print(help_page(program or _program(), arguments_class))
+        return 0
+    if "--schema" in words:
+        print(json.dumps(json_schema(arguments_class), indent=1))
         return 0
     try:
         check_versions()

@@ -12,6 +12,7 @@ _COMMON = [
         "--config",
         "YAML file with the same keys; flags beat it, later flags earlier ones.",
     ),
+    ("--schema", "Print the JSON schema of such a file, for editors."),
     ("--help", "Print this."),
 ]
 
