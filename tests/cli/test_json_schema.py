@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from typing import Any
 
@@ -27,7 +28,7 @@ def test_the_file_is_what_jlora_train_prints(capsys):
 
 def test_it_is_a_schema_with_the_meaning_and_default_of_every_flag():
     jsonschema.Draft7Validator.check_schema(TRAIN.schema)
-    properties = TRAIN.schema["properties"]
+    properties = json_schema(train.Arguments)["properties"]
     for flag in flags_of(train.Arguments).values():
         assert properties[flag.key].get("description", "") == flag.help
         if not (flag.is_required or flag.is_hidden):
@@ -76,8 +77,6 @@ def test_data_of_evaluate_is_a_file_or_a_group(data):
 
 def test_a_run_s_own_file_is_valid(tmp_path):
     args: Any = parse(train.Arguments, ["--model", "m", "--output_dir", "o"])
-    import dataclasses
-
     TRAIN.validate(json.loads(json.dumps(dataclasses.asdict(args))))
 
 
