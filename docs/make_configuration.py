@@ -1,8 +1,9 @@
-"""Writes the tables of docs/configuration.md: every flag of jlora train.
+"""Writes every flag of jlora train: the tables of configuration.md, and config.schema.json.
 
 python docs/make_configuration.py
 """
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ sys.path.insert(0, str(ROOT))
 
 from jlora.cli.flag_values import as_text, describe  # noqa: E402
 from jlora.cli.flags import flags_of  # noqa: E402
+from jlora.cli.json_schema import json_schema  # noqa: E402
 from train import Arguments  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
+SCHEMA = ROOT / "docs" / "config.schema.json"
 BEGIN = "<!-- flags: made by docs/make_configuration.py -->\n"
 END = "<!-- end of flags -->\n"
 
@@ -49,3 +52,4 @@ def page() -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), "utf-8")
+    SCHEMA.write_text(json.dumps(json_schema(Arguments), indent=1) + "\n", "utf-8")

@@ -22,7 +22,7 @@ EXAMPLES = sorted(ROOT.glob("examples/*.yaml"))
 
 def test_the_file_is_what_jlora_train_prints(capsys):
     assert run_command(print, train.Arguments, argv=["--schema"]) == 0
-    message = "renew it: python train.py --schema > docs/config.schema.json"
+    message = "renew it: python docs/make_configuration.py"
     assert capsys.readouterr().out == FILE.read_text("utf-8"), message
 
 
