@@ -59,6 +59,15 @@ def test_every_link_leads_somewhere(name):
     assert broken == []
 
 
+@each_document
+def test_lists_are_lists_for_every_reader_of_markdown(name):
+    """MkDocs wants a blank line before a list, and four spaces for what goes on in it."""
+    text = re.sub(r"^```.*?^```$", "", TEXTS[name], flags=re.M | re.S)
+    assert re.findall(r"\n\n {1,3}\S.*", text) == []
+    item = r"(?:[-*]|\d+\.) "
+    assert re.findall(rf"^(?!{item}|\s|$).*\n{item}.*", text, re.M) == []
+
+
 def test_what_to_read_first_is_short():
     names = ("train.py", "jlora/lora/*.py", "jlora/model/*.py", "jlora/train/step.py")
     files = [file for name in names for file in ROOT.glob(name)]
