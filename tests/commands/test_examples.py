@@ -2,17 +2,13 @@
 
 import re
 
-import numpy as np
 import pytest
 from helpers import ROOT
-from helpers.commands import HF_CONFIG, metrics, succeed
-from helpers.data_cases import make_files
-from helpers.tiny import tensors, write_hf
+from helpers.commands import make_model, metrics, succeed
 
 from jlora.cli.strict_yaml import read_yaml
 
 EXAMPLES = sorted(ROOT.glob("examples/*.yaml"))
-CONFIG = HF_CONFIG | {"num_hidden_layers": 1, "max_position_embeddings": 1024}
 # Sizes alone: every other setting is the file's.
 SIZES = {
     "train.max_steps": 2,
@@ -30,14 +26,9 @@ OWN = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model whose chat template knows tools."""
-    arrays = {
-        key: array * 0.1 if array.ndim == 2 else np.ones_like(array)
-        for key, array in tensors(CONFIG).items()
-    }
-    folder = write_hf(tmp_path_factory.mktemp("examples") / "hf", CONFIG, arrays)
-    for name, data in make_files("llama31").items():
-        (folder / name).write_bytes(data)
-    return folder
+    folder = tmp_path_factory.mktemp("examples") / "hf"
+    small = {"num_hidden_layers": 1, "max_position_embeddings": 1024}
+    return make_model(folder, "llama31", **small)
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)

@@ -99,15 +99,22 @@ def evaluated_loss(*flags: object) -> float:
     return float(succeed("evaluate", *flags).split()[1])
 
 
-def make_workdir(folder: Path) -> Path:
-    """Fills a folder with a model `hf`, a training set, held-out data and a chat."""
+def make_model(folder: Path, template: str = "chatml", **changes: Any) -> Path:
+    """Writes a model with tokenizer and chat template; `changes` are of its config."""
+    config = HF_CONFIG | changes
     arrays = {
         key: array * 0.1 if array.ndim == 2 else np.ones_like(array)
-        for key, array in tensors(HF_CONFIG).items()
+        for key, array in tensors(config).items()
     }
-    write_hf(folder / "hf", HF_CONFIG, arrays)
-    for name, data in make_files().items():
-        (folder / "hf" / name).write_bytes(data)
+    write_hf(folder, config, arrays)
+    for name, data in make_files(template).items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def make_workdir(folder: Path) -> Path:
+    """Fills a folder with a model `hf`, a training set, held-out data and a chat."""
+    make_model(folder / "hf")
     for name, letters in (("train", "abcdefgh"), ("eval", "ace")):
         rows = [
             {"prompt": f"What is {x}?", "completion": f" It is {x}."} for x in letters
