@@ -91,3 +91,29 @@ def test_params_on_a_mesh_are_those_of_one_device():
     spread = jlora.load(case.base, case.folder, mesh=mesh)[1]
     assert jax.tree.all(jax.tree.map(np.array_equal, one, spread))
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(spread)} == {mesh}
+
+
+def test_an_adapter_is_merged_and_saved_from_a_mesh_as_from_one_device(tmp_path):
+    case = golden("basic")
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    merged = []
+    for name, place in (("one", None), ("mesh", mesh)):
+        params = jlora.load(case.base, case.folder, mesh=place).params
+        merged.append(jlora.merge(params))
+        jlora.save_adapter(params, read_adapter(case.folder).config, tmp_path / name)
+    assert jax.tree.all(jax.tree.map(np.array_equal, *merged))
+    assert {leaf.sharding.mesh for leaf in jax.tree.leaves(merged[1])} == {mesh}
+    one, other = (
+        (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        for name in ("one", "mesh")
+    )
+    assert one == other
+
+
+def test_a_model_prints_its_path_and_text_needs_a_tokenizer(tmp_path):
+    folder = write_hf(tmp_path / "hf", CONFIG, tensors(CONFIG))
+    loaded = jlora.load(folder, base_dtype="bfloat16")
+    assert repr(loaded) == f"<Loaded of {folder}>"
+    assert loaded.params["embed_tokens"]["embedding"].dtype == jnp.bfloat16
+    with pytest.raises(UsageError, match="no tokenizer"):
+        jlora.generate(*loaded, "a")
