@@ -1,6 +1,6 @@
 """Fine-tune a Llama with LoRA: model and data in, a run folder with the adapter out."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +16,7 @@ from jlora.config.run_config import (
     DataConfig,
     MeshConfig,
     TrainConfig,
+    check_device,
     check_seed,
 )
 
@@ -48,11 +49,14 @@ class Arguments:
     sweep: str | None = None
     """YAML file: adapters to train at once, by name, with the settings that differ."""
     plan: bool = False
-    """Print what would be trained and whether it fits, then stop."""
+    """Print what would be trained, whether it fits and how long it takes, then stop."""
+    device: str | None = None
+    """With --plan: devices that need not be here, as h100, h200:2 (GPUs) or v5e:4x8 (a slice)."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError for a seed that is not one."""
+        """Raises UsageError for a seed that is not one, or a device that is not planned."""
         check_seed(self.seed)
+        check_device(self.device, is_plan=self.plan)
 
 
 def main(args: Arguments) -> None:
@@ -80,15 +84,14 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
     from jlora.formats.peft.attach_adapter import initialise_adapter
     from jlora.formats.peft.named_base import name_for_peft
     from jlora.loading import Base, open_adapter
-    from jlora.lora.adapter_tree import count_parameters
     from jlora.model.llama import Llama
-    from jlora.parallel.sharding import check_divisible, make_mesh
     from jlora.serving.sampler import make_sampler
     from jlora.train import sweep_file
     from jlora.train.export import export_adapter
     from jlora.train.flops import flops_per_token
     from jlora.train.loop import train_runs
-    from jlora.train.memory_estimate import plan_workload
+    from jlora.train.plan_lines import plan_lines
+    from jlora.train.planning import Planner
     from jlora.train.resuming import check_run, model_identity
     from jlora.train.run import Run
     from jlora.train.summary import print_conclusion, print_plan, print_summary
@@ -99,15 +102,24 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
     for run_args in () if args.plan else args_of.values():
         check_run(Path(run_args.output_dir), args.resume)
 
-    # Mesh and model: everything that can be refused before something large is read.
+    # Model, adapters and mesh: all that can be refused before something large is read.
     stop.check()
-    mesh = make_mesh(args.mesh)
-    keep_compiled()
     base = base or Base.open(args.model, args.compute.base_dtype)
     source, config = base.source, base.source.config
     data_config = args.data.sized(config.longest)
     config.check_length(data_config.row_length, "data.seq_len")
-    check_divisible(mesh, config, args.train.batch_size, args.train.grad_accum_steps)
+    continued = open_adapter(args.init_adapter) if args.init_adapter else None
+    initialise = partial(initialise_adapter, config=config, adapter=continued)
+    shapes_of = {
+        name: initialise(base.shapes(), lora=run_args.lora, seed=run_args.seed)[0]
+        for name, run_args in args_of.items()
+    }
+    compute = sweep_file.compute_for_adapters(
+        args.compute, len(args_of), packed=args.data.packing
+    )
+    planner = Planner.of(config, shapes_of, compute, args.train, data_config.row_length)
+    mesh = planner.mesh(args.mesh, args.device)
+    keep_compiled()
 
     # Data, before the weights are read: `splits_of` each seed, which decides their order.
     tokenizer = Tokenizer(source.files, config)
@@ -118,34 +130,17 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
     data, held_out = next(iter(splits_of.values()))
     args.train.check_evaluation(has_data=held_out is not None)
     sampler = make_sampler(args, held_out, tokenizer, config, mesh)
+    datasets = [split[0] for split in splits_of.values()]
+    sweep_file.check_members(datasets, shapes_of, args_of)
     total_steps = args.train.total_steps(data.steps_per_epoch)
 
     # Plan: what `auto` means here, and whether the adapter with the most to train fits.
-    continued = open_adapter(args.init_adapter) if args.init_adapter else None
-    initialise = partial(initialise_adapter, config=config, adapter=continued)
-    shapes_of = {
-        name: initialise(base.shapes(), lora=run_args.lora, seed=run_args.seed)[0]
-        for name, run_args in args_of.items()
-    }
-    datasets = [split[0] for split in splits_of.values()]
-    sweep_file.check_members(datasets, shapes_of, args_of)
-    largest = max(shapes_of.values(), key=lambda tree: count_parameters(tree)[0])
-    compute = sweep_file.compute_for_adapters(
-        args.compute, len(args_of), packed=args.data.packing
-    )
-    work = plan_workload(
-        config,
-        largest,
-        mesh,
-        compute=compute,
-        rows=args.train.batch_size // args.train.grad_accum_steps,
-        length=data.row_length,
-        max_segments=max(d.max_segments for d in (data, held_out) if d),
-        adapters=len(args_of),
-    )
+    segments = max(d.max_segments for d in (data, held_out) if d)
+    planner = replace(planner, length=data.row_length, max_segments=segments)
+    work = planner.on(mesh)
     lines = print_summary(shapes_of, data, held_out, total_steps, mesh, work)
     if args.plan:
-        print_plan(data, tokenizer, largest, work)
+        print_plan(data, tokenizer, plan_lines(planner, work, mesh, total_steps))
         return
 
     # Base, model and adapters: the base is read once and shared.

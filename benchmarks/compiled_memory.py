@@ -21,7 +21,7 @@ import math
 import os
 import re
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ from jlora.parallel.sharding import (
     make_mesh,
     tree_shardings,
 )
-from jlora.train.memory_estimate import memory_bytes, plan_workload
+from jlora.train.memory_estimate import plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.planning import planned_bytes
 from jlora.train.step import TrainState, make_train_step
 
 # Of Pallas on a TPU and on a GPU, and cuDNN's.
@@ -67,7 +68,7 @@ def described(device: str, config: MeshConfig) -> Mesh:
 
     # The rule for attention asks the installed cuDNN for its version.
     fused_attention_stablehlo.check_cudnn_version = lambda: 91200
-    size = math.prod(asdict(config).values())
+    size = math.prod(getattr(config, axis) for axis in MESH_AXES)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=DESCRIPTION.read_text(), topology=f"1x1x{size}"
     )
@@ -131,7 +132,7 @@ def compiled_step(work: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
         "arguments": round(found.argument_size_in_bytes / gib, 3),
         "temporary": round(found.temp_size_in_bytes / gib, 3),
         "host": round(found.host_temp_size_in_bytes / gib, 3),
-        "planned": round(sum(memory_bytes(params, planned).values()) / gib, 3),
+        "planned": round(sum(planned_bytes(params, planned).values()) / gib, 3),
         "compile_s": round(seconds, 1),
         "kernels_in_program": len(re.findall(_KERNELS, compiled.as_text())),
         **({"collectives": collectives(compiled.as_text())} if mesh.size > 1 else {}),

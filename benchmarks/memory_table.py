@@ -8,23 +8,22 @@ which remat fit a card.
 Needs no GPU and no weights: the sizes follow from each model's config.json.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.lora_config import LoraConfig
-from jlora.config.run_config import ComputeConfig
+from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.formats.load_params import BaseDtype, abstract_params
 from jlora.formats.model_source import ModelSource
 from jlora.formats.safetensors_file import Spec
 from jlora.formats.tensor_names import all_names
 from jlora.lora.initialisation import add_lora
-from jlora.parallel.sharding import MESH_AXES
+from jlora.parallel.described_devices import described_devices
+from jlora.parallel.sharding import make_mesh
 from jlora.train.memory_estimate import USABLE_SHARE, memory_bytes, plan_workload
 
 ROOT = Path(__file__).parents[1]
@@ -96,29 +95,15 @@ def _read_nothing(path: str, box: Any = None) -> np.ndarray:
     raise AssertionError(f"{path}: the plan reads no weights")
 
 
-@dataclass(frozen=True)
-class Device:
-    """What the plan asks of a GPU."""
-
-    platform: str = "gpu"
-    compute_capability: str = "9.0"
-    device_kind: str = "NVIDIA H200"
-
-
-def one_gpu() -> Mesh:
-    """Returns a mesh of one H200 that need not be there."""
-    device: Any = Device()
-    return Mesh(np.array(device).reshape(1, 1, 1, 1), MESH_AXES)
-
-
 def planned_gib(config: LlamaConfig, rank: int, dtype: BaseDtype, remat: Any) -> float:
     """Returns the sum that `--plan` prints for one step, in GiB."""
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     base = base_of(config, dtype)
     params = jax.eval_shape(lambda base: add_lora(base, lora, jax.random.key(0)), base)
     compute = ComputeConfig(remat=remat)
+    one_gpu = make_mesh(MeshConfig(), described_devices("h200"))
     work = plan_workload(
-        config, params, one_gpu(), compute=compute, rows=ROWS, length=LENGTH
+        config, params, one_gpu, compute=compute, rows=ROWS, length=LENGTH
     )
     return sum(memory_bytes(params, work).values()) / 2**30
 

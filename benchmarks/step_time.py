@@ -46,8 +46,9 @@ from jlora.model.llama import Llama
 from jlora.ops.quantize import BLOCK, NF4
 from jlora.parallel.sharding import MESH_AXES, batch_sharding, make_mesh
 from jlora.train.flops import flops_per_token, peak_flops
-from jlora.train.memory_estimate import memory_bytes, peak_memory_bytes, plan_workload
+from jlora.train.memory_estimate import peak_memory_bytes, plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
+from jlora.train.planning import planned_bytes
 from jlora.train.step import TrainState, make_train_step
 from jlora.train.step_time_model import step_time
 
@@ -252,7 +253,7 @@ def prepare(
         if expected
         else None,
         "exposed_ms": round(1e3 * expected.exposed, 2) if expected else None,
-        "planned_gib": round(sum(memory_bytes(params, planned).values()) / 2**30, 2),
+        "planned_gib": round(sum(planned_bytes(params, planned).values()) / 2**30, 2),
         "flops": flops_per_token(params, work.config, work.document or work.length),
     }
     return step, state, frozen, facts

@@ -110,6 +110,8 @@ def _split_words(
         name, has_value, text = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
             free.append(word)
+        elif switch := _switch_of_group(name, text, queue, flags):
+            given.append((switch, ["true"]))
         elif name not in known:
             unknown.append(name)
         elif has_value:
@@ -118,6 +120,18 @@ def _split_words(
             given.append((known[name], _take_value(known[name], queue, may_repeat)))
     _refuse_unknown("unknown flag", "--{}".format, unknown, flags)
     return given, free
+
+
+def _switch_of_group(
+    group: str, text: str, queue: collections.deque[str], flags: Flags
+) -> Flag | None:
+    """Returns the switch that `--group switch` stands for, and takes its word off the queue."""
+    switch = flags.get(f"{group}.{text or ''.join([*queue][:1])}")
+    if switch is None or not switch.is_switch:
+        return None
+    if not text:
+        queue.popleft()
+    return switch
 
 
 def _take_value(
@@ -201,13 +215,17 @@ def _flatten(
         is_dict = isinstance(value, dict)
         if name in flags and value and not (is_dict and {*value} & {*members}):
             members = []
+        switch = flags.get(f"{name}.{value}") if isinstance(value, str) else None
+        if switch and switch.is_switch:  # `mesh: auto`
+            value = {value: True}
         if members and not isinstance(value, dict | None):
             raise UsageError(
                 f"{where}: {name} is {value!r}; expected keys below it: "
                 f"{listing(members)}"
             )
         if members or (isinstance(value, dict) and name not in flags):
-            inner = _flatten(value or {}, flags, where, f"{name}.")
+            below = typing.cast(Mapping[str, Any], value or {})
+            inner = _flatten(below, flags, where, f"{name}.")
         else:
             inner = {name: value}
         if twice := sorted(result.keys() & inner.keys()):

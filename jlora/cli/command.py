@@ -22,6 +22,7 @@ from jlora.cli.flags import flags_of
 from jlora.cli.help_page import help_page
 from jlora.cli.json_schema import json_schema
 from jlora.cli.printing import EscapedOutput
+from jlora.cli.process_setup import take_gpu_memory
 from jlora.cli.unread_output import allow_closed_output, say_error
 from jlora.errors import (
     JloraError,
@@ -59,6 +60,7 @@ def run_command(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     _hide_library_errors()
+    take_gpu_memory()
     if {"-h", "--help"} & set(words):
         print(help_page(program or _program(), arguments_class))
         return 0

@@ -6,7 +6,7 @@ from typing import Literal, TypeVar
 
 from jlora.config.field_types import check_at_least, given_instead_of
 from jlora.config.json_fields import MAX_SIZE
-from jlora.errors import UsageError
+from jlora.errors import UsageError, listing
 
 DEFAULT_SEQ_LEN = 512
 
@@ -212,11 +212,22 @@ class MeshConfig:
     """Devices that split the heads and the MLP."""
     context: int = 1
     """Devices that split the tokens of each row, for long rows; weights are copied."""
+    auto: bool = False
+    """Take the sizes with which a step fits and is expected to be fastest, over all devices;
+    also written --mesh auto."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
-        for name in ("data", "fsdp", "tensor", "context"):
+        sizes = {n: getattr(self, n) for n in ("data", "fsdp", "tensor", "context")}
+        for name in sizes:
             check_at_least("mesh", self, name, 0)
+        own = [
+            f"mesh.{n}" for n, size in sizes.items() if size != getattr(MeshConfig, n)
+        ]
+        if self.auto and own:
+            raise UsageError(
+                f"mesh.auto chooses all sizes, and {listing(own)} is given; leave one out"
+            )
 
 
 @dataclass(frozen=True)
@@ -243,3 +254,12 @@ def check_seed(seed: int) -> None:
     """Raises UsageError unless both JAX and NumPy accept the seed."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed={seed}; expected an integer from 0 to 2^32 - 1")
+
+
+def check_device(device: str | None, *, is_plan: bool) -> None:
+    """Raises UsageError for a device that is named without a plan."""
+    if device is not None and not is_plan:
+        raise UsageError(
+            f"device={device} has no effect without --plan: a run takes the devices of "
+            "its host; add --plan, or leave it out"
+        )

@@ -25,10 +25,8 @@ def attend_on_cpu(
     groups = heads // k.shape[2]
     q = q.reshape(batch, length, -1, groups, dim).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # [B, K, S, H]
-    size = max(_LEAST_QUERIES, -(-length // _MOST_BLOCKS))
     outs = []
-    for begin in range(0, length, size):
-        end = min(begin + size, length)
+    for begin, end in _blocks(length):
         visible = jnp.arange(begin, end)[:, None] >= jnp.arange(end)[None, :]
         visible = visible[None]  # [1, T, S]
         if segment_ids is not None:
@@ -38,6 +36,17 @@ def attend_on_cpu(
         outs.append(_attend_block(q[:, :, :, begin:end], *seen, visible))
     out = jnp.concatenate(outs, axis=3).transpose(0, 3, 1, 2, 4)
     return out.reshape(batch, length, heads, dim)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """Returns the first position of each block of queries, and the one after its last."""
+    size = max(_LEAST_QUERIES, -(-length // _MOST_BLOCKS))
+    return [(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def mean_keys(length: int) -> float:
+    """Returns for how many keys a query has scores, on average over a row's blocks."""
+    return sum((end - begin) * end for begin, end in _blocks(length)) / length
 
 
 @jax.custom_vjp

@@ -9,10 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from jlora.cli.process_setup import GPU_MEMORY_SHARE
 from jlora.errors import UsageError, listing, nearest
-
-# Share of a GPU's memory that JAX takes; see `jlora.cli.process_setup`.
-GPU_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def described_devices(text: str) -> list[DescribedDevice]:
     most = kind.linked if kind.platform == "tpu" else 1024
     if count > most:
         raise UsageError(f"device={text}: {count} devices; at most {most} are planned")
-    share = GPU_SHARE if kind.platform == "gpu" else 1
+    share = GPU_MEMORY_SHARE if kind.platform == "gpu" else 1
     made = DescribedDevice(
         kind.platform,
         kind.device_kind,

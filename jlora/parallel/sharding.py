@@ -13,11 +13,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError, listing
+from jlora.parallel.described_devices import DescribedDevice
 
 # From the outermost to the innermost, whose devices exchange most.
 MESH_AXES = ("data", "fsdp", "context", "tensor")
@@ -80,7 +82,7 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         UsageError: there are fewer devices, or the axes do not divide them.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = asdict(config)
+    sizes = {axis: n for axis, n in asdict(config).items() if axis in MESH_AXES}
     rest = [axis for axis, size in sizes.items() if not size]
     fixed = math.prod(size for size in sizes.values() if size)
     if len(rest) > 1:
@@ -99,8 +101,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"mesh: {named} does not make {len(devices)} devices; "
             f"the product of them must, {fewer}and one may be 0 (the rest)"
         )
+    shape = tuple(sizes[axis] for axis in MESH_AXES)
+    if isinstance(devices[0], DescribedDevice):
+        return Mesh(np.array(devices).reshape(shape), MESH_AXES)
     return jax.make_mesh(
-        tuple(sizes[axis] for axis in MESH_AXES),
+        shape,
         MESH_AXES,
         axis_types=(AxisType.Auto,) * len(MESH_AXES),
         devices=devices,

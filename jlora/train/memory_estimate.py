@@ -33,10 +33,6 @@ from jlora.train.optimizer import stack_layers
 
 # Room left for the compiler's temporary buffers and fragmentation.
 USABLE_SHARE = 0.9
-SAVERS = (
-    "use fewer rows at a time (train.grad_accum_steps), a shorter data.seq_len, "
-    "compute.remat full or offload, or more devices"
-)
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,8 @@ def plan_workload(
 ) -> Workload:
     """Returns the workload of one device, and with it the choice of remat.
 
-    remat auto becomes the least recomputation that is estimated to fit; if none does,
-    offload, or full on a CPU.
+    remat auto becomes the least recomputation that is estimated to fit, or offload if none
+    does. On a CPU it is none, because no remat saves memory there.
 
     Args:
         config: the architecture.
@@ -140,18 +136,19 @@ def plan_workload(
     )
     if compute.remat != "auto":
         return work
+    if chosen.platform == "cpu":
+        return replace(work, compute=replace(chosen, remat="none"))
     for remat in ("none", "minimal", "full"):
         tried = replace(work, compute=replace(chosen, remat=remat))
         if sum(memory_bytes(params, tried).values()) <= (
-            USABLE_SHARE * device_memory_bytes()
+            USABLE_SHARE * device_memory_bytes(mesh)
         ):
             return tried
-    last = "offload" if _has_host(work) else "full"
-    return replace(work, compute=replace(chosen, remat=last))
+    return replace(work, compute=replace(chosen, remat="offload"))
 
 
 def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
-    """Returns the estimated bytes per device of each part of a training step."""
+    """Returns the estimated bytes per GPU or TPU of each part of a training step."""
     weights = adapter = trained = 0
     trainable, _ = split(params, trainable_mask(params))
     moments = jax.tree.leaves(jax.eval_shape(stack_layers, trainable))
@@ -164,10 +161,8 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
             weights += size
         trained += size if is_trainable(path[-1].key) else 0
     # Either the logits exist or a layer's temporary arrays.
-    # A CPU has no kernel that makes both the losses and the gradient in one pass.
     size = jnp.dtype(work.compute.dtype).itemsize
-    per_logit = 12 if work.compute.platform == "cpu" else 2 * size
-    logits = per_logit * work.compute.loss_chunk_tokens * work.config.vocab_size
+    logits = 2 * size * work.compute.loss_chunk_tokens * work.config.vocab_size
     dequantised = _dequantised_bytes(params, work) // work.tensor
     layer = _layer_bytes(work, is_quantized=dequantised > 0) + dequantised
     if work.fsdp * work.tensor > 1:
@@ -219,14 +214,14 @@ def _activation_bytes(work: Workload) -> int:
     )
     layers = c.num_hidden_layers
     kept = {
-        "offload": (2 if _has_host(work) else layers) * d * size,
+        "offload": 2 * d * size,
         "full": layers * d * size,
         "minimal": layers * (2 * d + 2 * q + 2 * kv + 2 * f) * size,
         # Without remat the norms' float32 inputs and SwiGLU's parts stay as well.
         "none": layers * ((8 * d + 2 * q + 2 * kv + 5 * f) * size + 8 * d),
     }[work.compute.remat]
     scores = 0
-    # Float32 scores and weights, of one layer or of all; less on a CPU, which keeps blocks.
+    # Float32 scores and weights, of one layer or of all.
     if work.compute.attention == "xla":
         per_layer = 2 * 4 * c.num_attention_heads * work.length * work.context
         scores = per_layer * (layers if work.compute.remat == "none" else 1)
@@ -235,24 +230,18 @@ def _activation_bytes(work: Workload) -> int:
 
 def host_bytes(work: Workload) -> int:
     """Returns the bytes per device that remat "offload" keeps in the host's memory."""
-    if work.compute.remat != "offload" or not _has_host(work):
+    if work.compute.remat != "offload" or work.compute.platform == "cpu":
         return 0
     per_token = work.config.hidden_size * jnp.dtype(work.compute.dtype).itemsize
     # The last layer's input stays on the device: the backward pass begins with it.
     return work.rows * work.length * (work.config.num_hidden_layers - 1) * per_token
 
 
-def _has_host(work: Workload) -> bool:
-    """Returns whether devices have memory of their own."""
-    return work.compute.platform != "cpu"
-
-
 def _dequantised_bytes(params: Params, work: Workload) -> int:
     """Returns the bytes of quantised kernels that are dequantised at the same time.
 
-    XLA on a CPU dequantises all layers before it needs them (measured: 80 to 90 % of
-    their bytes). On other devices this counts the three largest: those of an MLP. Codes
-    that are multiplied themselves are only transposed.
+    This counts the three largest: those of an MLP. Codes that are multiplied themselves are
+    only transposed.
     """
     size = jnp.dtype(work.compute.dtype).itemsize
     sizes = sorted(
@@ -261,7 +250,7 @@ def _dequantised_bytes(params: Params, work: Workload) -> int:
         for leaves in modules(params).values()
         if is_quantized(leaves)
     )
-    return sum(sizes if work.compute.platform == "cpu" else sizes[-3:])
+    return sum(sizes[-3:])
 
 
 def _dora_bytes(params: Params, work: Workload) -> int:
@@ -277,9 +266,12 @@ def _dora_bytes(params: Params, work: Workload) -> int:
     return tokens * sum(sizes) * jnp.dtype(work.compute.dtype).itemsize
 
 
-def device_memory_bytes() -> int:
-    """Returns the memory one device offers; on CPU, that of the machine."""
-    stats = jax.local_devices()[0].memory_stats() or {}
+def device_memory_bytes(mesh: Mesh) -> int:
+    """Returns the memory that each device of a mesh offers; on CPU, that of the machine."""
+    device = mesh.devices.flat[0]
+    if device.process_index != jax.process_index():
+        device = jax.local_devices()[0]  # of the others nothing is known here
+    stats = device.memory_stats() or {}
     return stats.get("bytes_limit", host_memory_bytes())
 
 
@@ -294,21 +286,3 @@ def peak_memory_bytes() -> int:
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def memory_table(params: Params, work: Workload) -> list[str]:
-    """Returns one line per part, in GiB, and the sum against the device's memory."""
-    parts = memory_bytes(params, work)
-    lines = [f"  {name:<24} {size / 2**30:8.2f} GiB" for name, size in parts.items()]
-    total, limit = sum(parts.values()) / 2**30, device_memory_bytes() / 2**30
-    kept = work.devices * host_bytes(work) / 2**30
-    lines = [
-        "memory per device:",
-        *lines,
-        f"  {'sum (estimate)':<24} {total:8.2f} GiB of {limit:.2f} GiB: "
-        + ("fits" if total <= USABLE_SHARE * limit else f"does not fit; {SAVERS}"),
-    ]
-    if kept:
-        host = host_memory_bytes() / 2**30
-        lines.append(f"layer inputs, on the host: {kept:.2f} GiB of {host:.2f} GiB")
-    return lines

@@ -21,11 +21,13 @@ from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import counted
 from jlora.lora.adapter_tree import Params, format_parameter_count
 from jlora.ops.quantize import stored_format
+from jlora.parallel.described_devices import DescribedDevice
 from jlora.report.ranking import ranked, ranking, table_lines
 from jlora.report.run_folder import RunFolder
 from jlora.report.samples import show_samples
-from jlora.train.memory_estimate import Workload, memory_table
+from jlora.train.memory_estimate import Workload
 from jlora.train.pauses import duration
+from jlora.train.planning import mesh_in_words
 from jlora.train.run import Run
 
 
@@ -53,13 +55,16 @@ def print_summary(
     ]
     lines += data.summary + (held_out.summary if held_out else [])
     each = f" for each of {len(trees)} adapters" if len(trees) > 1 else ""
-    compute, every = work.compute, jax.device_count()
+    device = mesh.devices.flat[0]
+    every = mesh.size if isinstance(device, DescribedDevice) else jax.device_count()
+    compute = work.compute
     count = f"{mesh.size} of {every}" if mesh.size < every else str(mesh.size)
     lines.append(
         f"{total_steps} steps of {data.batch_size} x {data.row_length} tokens{each} on "
-        f"{count} {mesh.devices.flat[0].device_kind}: {compute.dtype.name}, attention "
+        f"{count} {device.device_kind}: {compute.dtype.name}, attention "
         f"{compute.attention}, kernels {compute.kernels}, remat {compute.remat}"
     )
+    lines += [f"mesh: {mesh_in_words(mesh)}"] if mesh.size > 1 else []
     lines += [f"kernels xla: {work.hint}"] if work.hint else []
     stored = stored_format(next(iter(trees.values())))
     if stored in compute.code_products:
@@ -70,11 +75,9 @@ def print_summary(
     return lines
 
 
-def print_plan(
-    data: Dataset, tokenizer: Tokenizer, params: Params, work: Workload
-) -> None:
-    """Prints a table of the data, the memory of a step, and samples of the data."""
-    print("\n".join([*preview_lines(data), *memory_table(params, work), ""]))
+def print_plan(data: Dataset, tokenizer: Tokenizer, lines: Sequence[str]) -> None:
+    """Prints a table of the data, the plan's lines, and samples of the data."""
+    print("\n".join([*preview_lines(data), *lines, ""]))
     show_samples(preview_samples(data, tokenizer))
 
 

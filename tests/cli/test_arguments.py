@@ -48,10 +48,23 @@ def test_defaults_are_those_of_the_dataclasses():
         (["--group.is_fast=true"], Group(is_fast=True)),
         (["--group.is_fast", "false"], Group(is_fast=False)),
         (["--group.is_fast", "--plan"], Group(is_fast=True)),
+        (["--group", "is_fast"], Group(is_fast=True)),
+        (["--group=is_fast", "--plan"], Group(is_fast=True)),
     ],
 )
 def test_a_flag_sets_its_field(words, expected):
     assert read(*words).group == expected
+
+
+def test_a_group_of_a_file_may_be_the_name_of_its_switch(config):
+    file = config("model: m\ngroup: is_fast\n")
+    assert parse(Arguments, ["--config", file]).group == Group(is_fast=True)
+    file = config("model: m\ngroup: rank\n")
+    assert "expected keys below it" in message("--config", file)
+
+
+def test_a_group_with_what_is_no_switch_is_unknown():
+    assert "unknown flag --group" in message("--model", "m", "--group", "rank")
 
 
 def test_a_bare_switch_at_the_end_is_on():

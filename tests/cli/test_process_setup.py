@@ -3,9 +3,12 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from helpers import ROOT
+
+from jlora.cli.process_setup import take_gpu_memory
 
 COMPILES = """
 import jax
@@ -31,6 +34,22 @@ def run(home: Path, **more: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}),
+        *[
+            ({name: "0.5"}, {name: "0.5"})
+            for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+        ],
+    ],
+)
+def test_jax_gets_most_of_a_gpu_unless_the_user_says_otherwise(given, expected):
+    with mock.patch.dict(os.environ, given, clear=True):
+        take_gpu_memory()
+        assert dict(os.environ) == expected
 
 
 def test_a_second_start_finds_what_the_first_compiled(tmp_path) -> None:

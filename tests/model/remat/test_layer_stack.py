@@ -204,15 +204,9 @@ def test_decoding_and_logits_are_the_same():
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(
-    ("platform", "expected"),
-    [
-        ("gpu", ["none", "minimal", "full", "offload"]),
-        ("cpu", ["none", "minimal", "full"]),
-    ],
-)
-def test_auto_is_the_least_recomputation_that_fits(monkeypatch, platform, expected):
-    params, mesh = adapted_params(CONFIG), mesh_of(platform)
+def test_auto_is_the_least_recomputation_that_fits(monkeypatch):
+    params, mesh = adapted_params(CONFIG), mesh_of("gpu")
+    expected = ["none", "minimal", "full", "offload"]
 
     def work(remat):
         compute = ComputeConfig(dtype="float32", remat=remat, attention="xla")
@@ -227,27 +221,9 @@ def test_auto_is_the_least_recomputation_that_fits(monkeypatch, platform, expect
         monkeypatch.setattr(
             plan,
             "device_memory_bytes",
-            lambda size=size: (size + 1) / plan.USABLE_SHARE,
+            lambda _, size=size: (size + 1) / plan.USABLE_SHARE,
         )
         found.append(work("auto").compute.remat)
     assert found == expected
-    monkeypatch.setattr(plan, "device_memory_bytes", lambda: 1)
+    monkeypatch.setattr(plan, "device_memory_bytes", lambda _: 1)
     assert work("auto").compute.remat == expected[-1]
-
-
-def test_the_plan_shows_what_the_host_keeps():
-    params = adapted_params(CONFIG)
-
-    def work(remat, platform):
-        compute = ComputeConfig(dtype="bfloat16", remat=remat, attention="xla")
-        return plan.plan_workload(
-            CONFIG, params, mesh_of(platform), compute=compute, rows=4, length=2**20
-        )
-
-    # A CPU has no other memory: all stays there, as under full.
-    same = plan.memory_table(params, work("full", "cpu"))
-    assert plan.memory_table(params, work("offload", "cpu")) == same
-    offload = work("offload", "gpu")
-    assert plan.host_bytes(offload) == 2 * 4 * 2**20 * CONFIG.hidden_size * 2
-    size = plan.host_bytes(offload) / 2**30
-    assert f"on the host: {size:.2f} GiB" in plan.memory_table(params, offload)[-1]
