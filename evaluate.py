@@ -1,7 +1,7 @@
 """Loss and answers of a model on a file: with an adapter, with several, with none."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,8 @@ from jlora.cli.process_setup import keep_compiled, keep_freed_memory
 from jlora.config.json_fields import MAX_SIZE
 from jlora.config.run_config import (
     ComputeConfig,
-    MeshConfig,
     ModelConfig,
+    OneDeviceConfig,
     RowConfig,
 )
 from jlora.errors import UsageError
@@ -30,6 +30,7 @@ class Arguments(ModelConfig):
     )  # --data, beside the group's --data.seq_len
     """File, folder, glob or hub id with records, or a list of them."""
     data: RowConfig = field(default_factory=RowConfig)
+    mesh: OneDeviceConfig = field(default_factory=OneDeviceConfig)
     batch_size: int = 8
     """Rows at a time, over all devices."""
     adapters: list[str] = field(default_factory=list, metadata=REPEATED)
@@ -62,36 +63,45 @@ class Arguments(ModelConfig):
 
 
 def main(args: Arguments) -> None:
-    """Loads the model and the data, and prints a line, or a table of several adapters."""
+    """Joins the processes that the environment names, and evaluates."""
     # What needs JAX is imported here: --help and a wrong flag are answered without it.
+    from jlora.parallel.launch import hide_log_of_aborts
+
+    hide_log_of_aborts()
+    from jlora.parallel.processes import check_agreement, joined_processes
+
+    with joined_processes():
+        check_agreement(asdict(args))
+        evaluate_all(args)
+
+
+def evaluate_all(args: Arguments) -> None:
+    """Loads the model and the data, and prints a line, or a table of several adapters."""
     import jax
 
     from jlora.data.batch.load_dataset import load_dataset
     from jlora.data.batch.preview import preview_lines, preview_samples
     from jlora.data.read.splits import TO_EVALUATE
     from jlora.data.tokenize.tokenizer import Tokenizer
-    from jlora.formats.load_params import load_params
-    from jlora.formats.open_model import open_model
     from jlora.formats.peft.adapter_placement import adapted_config
-    from jlora.formats.peft.attach_adapter import attach_adapter
-    from jlora.loading import TextModel, open_adapter
+    from jlora.loading import Base, TextModel, open_adapter
     from jlora.model.llama import Llama
     from jlora.ops.compute_choices import choose_compute
-    from jlora.parallel.sharding import check_divisible, make_mesh, tree_shardings
+    from jlora.parallel.sharding import check_divisible, check_length, make_mesh
     from jlora.report.samples import show_samples
     from jlora.serving import held_out
     from jlora.train.evaluation import evaluate, make_eval_step
 
     if args.generate:
+        if jax.process_count() > 1:
+            raise UsageError("--generate works in one process; leave it out")
         held_out.import_chrf()
-    source = open_model(args.model)
+    base = Base.open(args.model, args.base_dtype)
+    source = base.source
     adapters = {name: open_adapter(name) for name in args.adapters}
     if args.adapter is not None:
         adapters[args.adapter] = open_adapter(args.adapter, args.step)
-    configs = {
-        name: adapted_config(adapter, source.config)
-        for name, adapter in adapters.items()
-    }
+    configs = {n: adapted_config(a, source.config) for n, a in adapters.items()}
     compared = ["base", *adapters] if args.adapters else list(adapters) or ["base"]
     config = configs.get(compared[-1], source.config)
     rows = args.data.sized(config.longest)
@@ -118,10 +128,11 @@ def main(args: Arguments) -> None:
             data, tokenizer, args.generate, config.longest
         )
     keep_freed_memory()
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(args.mesh)
     keep_compiled()
     check_divisible(mesh, config, args.batch_size)
-    base = load_params(source, dtype=args.base_dtype)
+    check_length(mesh, data.row_length)
+    base_params = base.load(mesh)
     compute = choose_compute(
         ComputeConfig(dtype=args.dtype, kernels="xla"),
         mesh,
@@ -131,11 +142,10 @@ def main(args: Arguments) -> None:
     figures: dict[str, dict[str, str]] = {}
     answers: dict[str, list[str]] = {}
     for name in compared:
-        params = base
+        params, own_config = base_params, source.config
         if name in adapters:
-            params = attach_adapter(base, source.config, adapters[name])
-        params = jax.device_put(params, tree_shardings(mesh, params))
-        model = Llama.with_compute(configs.get(name, source.config), compute)
+            params, own_config = base.adapted(adapters[name])
+        model = Llama.with_compute(own_config, compute)
         step = make_eval_step(model, mesh, params=params, packed=rows.packing)
         figures[name] = loss_figures(*evaluate(step, params, data, mesh))
         if questions:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jlora.cli.command import run_command
 from jlora.cli.process_setup import keep_compiled
 from jlora.config.json_fields import MAX_SIZE
-from jlora.config.run_config import ModelConfig
+from jlora.config.run_config import ModelConfig, TensorConfig
 from jlora.config.sampling_config import TextConfig
 from jlora.errors import UsageError
 
@@ -26,6 +26,7 @@ class Arguments(TextConfig, ModelConfig):
     """JSON file with a conversation to answer: [{"role": "user", "content": "..."}]."""
     prompts: str | None = None
     """JSONL file; each {"prompt": "..."} or {"messages": [...]} is printed with its answer."""
+    mesh: TensorConfig = dataclasses.field(default_factory=TensorConfig)
     chat: bool = False
     """Use the chat template; alone, talk at the keyboard (as jlora chat does)."""
     system: str | None = None
@@ -73,12 +74,13 @@ def main(args: Arguments) -> None:
 
         def load(with_adapter: bool) -> "TextModel":
             adapter, step = (args.adapter, args.step) if with_adapter else (None, None)
-            return load_for_text(dataclasses.replace(args, adapter=adapter, step=step))
+            asked = dataclasses.replace(args, adapter=adapter, step=step)
+            return load_for_text(asked, tensor=args.mesh.tensor)
 
         has_adapter = args.adapter is not None
         ChatSession(load, args, args.system, has_adapter=has_adapter).run()
         return
-    answer_all(args, load_for_text(args), records)
+    answer_all(args, load_for_text(args, tensor=args.mesh.tensor), records)
 
 
 def read_records(args: Arguments) -> list[dict[str, Any]] | None:

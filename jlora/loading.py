@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jlora.cli.strict_yaml import read_yaml
 from jlora.config.llama_config import LlamaConfig
-from jlora.config.run_config import ModelConfig
+from jlora.config.run_config import MeshConfig, ModelConfig
 from jlora.data.tokenize.tokenizer import Tokenizer
 from jlora.errors import UsageError, listing
 from jlora.formats.load_params import (
@@ -36,7 +36,12 @@ from jlora.ops.compute_choices import (
     choose_dtype,
     default_platform,
 )
-from jlora.parallel.sharding import parameter_sharding, tree_shardings
+from jlora.parallel.sharding import (
+    check_divisible,
+    make_mesh,
+    parameter_sharding,
+    tree_shardings,
+)
 from jlora.train.checkpoint import adapter_of_step, saved_steps
 from jlora.train.resuming import is_newest_export
 
@@ -179,21 +184,32 @@ class TextModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_for_text(args: ModelConfig) -> TextModel:
+def load_for_text(args: ModelConfig, *, tensor: int = 1) -> TextModel:
     """Returns the model that the flags name, its adapter merged where that is possible.
 
+    Args:
+        args: the flags.
+        tensor: devices that split the weights.
+
     Raises:
+        UsageError: there are fewer devices, or they do not divide the model.
         UsageError, UnsupportedError, CorruptError: as `open_model` and `open_adapter`.
     """
-    source = open_model(args.model)
+    base, mesh = Base.open(args.model, args.base_dtype), None
     adapter = None if args.adapter is None else open_adapter(args.adapter, args.step)
-    config, params = source.config, load_params(source, dtype=args.base_dtype)
+    config = base.source.config
+    if tensor > 1:
+        mesh = make_mesh(MeshConfig(data=1, tensor=tensor))
+        own = config if adapter is None else adapted_config(adapter, config)
+        check_divisible(mesh, own, 1)
+    params = base.load(mesh)
     if adapter is not None:
-        params = attach_adapter(params, config, adapter)
-        config = adapted_config(adapter, config)
+        params, config = base.adapted(adapter)
         params = decoding_weights(params)
+    if mesh is not None:
+        params = jax.device_put(params, tree_shardings(mesh, params))
     model = model_for_text(config, args.dtype)
-    return TextModel(model, params, Tokenizer(source.files, config))
+    return TextModel(model, params, Tokenizer(base.source.files, config))
 
 
 def model_for_text(config: LlamaConfig, dtype: str) -> Llama:

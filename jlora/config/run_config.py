@@ -231,6 +231,26 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class OneDeviceConfig(MeshConfig):
+    """Devices along each mesh axis; one may be 0, which takes all remaining devices."""
+
+    data: int = 1
+    """Devices that split the rows and copy the weights."""
+
+
+@dataclass(frozen=True)
+class TensorConfig:
+    """Devices that split the weights, for a model that one does not hold."""
+
+    tensor: int = 1
+    """Devices that split the heads and the MLP."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        check_at_least("mesh", self, "tensor", 1)
+
+
+@dataclass(frozen=True)
 class ComputeConfig:
     """Number formats, and implementations of the layers."""
 

@@ -9,6 +9,8 @@ VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 START_TIMEOUT = "JLORA_START_TIMEOUT"
 # The number of processes that `srun` or `mpirun` started; a shell in a Slurm job has none.
 _LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# By this JAX knows Open MPI, and finds the first process. Open MPI 5 does not set it.
+_OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"
 
 
 def given_variables() -> dict[str, str]:
@@ -46,8 +48,13 @@ def _number(name: str, what: str, default: int) -> int:
     return int(text)
 
 
+def _is_open_mpi_5() -> bool:
+    several = _number("OMPI_COMM_WORLD_SIZE", "processes", 1) > 1
+    return several and _OPEN_MPI_4 not in os.environ
+
+
 def addresses(given: dict[str, str], *, launched: bool) -> dict[str, Any]:
-    """Returns JAX's arguments from the variables; with a launcher, JAX needs none.
+    """Returns JAX's arguments from the variables; with a launcher that it knows, none.
 
     Raises:
         UsageError: some are missing, or malformed.
@@ -56,6 +63,19 @@ def addresses(given: dict[str, str], *, launched: bool) -> dict[str, Any]:
     host, _, port = address.rpartition(":")
     has_address = bool(host) and port.isdecimal()
     missing = [name for name in VARIABLES if name not in given]
+    if _is_open_mpi_5() and set(missing) >= set(VARIABLES[1:]):
+        if not has_address:
+            raise UsageError(
+                f"Open MPI 5 does not say where the first process is: add -x {VARIABLES[0]}="
+                "HOST:PORT to mpirun, a host name and a free port of its first host"
+            )
+        return {
+            "coordinator_address": address,
+            "num_processes": _number("OMPI_COMM_WORLD_SIZE", "processes", 1),
+            "process_id": _number("OMPI_COMM_WORLD_RANK", "processes", 0),
+            # One device for each process, as JAX does with the launchers that it knows.
+            "local_device_ids": [_number("OMPI_COMM_WORLD_LOCAL_RANK", "devices", 0)],
+        }
     # JAX itself reads an address that is given in addition to a launcher.
     if not given or (launched and missing and (has_address or not address)):
         return {}

@@ -43,7 +43,8 @@ from jlora.train.trainer import TrainedAdapter, Trainer
 class _Varied:
     """What a step of one adapter takes besides its state; stacked, a leading axis k.
 
-    `rates` are float32 [steps]. No field is typed as an array: while a step is compiled, a
+    `rates` are float32 [steps], `key` is the data of a key, because JAX places no key on the
+    devices of other processes. No field is typed as an array: while a step is compiled, a
     tree of this form describes its arguments.
     """
 
@@ -164,7 +165,7 @@ def _step_of_one(
             grad_accum_steps=grad_accum_steps,
             chunk_tokens=chunk_tokens,
         )
-        return function(state, frozen, batch, varied.key)
+        return function(state, frozen, batch, jax.random.wrap_key_data(varied.key))
 
     return step
 
@@ -176,7 +177,7 @@ def _varied(adapters: Sequence[TrainedAdapter], total_steps: int) -> _Varied:
         _Varied(
             rates=jnp.asarray(jax.vmap(make_schedule(m.optim, total_steps))(steps)),
             numbers=Hyperparameters.of(m.optim),
-            key=jax.random.key(m.seed),
+            key=jax.random.key_data(jax.random.key(m.seed)),
             dropout=np.float32(m.lora_dropout),
         )
         for m in adapters

@@ -30,6 +30,14 @@ def test_the_loss_does_not_depend_on_rows(more):
     )
 
 
+def test_the_loss_does_not_depend_on_the_mesh(run):
+    flags = ("--model", "hf", "--adapter", "run", "--base_dtype", "int8")
+    mesh = ("--mesh.fsdp", 2, "--mesh.tensor", 2, "--mesh.context", 2)
+    assert evaluated_loss(*flags, *mesh) == pytest.approx(
+        evaluated_loss(*flags), abs=5e-6
+    )
+
+
 def test_evaluate_prints_loss_perplexity_and_tokens():
     out = succeed(
         "evaluate", "--model", "hf", "--data", "eval.jsonl", "--data.seq_len", 64
@@ -48,7 +56,7 @@ def test_without_a_length_evaluate_reads_whole_records():
 
 
 def test_evaluate_shows_what_would_be_read(monkeypatch):
-    monkeypatch.setattr("jlora.formats.load_params.load_params", pytest.fail)
+    monkeypatch.setattr("jlora.loading.load_params", pytest.fail)
     out = succeed(
         "evaluate",
         "--model",

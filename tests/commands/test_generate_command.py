@@ -37,6 +37,19 @@ def test_generate_continues_a_prompt_the_same_way_twice(run):
     assert out != generated(*flags, "--adapter", "run")
 
 
+@pytest.mark.parametrize("base_dtype", ["keep", "int8"])
+def test_the_text_does_not_depend_on_the_mesh(base_dtype, run):
+    flags = ["--model", "hf", "--adapter", "run", "--base_dtype", base_dtype]
+    flags += ["--prompt", "What is", "--max_new_tokens", 12]
+    assert generated(*flags, "--mesh.tensor", 2) == generated(*flags)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused():
+    done = call("generate", "--model", "hf", "--prompt", "a", "--mesh.tensor", 8)
+    assert done.status == 2
+    assert "mesh.tensor=8 does not divide" in done.err
+
+
 def test_sampling_follows_the_seed():
     flags = ["--model", "hf", "--prompt", "What", "--max_new_tokens", 8]
     first, again, other = (

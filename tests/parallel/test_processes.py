@@ -1,5 +1,6 @@
 """Two processes of `train.py`, with two devices each, train as one with four devices does."""
 
+import contextlib
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import ROOT
-from helpers.commands import make_workdir, metrics, train_flags
+from helpers.commands import call, make_workdir, metrics, start_python, train_flags
 
 from jlora.cli.command import run_command
 from jlora.errors import DivergedError, ResourceError, StopRequested, UsageError
@@ -40,18 +41,18 @@ def workdir(tmp_path_factory) -> Path:
 def start(
     folder: Path, run: str, *more: Any, count: int, index: int, port: int, **env: Any
 ) -> subprocess.Popen[str]:
+    """Starts a process of `train.py`, or of the command whose words follow a run of "-"."""
     several = {
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(index),
     }
+    words = (ROOT / "train.py", *train_flags(run, *FLAGS, *more))
+    if run == "-":
+        words = more
     devices = f"--xla_force_host_platform_device_count={4 // count}"
     return subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            *map(str, train_flags(run, *FLAGS, *more)),
-        ],
+        [sys.executable, *map(str, words)],
         cwd=folder,
         env={
             **os.environ,
@@ -140,6 +141,7 @@ def test_processes_with_different_settings_end_before_they_compute(workdir):
     assert not (workdir / "other").exists()
 
 
+STEADY = ("--optim.lr_schedule", "constant", "--optim.warmup_ratio", 0)
 MANY = ("--train.max_steps", 10_000, "--train.save_every", 1)
 
 
@@ -152,12 +154,14 @@ def wait_for(running: subprocess.Popen[str], text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize(
-    "moment",
+    ("victim", "moment"),
     [
-        "process 0 of 2",  # while models and data are opened
-        "step 5/",  # in a step or a save: each step is saved
+        # While models and data are opened.
+        (0, "process 0 of 2"),
+        (1, "process 0 of 2"),
+        # In a step or a save: each step is saved. Below, it is not the first process.
+        (0, "step 5/"),
     ],
 )
 def test_a_killed_process_ends_the_other_with_one_message(workdir, victim, moment):
@@ -179,6 +183,69 @@ def test_a_killed_process_ends_the_other_with_one_message(workdir, victim, momen
 
 
 @pytest.mark.slow
+def test_a_run_of_four_processes_goes_on_with_two_and_with_one(workdir):
+    running = start_all(workdir, "four", count=4, own=lambda _: (*MANY, *STEADY))
+    wait_for(running[0], "step 3/")
+    running[2].kill()
+    killed_at = time.monotonic()
+    others = [process for process in running if process is not running[2]]
+    for process in others:
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == ResourceError.exit_status
+        assert err.startswith("error: another process of this run has ended, and may")
+        assert err.count("\n") == 1
+    assert time.monotonic() - killed_at < 30
+    running[2].communicate()
+    end = len(metrics(workdir / "four")) + 4
+    flags = (*STEADY, "--train.max_steps", end)
+    ended = finish(start_all(workdir, "four", count=2, own=lambda _: flags))
+    assert {code for code, _ in ended} == {0}
+    assert "resuming after step " in ended[0][1]
+    flags = (*FLAGS, *STEADY, "--train.max_steps", end + 4)
+    with contextlib.chdir(workdir):
+        for run, said in (("four", f"resuming after step {end}"), ("whole", "")):
+            done = call("train", *train_flags(run, *flags))
+            assert (done.status, said in done.out) == (0, True)
+    # Float32 sums are in another order.
+    np.testing.assert_allclose(log(workdir / "four"), log(workdir / "whole"), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_sweep_continue_an_adapter_and_evaluate_as_one_does(workdir):
+    """Over a quantised base, whose weights and rows both processes share."""
+    (workdir / "sweep.yaml").write_text("low: {}\nhigh: {optim.learning_rate: 3e-3}\n")
+    base = ("--compute.base_dtype", "int8", "--train.max_steps", 4)
+    mesh = ("--mesh.data", 1, "--mesh.fsdp", 2, "--mesh.context", 2)
+    runs = {
+        "sweep": (*base, *mesh, "--sweep", "sweep.yaml"),
+        "more": (*base, *mesh, "--init_adapter", "sweep/high"),
+    }
+    words = [
+        *("--model", "hf", "--data", "eval.jsonl", "--data.seq_len", 64),
+        *("--base_dtype", "int8", "--adapter", "more", *mesh),
+    ]
+    for run, flags in runs.items():
+        ended = finish(start_all(workdir, run, count=2, own=lambda _, f=flags: f))
+        assert {code for code, _ in ended} == {0}
+    command = (ROOT / "evaluate.py", *words)
+    (code, out), (other, _) = finish(
+        start_all(workdir, "-", count=2, own=lambda _: command)
+    )
+    assert code == other == 0
+    with contextlib.chdir(workdir):
+        for run, flags in runs.items():
+            assert not call("train", *train_flags(f"one-{run}", *FLAGS, *flags)).status
+        alone = call("evaluate", *words)
+    assert float(out.splitlines()[-1].split()[1]) == pytest.approx(
+        float(alone.out.split()[1]), abs=5e-6
+    )
+    for run in ("sweep/low", "sweep/high", "more"):
+        np.testing.assert_allclose(
+            log(workdir / run), log(workdir / f"one-{run}"), rtol=1e-4
+        )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_whose_peer_never_starts_ends_after_the_time_it_was_given(
     workdir, index
@@ -194,6 +261,57 @@ def test_a_process_whose_peer_never_starts_ends_after_the_time_it_was_given(
         "ended, or cannot be reached; start all, or wait longer with JLORA_START_TIMEOUT "
         "(seconds)\n"
     )
+
+
+def launched_by(launcher: str, index: int, port: int) -> dict[str, str]:
+    """What a launcher of two processes on this host tells one of them."""
+    if launcher == "slurm":
+        return {
+            "SLURM_JOB_ID": "4101",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(index),
+            "SLURM_LOCALID": str(index),
+            "JAX_COORDINATOR_PORT": str(port),
+        }
+    told = {"SIZE": 2, "RANK": index, "LOCAL_RANK": index}
+    first = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+    if launcher == "open mpi 4":
+        uri = "1531576320.0;tcp://127.0.0.1:34911"
+        first = {"OMPI_MCA_orte_hnp_uri": uri, "JAX_COORDINATOR_PORT": str(port)}
+    return {f"OMPI_COMM_WORLD_{name}": str(n) for name, n in told.items()} | first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["slurm", "open mpi 4", "open mpi 5"])
+def test_processes_of_a_launcher_meet(launcher):
+    code = "from jlora.parallel.processes import joined_processes as j\nwith j(): pass"
+    port = free_port()
+    running = [
+        start_python("-c", code, **launched_by(launcher, index, port))
+        for index in range(2)
+    ]
+    for index, (status, out) in enumerate(finish(running)):
+        assert status == 0
+        assert out.startswith(f"process {index} of 2: ")
+
+
+def test_the_workers_of_a_tpu_pod_on_gke_are_known_to_jax(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster as tpu
+
+    monkeypatch.setattr(tpu, "running_in_cloud_tpu_vm", True)
+    for name, value in {
+        "TPU_WORKER_HOSTNAMES": "localhost,b,c",
+        "TPU_WORKER_ID": "2",
+        # One slice; JAX would ask a server for what is not set.
+        **dict.fromkeys(("COORDINATOR_ADDRESS", "NUM_SLICES", "SLICE_ID"), ""),
+    }.items():
+        monkeypatch.setenv(name if "TPU" in name else f"MEGASCALE_{name}", value)
+    found: Any = tpu.GkeTpuCluster
+    assert found.is_env_present()
+    assert (found.get_process_count(), found.get_process_id()) == (3, 2)
+    assert found.get_coordinator_address(3, None).startswith("localhost:")
 
 
 @pytest.mark.slow
@@ -241,7 +359,26 @@ def initialized(monkeypatch) -> list[dict[str, Any]]:
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, []),  # a shell in a job
         ({"SLURM_STEP_NUM_TASKS": "1"}, []),
         ({"SLURM_STEP_NUM_TASKS": "8"}, [{}]),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, [{}]),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://a:1"},
+            [{}],
+        ),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "4",
+                "OMPI_COMM_WORLD_RANK": "3",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "JAX_COORDINATOR_ADDRESS": "a:1",
+            },
+            [
+                {
+                    "coordinator_address": "a:1",
+                    "num_processes": 4,
+                    "process_id": 3,
+                    "local_device_ids": [1],
+                }
+            ],
+        ),
         ({"SLURM_STEP_NUM_TASKS": "8", "JAX_COORDINATOR_ADDRESS": "a:1"}, [{}]),
         (
             dict(zip(VARIABLES, ("a:1", "4", "3"), strict=True)),
@@ -257,6 +394,16 @@ def test_processes_are_joined_if_the_environment_names_several(
     with processes.joined_processes():
         pass
     assert initialized == expected
+
+
+def test_open_mpi_5_has_to_be_told_the_first_process(initialized, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    with (
+        pytest.raises(UsageError, match="add -x JAX_COORDINATOR_ADDRESS=HOST:PORT"),
+        processes.joined_processes(),
+    ):
+        pass
+    assert initialized == []
 
 
 @pytest.mark.parametrize(
