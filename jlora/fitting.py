@@ -101,10 +101,11 @@ def fit(
     with _stop_requests() as stop:
         try:
             command.train(args, stop, base)
-        except StopRequested:
+        except StopRequested as error:
             if stop.number == signal.SIGTERM or not saved_steps(folder / "checkpoints"):
                 raise
             is_finished = False
+            print(f"{error.label}: {error}", flush=True)
     return _fitted(base, args, folder, is_finished=is_finished)
 
 

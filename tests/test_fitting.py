@@ -1,5 +1,6 @@
 import contextlib
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from helpers.commands import adapter_bytes, losses, make_workdir, succeed, train_flags
 
 import jlora
+from jlora.cli.flags import flags_of
+from jlora.cli.jlora_command import load_command
 from jlora.errors import StopRequested, UsageError
 from jlora.fitting import Fitted
 from jlora.train.run import Run
@@ -42,8 +45,12 @@ def command(workdir) -> Path:
 
 @pytest.fixture(scope="module")
 def fitted(workdir) -> Fitted:
-    with contextlib.chdir(workdir):
+    def fit() -> Fitted:
         return jlora.fit("hf", ROWS, "fitted", **SETTINGS)
+
+    # Not in the main thread, which alone could be interrupted.
+    with contextlib.chdir(workdir), ThreadPoolExecutor(1) as pool:
+        return pool.submit(fit).result()
 
 
 def test_it_is_the_run_of_the_command_bit_for_bit(fitted, command, workdir):
@@ -92,7 +99,7 @@ def test_a_loaded_model_is_used_as_it_is_and_settings_may_be_groups(
 
 
 def test_a_run_that_is_interrupted_returns_and_goes_on(
-    fitted, workdir, in_workdir, monkeypatch
+    fitted, workdir, in_workdir, monkeypatch, capsys
 ):
     take = Run.log
     number = signal.SIGINT
@@ -107,6 +114,9 @@ def test_a_run_that_is_interrupted_returns_and_goes_on(
         stopped = jlora.fit("hf", ROWS, "stopped", **settings)
         assert not stopped.is_finished
         assert repr(stopped) == "<Fitted in stopped: stopped at step 1>"
+        assert capsys.readouterr().out.endswith(
+            "stopped: step 1 is saved; run it again to go on\n"
+        )
         number = signal.SIGTERM
         with pytest.raises(StopRequested, match="step 2 is saved"):
             jlora.fit("hf", ROWS, "stopped", **settings)
@@ -146,3 +156,13 @@ def test_a_base_of_another_dtype_than_asked_for_is_refused(in_workdir):
         UsageError, match="base_dtype=nf4, and the model is loaded as fl"
     ):
         jlora.fit(jlora.load("hf"), ROWS, "mistake", base_dtype="nf4")
+
+
+def test_a_setting_s_own_name_says_its_group():
+    """So that jlora.fit takes every one without its group, but those named as a group."""
+    keys = flags_of(load_command("train").Arguments)
+    groups = {key.partition(".")[0] for key in keys if "." in key}
+    names = [key.rpartition(".")[2] for key in keys]
+    assert sorted({*names} - groups) == sorted(
+        name for name in names if name not in groups
+    )

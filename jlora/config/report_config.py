@@ -42,6 +42,14 @@ class ReportConfig:
                     f"report.to={name} needs {package}: pip install 'jlora[{name}]'"
                 )
 
+        if self.project != ReportConfig.project and not {"wandb", "trackio"} & {
+            *self.trackers
+        }:
+            raise UsageError(
+                f"report.project={self.project} has no effect without report.to=wandb or "
+                "trackio; give one, or leave it out"
+            )
+
     def num_samples(self, *, has_data: bool) -> int:
         """Returns how many prompts are answered.
 

@@ -9,6 +9,7 @@ import pytest
 from helpers import ROOT
 from helpers.commands import make_model, metrics
 from nbclient import NotebookClient
+from nbclient.util import ensure_async
 
 FILE = ROOT / "examples" / "finetune.ipynb"
 LONG = """
@@ -77,7 +78,7 @@ def test_interrupting_the_kernel_saves_and_returns(workdir):
         while not task.done() and not metrics(workdir / "long"):
             await asyncio.sleep(0.2)
         assert client.km is not None
-        await client.km.interrupt_kernel()
+        await ensure_async(client.km.interrupt_kernel())
         await task
 
     asyncio.run(run())

@@ -100,6 +100,7 @@ def test_the_defaults_are_valid(group):
             lambda: OptimConfig(warmup_steps=9, warmup_ratio=0.1),
             "optim.warmup_steps=9",
         ),
+        (lambda: ReportConfig(project="mine"), "report.to=wandb"),
         (lambda: TextConfig(top_p=0.9), "temperature=0"),
         (lambda: TextConfig(top_k=5, min_p=0.1), "temperature=0"),
         (lambda: ModelConfig(model="m", step=3), "without an adapter"),
