@@ -52,16 +52,11 @@ class Arguments(ModelConfig):
                 f"batch_size={self.batch_size}; expected 1 to {MAX_SIZE:,}"
             )
         if self.adapters and self.adapter is not None:
-            raise UsageError(
-                "give --adapter or --adapters; the first is one of the others"
-            )
+            raise UsageError("give --adapter, or --adapters with it among them")
         if not 0 <= self.generate <= MAX_SIZE:
             raise UsageError(f"generate={self.generate}; expected at least 0 records")
         if self.show and (self.generate or self.adapters):
-            raise UsageError(
-                "--generate and --adapters have no effect with --show, which prints the data "
-                "and stops; leave one of them out"
-            )
+            raise UsageError("--generate and --adapters have no effect with --show")
         for name in ("max_new_tokens", "answers"):
             if getattr(self, name) is not None and not self.generate:
                 raise UsageError(f"--{name} has no effect without --generate")
