@@ -1,7 +1,7 @@
 """The flags of a run in groups: a dataclass each, with defaults, checks and help texts."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, TypeVar
 
 from jlora.config.field_types import check_at_least, given_instead_of
@@ -201,7 +201,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class MeshConfig:
+class MeshSizes:
     """Devices along each mesh axis; one may be 0, which takes all remaining devices."""
 
     data: int = 0
@@ -212,17 +212,28 @@ class MeshConfig:
     """Devices that split the heads and the MLP."""
     context: int = 1
     """Devices that split the tokens of each row, for long rows; weights are copied."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for a value out of range."""
+        for item in fields(MeshSizes):
+            check_at_least("mesh", self, item.name, 0)
+
+
+@dataclass(frozen=True)
+class MeshConfig(MeshSizes):
+    """Devices along each mesh axis; one may be 0, which takes all remaining devices."""
+
     auto: bool = False
     """Take the sizes with which a step fits and is expected to be fastest, over all devices;
     also written --mesh auto."""
 
     def __post_init__(self) -> None:
         """Raises UsageError for a value out of range."""
-        sizes = {n: getattr(self, n) for n in ("data", "fsdp", "tensor", "context")}
-        for name in sizes:
-            check_at_least("mesh", self, name, 0)
+        super().__post_init__()
         own = [
-            f"mesh.{n}" for n, size in sizes.items() if size != getattr(MeshConfig, n)
+            f"mesh.{item.name}"
+            for item in fields(MeshSizes)
+            if getattr(self, item.name) != item.default
         ]
         if self.auto and own:
             raise UsageError(
@@ -231,7 +242,7 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
-class OneDeviceConfig(MeshConfig):
+class OneDeviceConfig(MeshSizes):
     """Devices along each mesh axis; one may be 0, which takes all remaining devices."""
 
     data: int = 1

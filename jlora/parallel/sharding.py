@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jlora.config.llama_config import LlamaConfig
-from jlora.config.run_config import MeshConfig
+from jlora.config.run_config import MeshSizes
 from jlora.errors import UsageError, listing
 from jlora.parallel.described_devices import DescribedDevice
 
@@ -73,7 +73,7 @@ LEAF_AXES = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshSizes, devices: list[Any] | None = None) -> Mesh:
     """Returns the mesh of `MESH_AXES` over all devices, or over the first of them.
 
     Only one process may leave devices unused: of several, each needs its own.

@@ -38,6 +38,11 @@ def test_the_loss_does_not_depend_on_the_mesh(run):
     )
 
 
+def test_a_mesh_that_is_chosen_is_for_training_only():
+    flags = ("--model", "hf", "--data", "eval.jsonl", "--mesh.auto")
+    assert call("evaluate", *flags).status == 2
+
+
 def test_evaluate_prints_loss_perplexity_and_tokens():
     out = succeed(
         "evaluate", "--model", "hf", "--data", "eval.jsonl", "--data.seq_len", 64
