@@ -116,7 +116,9 @@ def described_devices(text: str) -> list[DescribedDevice]:
     name, _, shape = text.lower().partition(":")
     if name not in KINDS:
         hint = nearest(name, KINDS)
-        raise UsageError(f"device={text}: expected one of {listing([*KINDS])}{hint}")
+        raise UsageError(
+            f"device={text}: expected one of {listing([*KINDS], 20)}{hint}"
+        )
     kind, sizes = KINDS[name], (shape or "1").split("x")
     is_count = all(size.isdecimal() and int(size) for size in sizes) and (
         kind.platform == "tpu" or len(sizes) == 1

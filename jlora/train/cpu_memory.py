@@ -23,9 +23,9 @@ from jlora.ops.attention_cpu import mean_keys
 from jlora.ops.quantize import kernel_shape, stored_format
 from jlora.train.memory_estimate import Workload
 
-# Measured with SmolLM2 (docs/performance.md): Python, its libraries and the compiler; and for
+# Measured with two models (docs/performance.md): Python, its libraries and the compiler; and for
 # each layer the compiled code and what the compiler needs for it.
-_PROCESS, _PROGRAM_OF_LAYER = 0.45 * 2**30, 0.012 * 2**30
+_PROCESS, _PROGRAM_OF_LAYER = 0.3 * 2**30, 0.017 * 2**30
 # Bytes for each number that a layer keeps, and each logit: many are float32 in bfloat16, too.
 _KEPT = {4: 4.0, 2: 3.3}
 _LOGIT = {4: 8, 2: 12}
