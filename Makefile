@@ -5,6 +5,8 @@ VENV = .venv
 VENV_PARITY = .venv-parity
 VENV_TRANSFORMERS4 = .venv-transformers4
 VENV_DOCS = .venv-docs
+# The TPU compiler, of 137 MB; there is none for other machines.
+VENV_LIBTPU = $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),.venv-libtpu)
 CANDIDATES = $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11)
 PYTEST = -m pytest -n auto --maxprocesses 8 --dist loadfile
 LOCKS = requirements/lock.txt requirements/smollm2.txt
@@ -23,8 +25,8 @@ help:  ## List the targets
 demo: $(VENV)/ready  ## Fine-tune a real Llama on the CPU and prove the export equal
 	$(VENV)/bin/python examples/demo.py
 
-test: $(VENV)/ready  ## Run the tests
-	$(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
+test: $(VENV)/ready $(VENV_LIBTPU:%=%/ready)  ## Run the tests
+	$(VENV_LIBTPU:%=TPU_LIBRARY_PATH=$(CURDIR)/%/libtpu/libtpu.so) $(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 parity: $(VENV_PARITY)/ready $(VENV_TRANSFORMERS4)/ready  ## Compare with Transformers and PEFT, in an environment of its own
 	$(VENV_PARITY)/bin/python $(PYTEST) tests/parity $(PYTEST_ARGS)
@@ -67,6 +69,7 @@ lock: $(VENV)/ready  ## Renew the pinned dependencies in requirements/
 	echo torch | $(COMPILE) --upgrade --excludes /dev/stdin -c requirements/lock.txt \
 		requirements/parity.in -o requirements/parity.txt
 	$(COMPILE) --upgrade requirements/transformers4.in -o requirements/transformers4.txt
+	$(COMPILE) --upgrade --no-deps requirements/libtpu.in -o requirements/libtpu.txt
 	$(COMPILE) --upgrade --group docs -c requirements/lock.txt -o requirements/docs.txt
 
 clean:  ## Remove the environments, caches and the demo's files
@@ -108,6 +111,12 @@ $(VENV)/ready: $(LOCKS) pyproject.toml
 
 $(VENV_PARITY)/ready: $(LOCKS) requirements/parity.txt pyproject.toml
 	$(call set_up,$(VENV_PARITY),$(LOCKS) requirements/parity.txt,torch==2.13.0)
+
+# A folder and no environment: where it is installed, each start of JAX looks for TPUs.
+.venv-libtpu/ready: requirements/libtpu.txt $(VENV)/ready
+	rm -rf .venv-libtpu
+	$(VENV)/bin/python $(PIP_INSTALL) --require-hashes --no-deps --target .venv-libtpu -r requirements/libtpu.txt
+	touch $@
 
 # Only a tokenizer to compare with, so without jlora, whose huggingface_hub is newer.
 $(VENV_TRANSFORMERS4)/ready: $(VENV_PARITY)/ready requirements/transformers4.txt

@@ -104,7 +104,7 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
 
     # Model, adapters and mesh: all that can be refused before something large is read.
     stop.check()
-    base = base or Base.open(args.model, args.compute.base_dtype)
+    is_own, base = base is None, base or Base.open(args.model, args.compute.base_dtype)
     source, config = base.source, base.source.config
     data_config = args.data.sized(config.longest)
     config.check_length(data_config.row_length, "data.seq_len")
@@ -165,6 +165,10 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
         )
         runs.append(run)
         del params  # the run has a copy of what is trained
+
+    del weights
+    if is_own:  # the loop may keep them in another form
+        base.params = None
 
     # The loop: batches, step, log, evaluate, save, stop; and the export at the end.
     conclude = partial(print_conclusion, first_prompt(held_out or data, tokenizer))

@@ -42,12 +42,14 @@ from jlora.config.run_config import MeshConfig
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.lora.initialisation import add_lora
 from jlora.model.llama import Llama
+from jlora.model.remat.layer_runs import equal_runs, stacked
 from jlora.parallel.sharding import (
     MESH_AXES,
     batch_sharding,
     make_mesh,
     tree_shardings,
 )
+from jlora.train.device_model import loops_over_layers
 from jlora.train.memory_estimate import plan_workload
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.planning import planned_bytes
@@ -103,6 +105,9 @@ def compiled_step(work: Workload, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
         skipped=jax.ShapeDtypeStruct((), jnp.int32),
         skipped_in_a_row=jax.ShapeDtypeStruct((), jnp.int32),
     )
+    if loops_over_layers(mesh):
+        runs = equal_runs(params["layers"])
+        frozen = jax.eval_shape(lambda tree: stacked(tree, runs), frozen)
     state, frozen = (
         _placed(tree, tree_shardings(mesh, tree)) for tree in (state, frozen)
     )

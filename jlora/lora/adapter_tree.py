@@ -155,6 +155,11 @@ def split(params: Params, mask: Params) -> tuple[Params, Params]:
     return trainable, frozen
 
 
+def base_of(params: Params) -> Params:
+    """Returns the tree without the leaves of adapters."""
+    return split(params, map_leaves(lambda path, _: is_adapter(path[-1]), params))[1]
+
+
 def join(trainable: Params, frozen: Params) -> Params:
     """Returns the whole tree again from the two that `split` returned."""
     result = dict(frozen)

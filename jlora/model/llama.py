@@ -25,7 +25,8 @@ from jlora.model.decoder_layer import (
 )
 from jlora.model.decoding.kv_cache import KeysValues, KVCache, write_at
 from jlora.model.remat.layer_memory import gradients_together
-from jlora.model.remat.layer_stack import LayerParts, run_stack
+from jlora.model.remat.layer_runs import is_stacked
+from jlora.model.remat.layer_stack import LayerParts, run_loops, run_stack
 from jlora.model.rotary import rope_angles
 from jlora.ops.compute_choices import Compute, default_platform
 from jlora.ops.dropout import drop
@@ -241,8 +242,11 @@ class _Layers(nn.Module):
         # the model makes new functions, which would be compiled again each time.
         jit: Any = jax.jit if isinstance(x, Tracer) else lambda function: function
         parts, seeds = self._make_layer(parent=None).parts(), self._dropout_seeds()
-        leaves = [self.variables["params"][str(i)] for i in range(len(cached))]
-        remat = self.compute.remat
+        params, remat = dict(self.variables["params"]), self.compute.remat
+        if is_stacked(params):
+            parts = LayerParts(*map(jit, parts))
+            return run_loops(parts, params, seeds, x, shared, remat=remat), filled
+        leaves = [params[str(i)] for i in range(len(cached))]
         if cache is None and (remat == "offload" or holds_parts()):
             parts = LayerParts(*map(jit, parts))
             return run_stack(parts, leaves, seeds, x, shared, remat=remat), filled

@@ -122,13 +122,15 @@ def _axes(path: tuple[Any, ...]) -> list[Any]:
     return [rules[axis] for axis in logical_axes(tuple(entry.key for entry in path))]
 
 
-def _without_fsdp(path: tuple[Any, ...], _: Any) -> PartitionSpec:
-    """Returns how a trainable parameter is split in `over_rows`: only in layers, by tensor."""
+def _without_fsdp(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    """Returns how a trainable parameter is split in `over_rows`: only in layers, by tensor.
+
+    The first axis of stacked layers is not split.
+    """
     if path[0].key != "layers":
         return PartitionSpec()
-    return PartitionSpec(
-        *("tensor" if "tensor" in (rule or ()) else None for rule in _axes(path))
-    )
+    axes = ["tensor" if "tensor" in (rule or ()) else None for rule in _axes(path)]
+    return PartitionSpec(*[None] * (leaf.ndim - len(axes)), *axes)
 
 
 def _summed_axes(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from jlora.errors import UsageError
 from jlora.loading import TextModel, model_for_text
 from jlora.lora.adapter_tree import Params
 from jlora.model.llama import Llama
+from jlora.model.remat.layer_runs import unstacked
 from jlora.parallel.sharding import tree_shardings
 from jlora.report.trackers import GeneratedText
 from jlora.serving.held_out import Question, answers_to, questions_of
@@ -35,6 +36,7 @@ class Sampler:
 
     def __call__(self, params: Params) -> list[GeneratedText]:
         """Returns the prompts with the answers of a model with these parameters."""
+        params = unstacked(params)
         # So that what is compiled before training also serves after it.
         params = jax.device_put(params, tree_shardings(self.mesh, params))
         loaded = TextModel(self.model, params, self.tokenizer)

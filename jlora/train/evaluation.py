@@ -12,6 +12,7 @@ from jaxtyping import Array
 from jlora.data.batch.batches import Dataset
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
 from jlora.model.llama import Llama
+from jlora.model.remat.layer_runs import stacked_like
 from jlora.parallel.own_program import over_rows
 from jlora.parallel.sharding import batch_sharding, tree_shardings
 from jlora.train.compiler_options import compiler_options
@@ -41,8 +42,10 @@ def make_eval_step(
     summed = over_rows(loss, mesh, own_program=is_own, has_gradients=False)
 
     def step(params: Params, batch: Batch) -> tuple[Array, Array]:
-        parts = split(params, trainable_mask(params))
-        return summed(*parts, None, batch)[0], jnp.sum(batch["loss_mask"])
+        trainable, frozen = split(params, trainable_mask(params))
+        trainable = stacked_like(trainable, frozen)
+        total, _ = summed(trainable, frozen, None, batch)
+        return total, jnp.sum(batch["loss_mask"])
 
     return jax.jit(
         step,

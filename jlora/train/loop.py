@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jlora.config.run_config import TrainConfig
 from jlora.errors import DivergedError, StopRequested, UsageError, listing
-from jlora.lora.adapter_tree import Params
+from jlora.lora.adapter_tree import Params, base_of, join
 from jlora.model.llama import Llama
 from jlora.parallel.processes import check_agreement, is_first, stop_vote
 from jlora.report.html_report import TARGET, write_report
@@ -120,10 +120,11 @@ def train_runs(
             if stopping:
                 _write_reports(runs)
                 raise StopRequested(f"step {step} is saved; run it again to go on")
+        base = base_of(trainer.frozen)
         for index, run in enumerate(runs):
             if not run.error:
                 params, held = run.trained_params(trainer.adapter_state(state, index))
-                samples.take(run.report, params, held)
+                samples.take(run.report, join(base, params), held)
                 if is_first():
                     export(run, params, held)
                     record_export(run.folder, step, held)
@@ -174,7 +175,9 @@ def _make_trainer(
         "grad_accum_steps": config.grad_accum_steps,
     }
     if len(runs) == 1:
-        return make_trainer(runs[0].adapter, model, mesh, **settings)
+        trainer = make_trainer(runs[0].adapter, model, mesh, **settings)
+        _keep_shapes(runs[0], of_state=False)
+        return trainer
     orders = list(_datasets(runs))
     trainer = make_sweep_trainer(
         [run.adapter for run in runs],
@@ -183,10 +186,17 @@ def _make_trainer(
         orders=[orders.index(id(run.data)) for run in runs],
         **settings,
     )
-    for run in runs:  # what was stacked shall not take memory twice
-        shapes = jax.tree.map(jax.typeof, run.adapter.state)
-        run.adapter = replace(run.adapter, state=shapes)
+    for run in runs:
+        _keep_shapes(run, of_state=True)
     return trainer
+
+
+def _keep_shapes(run: Run, *, of_state: bool) -> None:
+    """Lets go of what the trainer has stacked, which would take memory twice."""
+    state, frozen = run.adapter.state, run.adapter.frozen
+    state = jax.tree.map(jax.typeof, state) if of_state else state
+    frozen = join(jax.tree.map(jax.typeof, base_of(frozen)), frozen)
+    run.adapter = replace(run.adapter, state=state, frozen=frozen)
 
 
 def _batches(

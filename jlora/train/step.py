@@ -24,6 +24,7 @@ from jlora.lora.adapter_tree import (
 from jlora.lora.embedding_and_head import head_parameters
 from jlora.model.llama import Llama
 from jlora.model.loss import cross_entropy
+from jlora.model.remat.layer_runs import stacked_like, unstacked
 from jlora.ops.dropout import drop
 from jlora.parallel.own_program import (
     into_split,
@@ -169,9 +170,11 @@ def step_function(
         state: TrainState, frozen: Params, batch: Batch, key: Array
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        own_model, is_own = model_on(mesh, model, state.trainable, frozen)
+        trainable = stacked_like(state.trainable, frozen)
+        own_model, is_own = model_on(mesh, model, trainable, frozen)
         sums = over_rows(partial(gradient, own_model), mesh, own_program=is_own)
-        total, gradients = sums(state.trainable, frozen, key, batch)
+        total, gradients = sums(trainable, frozen, key, batch)
+        frozen, gradients = unstacked(frozen), unstacked(gradients)
         supervised = jnp.sum(batch["loss_mask"])
         share = 1 / jnp.maximum(supervised, 1)
         gradients = jax.tree.map(lambda g: g * share, gradients)

@@ -23,6 +23,7 @@ from jlora.lora.adapter_tree import Params, is_adapter, join, map_leaves
 from jlora.model.llama import Llama
 from jlora.parallel.sharding import batch_sharding, tree_shardings
 from jlora.train.compiler_options import compiler_options
+from jlora.train.device_model import frozen_for_steps
 from jlora.train.optimizer import (
     Hyperparameters,
     make_optimizer,
@@ -83,7 +84,13 @@ def make_sweep_trainer(
     shardings = _with_axis(mesh, tree_shardings(mesh, adapters[0].state))
     stacked = jax.tree.map(stack_padded, *(a.state for a in adapters))
     state = jax.device_put(stacked, shardings)
-    frozen, axes = _stack_frozen([a.frozen for a in adapters], mesh)
+    frozen = frozen_for_steps(
+        state.trainable,
+        _stack_frozen([a.frozen for a in adapters], mesh),
+        mesh,
+        adapter_axis=1,
+    )
+    axes = map_leaves(lambda path, _: 0 if is_adapter(path[-1]) else None, frozen)
     step_of_all = jax.vmap(
         _step_of_one(adapters, model, mesh, packed, grad_accum_steps),
         in_axes=(0, axes, 0, 0),
@@ -132,6 +139,7 @@ def make_sweep_trainer(
         jitted=jitted,
         arguments=lambda state, batches: (state, frozen, batches, varied),
         parameters=parameters,
+        frozen=frozen,
         adapter_state=adapter_state,
     )
 
@@ -189,11 +197,10 @@ def _array(leaf: Any) -> Array:
     return jnp.float32(leaf) if isinstance(leaf, float) else jnp.asarray(leaf)
 
 
-def _stack_frozen(trees: Sequence[Params], mesh: Mesh) -> tuple[Params, Params]:
-    """Returns (frozen leaves, 0 where one has an axis of adapters and None elsewhere)."""
-    layout = map_leaves(lambda path, _: 0 if is_adapter(path[-1]) else None, trees[0])
+def _stack_frozen(trees: Sequence[Params], mesh: Mesh) -> Params:
+    """Returns the frozen leaves; those of adapters have an axis of adapters."""
     shardings = tree_shardings(mesh, trees[0])
-    stacked = jax.tree_util.tree_map_with_path(
+    return jax.tree_util.tree_map_with_path(
         lambda path, first, sharding, *others: (
             jax.device_put(stack_padded(first, *others), _with_axis(mesh, sharding))
             if is_adapter(path[-1].key)
@@ -203,7 +210,6 @@ def _stack_frozen(trees: Sequence[Params], mesh: Mesh) -> tuple[Params, Params]:
         shardings,
         *trees[1:],
     )
-    return stacked, layout
 
 
 def _with_axis(mesh: Mesh, shardings: Any) -> Any:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jlora.config.optim_config import OptimConfig
 from jlora.lora.adapter_tree import Params, join
 from jlora.model.llama import Llama
+from jlora.train.device_model import frozen_for_steps
 from jlora.train.optimizer import make_optimizer, make_schedule
 from jlora.train.step import Batch, Metrics, TrainState, make_train_step
 
@@ -50,6 +51,7 @@ class Trainer:
         arguments: (state, batches) -> what the step takes; see `step`.
         parameters: (state, index) -> the whole tree of one adapter, to evaluate it. In a
             sweep all have the same shapes, so that the evaluation is compiled once.
+        frozen: the weights that are not trained, as the step takes them.
         adapter_state: (state, index) -> the state of one adapter as a run of its own has it.
     """
 
@@ -57,6 +59,7 @@ class Trainer:
     jitted: Any
     arguments: Callable[[TrainState, list[Batch]], tuple[Any, ...]]
     parameters: Callable[[TrainState, int], Params]
+    frozen: Params
     adapter_state: Callable[[TrainState, int], TrainState]
 
     def step(
@@ -95,12 +98,13 @@ def make_trainer(
         packed: whether rows hold several documents.
         grad_accum_steps: parts of a batch, see `make_train_step`.
     """
+    frozen = frozen_for_steps(adapter.state.trainable, adapter.frozen, mesh)
     step: Any = make_train_step(
         model.clone(lora_dropout=adapter.lora_dropout),
         make_optimizer(adapter.optim, make_schedule(adapter.optim, total_steps)),
         mesh,
         state=adapter.state,
-        frozen=adapter.frozen,
+        frozen=frozen,
         packed=packed,
         grad_accum_steps=grad_accum_steps,
         seed=adapter.seed,
@@ -108,7 +112,8 @@ def make_trainer(
     return Trainer(
         state=adapter.state,
         jitted=step,
-        arguments=lambda state, batches: (state, adapter.frozen, batches[0]),
-        parameters=lambda state, _: join(state.trainable, adapter.frozen),
+        arguments=lambda state, batches: (state, frozen, batches[0]),
+        parameters=lambda state, _: join(state.trainable, frozen),
+        frozen=frozen,
         adapter_state=lambda state, _: state,
     )

@@ -21,6 +21,7 @@ from helpers.commands import (
     train_flags,
 )
 
+from jlora.train import device_model
 from jlora.train.resuming import locked
 from jlora.train.run import Run
 
@@ -399,6 +400,21 @@ def test_samples_are_what_generate_writes_after_the_same_prompts(sampled):
             assert sample["prompt"] == f"What is {letter}?"
             assert sample["reference"] == f" It is {letter}."
     assert found["0"][0]["text"] != found[str(STEPS + 1)][0]["text"]
+
+
+def test_steps_that_loop_over_layers_change_no_file_but_by_rounding(
+    sampled, tmp_path, monkeypatch
+):
+    flags = train_flags(tmp_path / "run", "--data.eval", "eval.jsonl", "--mesh.data", 1)
+    flags += ["--report.samples", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(device_model, "LOOPING_PLATFORMS", ("cpu",))
+        succeed("train", *flags)
+    # A checkpoint of one form goes on in the other.
+    succeed("train", *flags, "--train.max_steps", STEPS + 1)
+    assert losses(tmp_path / "run") == pytest.approx(losses(sampled), rel=1e-5)
+    texts = [(x / "generated.json").read_text() for x in (tmp_path / "run", sampled)]
+    assert texts[0] == texts[1]
 
 
 def test_the_report_shows_samples_before_and_after(sampled, run):

@@ -22,6 +22,7 @@ from jax.lax import optimization_barrier
 from jaxtyping import Array, Float
 
 from jlora.lora.adapter_tree import Params, join, split, trainable_mask
+from jlora.model.remat.layer_runs import layers_of
 from jlora.parallel.own_program import gathered, holds_parts
 
 Pulls = tuple[Any, Any, Any]
@@ -123,6 +124,85 @@ def run_stack(
     return stack(trainable, frozen, seeds, x, shared)
 
 
+def run_loops(
+    parts: LayerParts,
+    params: Params,
+    seeds: Sequence[Any],
+    x: Float[Array, "B T D"],
+    shared: Any,
+    *,
+    remat: str,
+) -> Float[Array, "B T D"]:
+    """Returns what `run_stack` does, computed in a loop over each run of equal layers.
+
+    A loop's program is that of one layer. A layer's weights are gathered inside, in both passes,
+    and beside its own products: those of one layer are on the device at a time.
+
+    Args:
+        parts: as for `run_stack`, and so is what gets gradients.
+        params: all layers, as `jlora.model.remat.layer_runs.stacked` returns them.
+        seeds: of every layer's dropout; None without.
+        x: input of the first layer.
+        shared: the same for all layers; gets no gradient.
+        remat: none, minimal, full or offload.
+    """
+    for run in sorted(params, key=lambda run: int(layers_of(run)[0])):
+        own = [seeds[int(name)] for name in layers_of(run)]
+        keys = None if own[0] is None else jnp.stack(own)
+        x = _run_loop(parts, params[run], keys, x, shared, remat)
+    return x
+
+
+def _run_loop(
+    parts: LayerParts, params: Params, seeds: Any, x: Array, shared: Any, remat: str
+) -> Array:
+    """Returns the output of the last of equal layers, of leaves [layers, ...]."""
+    recomputes = remat in ("full", "offload")
+
+    @jax.custom_vjp
+    def stack(*args: Any) -> Array:
+        return forward(*args)[0]
+
+    def forward(
+        trainable: Params, frozen: Params, seeds: Any, x: Array, shared: Any
+    ) -> tuple[Array, Any]:
+        def layer(x: Array, own: Any) -> tuple[Array, Any]:
+            leaves, shards, key = own
+            weights = gathered(shards)
+            out, _, pulls = _forward(parts, leaves, weights, key, x, shared, {})
+            if not recomputes:
+                return out, _without(pulls, (leaves, weights, key, shared))
+            if remat == "offload":
+                return out, jax.device_put(x, jax.memory.Space.Host)
+            return out, x
+
+        x, saved = jax.lax.scan(layer, x, (trainable, frozen, seeds))
+        return x, (trainable, frozen, seeds, saved, shared)
+
+    def backward(residuals: Any, dy: Array) -> tuple[Any, ...]:
+        trainable, frozen, seeds, saved, shared = residuals
+
+        def layer(dy: Array, own: Any) -> tuple[Array, Params]:
+            leaves, shards, key, kept = own
+            weights = gathered(shards)
+            if recomputes:
+                if remat == "offload":
+                    kept = jax.device_put(kept, jax.memory.Space.Device)
+                _, _, pulls = _forward(parts, leaves, weights, key, kept, shared, {})
+            else:
+                pulls = _with(kept, (leaves, weights, key, shared))
+            gradient, dy, _ = _backward(pulls, dy, {})
+            return dy, gradient
+
+        inputs = trainable, frozen, seeds, saved
+        dy, gradients = jax.lax.scan(layer, dy, inputs, reverse=True)
+        return gradients, None, None, dy, None
+
+    stack.defvjp(forward, backward)
+    trainable, frozen = split(params, trainable_mask(params))
+    return stack(trainable, frozen, seeds, x, shared)
+
+
 def _forward(
     parts: LayerParts,
     trainable: Params,
@@ -179,25 +259,25 @@ def _gathered_from(start: Any, weights: Params) -> tuple[Any, Params]:
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Weight:
-    """Stands for one of a layer's weights."""
+class _Known:
+    """Stands for an array that the backward pass has anyway."""
 
     index: int
 
 
-def _without(pulls: Pulls, weights: Params) -> Pulls:
-    """Returns the functions without the weights that they hold."""
-    places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(weights))}
+def _without(pulls: Pulls, known: Any) -> Pulls:
+    """Returns the functions without the arrays of this tree that they hold."""
+    places = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(known))}
     leaves, structure = jax.tree.flatten(pulls)
-    found = [_Weight(places[id(x)]) if id(x) in places else x for x in leaves]
+    found = [_Known(places[id(x)]) if id(x) in places else x for x in leaves]
     return jax.tree.unflatten(structure, found)
 
 
-def _with(pulls: Pulls, weights: Params) -> Pulls:
-    """Returns the functions with these weights in the place of those taken out."""
-    leaves = jax.tree.leaves(weights)
+def _with(pulls: Pulls, known: Any) -> Pulls:
+    """Returns the functions with these arrays in the place of those taken out."""
+    leaves = jax.tree.leaves(known)
     return jax.tree.map(
-        lambda x: leaves[x.index] if isinstance(x, _Weight) else x,
+        lambda x: leaves[x.index] if isinstance(x, _Known) else x,
         pulls,
-        is_leaf=lambda x: isinstance(x, _Weight),
+        is_leaf=lambda x: isinstance(x, _Known),
     )
