@@ -73,6 +73,7 @@ def workdir(tmp_path_factory) -> Path:
     shutil.copy(folder / "eval.jsonl", folder / "held_out.jsonl")
     (folder / "hf").rename(folder / "base")
     (folder / "examples").symlink_to(ROOT / "examples")
+    (folder / "run.yaml").write_text("{model: base, output_dir: run}")
     config = jlora.LoraConfig()
     _, params, _ = jlora.load(folder / "base")
     params = jlora.add_lora(params, config, jax.random.key(0))
@@ -82,12 +83,13 @@ def workdir(tmp_path_factory) -> Path:
 
 def page_folder(workdir: Path, page: str, path: Path) -> Path:
     """A folder with links to all of `workdir`, and the YAML files that a page shows."""
-    for item in workdir.iterdir():
-        (path / item.name).symlink_to(item)
     for block in BLOCKS:
-        named = re.match(r"# ([\w.]+\.(yaml|jsonl))\n", block.text)
+        named = re.match(r"# ([\w.]+\.yaml)\n", block.text)
         if block.page == page and named:
             (path / named[1]).write_text(block.text)
+    for item in workdir.iterdir():
+        if not (path / item.name).exists():
+            (path / item.name).symlink_to(item)
     return path
 
 
@@ -127,8 +129,7 @@ COMMANDS += [
 @pytest.mark.parametrize(("page", "words"), COMMANDS)
 def test_a_command_line_is_understood(page, words, workdir, tmp_path, monkeypatch):
     with contextlib.chdir(page_folder(workdir, page, tmp_path)):
-        while re.match(r"[A-Z_]+=", words[0]):
-            words = words[1:]
+        words = after_launcher(words)
         match words:
             case ["jlora", *rest]:
                 monkeypatch.setattr(jlora_command, "run_command", only_parse)
@@ -150,6 +151,14 @@ def test_a_command_line_is_understood(page, words, workdir, tmp_path, monkeypatc
                 assert re.fullmatch(r"(\.|jlora)(\[[a-z,]+\])?", name)
             case [program, *_]:
                 assert program in OTHERS
+
+
+def after_launcher(words: list[str]) -> list[str]:
+    """A command line without srun and its flags, and without variables before it."""
+    launched = words[0] == "srun"
+    while re.match(r"[A-Z_]+=|srun$", words[0]) or (launched and words[0][0] == "-"):
+        words = words[1:]
+    return words
 
 
 def only_parse(_: Any, arguments: type, *, argv: list[str], program: str) -> int:
