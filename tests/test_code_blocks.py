@@ -25,6 +25,7 @@ from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import RowConfig
 from jlora.data.read.records import make_record
 from jlora.data.read.row_formats import detect_format
+from jlora.errors import UsageError
 from jlora.formats.tensor_names import all_names
 from jlora.lora.target_modules import select_trainable
 from jlora.train.sweep_file import read_sweep
@@ -113,45 +114,53 @@ def test_python_that_is_not_run_is_python():
             ast.parse(block.text, str(block))
 
 
-# Command lines of the pages, and of code inside a sentence those with a flag.
+# Command lines of the pages, and, below, those inside a sentence.
 COMMANDS = [
     pytest.param(block.page, words, id=f"{block}: {' '.join(words)[:60]}")
     for block in blocks("bash")
     for words in commands_of(block.text)
 ]
-COMMANDS += [
-    pytest.param("README.md", words, id=span[:60])
+PHRASES = [
+    pytest.param(words, id=span[:60])
     for span in dict.fromkeys(SPANS)
     if re.match(r"jlora [a-z]+ .*-|jlora --|python (-m )?[a-z/_.]+ .|make\b", span)
     for words in commands_of(span)
 ]
 
 
+@pytest.mark.parametrize("words", PHRASES)
+def test_a_command_in_a_sentence_has_these_flags(words, monkeypatch):
+    with contextlib.suppress(Incomplete):
+        understand(words, monkeypatch)
+
+
 @pytest.mark.parametrize(("page", "words"), COMMANDS)
 def test_a_command_line_is_understood(page, words, workdir, tmp_path, monkeypatch):
     with contextlib.chdir(page_folder(workdir, page, tmp_path)):
-        words = after_launcher(words)
-        match words:
-            case ["jlora", *rest]:
-                monkeypatch.setattr(jlora_command, "run_command", only_parse)
-                assert jlora_command.main(rest) == 0
-            case ["python", "-m", module, *rest]:
-                check_command(importlib.import_module(module).Arguments, rest)
-            case ["python", file, *rest] if "/" not in file:
-                name = file.removesuffix(".py")
-                check_command(importlib.import_module(name).Arguments, rest)
-            case ["python", file, *rest]:
-                text = (ROOT / file).read_text("utf-8")
-                assert [w for w in rest if w[:2] == "--" and w not in text] == []
-            case ["make", *targets]:
-                there = re.findall(
-                    r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M
-                )
-                assert {t for t in targets if "=" not in t} <= set(there)
-            case ["pip", "install", name]:
-                assert re.fullmatch(r"(\.|jlora)(\[[a-z,]+\])?", name)
-            case [program, *_]:
-                assert program in OTHERS
+        understand(after_launcher(words), monkeypatch)
+
+
+def understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails unless a command line is one that its program takes."""
+    match words:
+        case ["jlora", *rest]:
+            monkeypatch.setattr(jlora_command, "run_command", only_parse)
+            assert jlora_command.main(rest) == 0
+        case ["python", "-m", module, *rest]:
+            check_command(importlib.import_module(module).Arguments, rest)
+        case ["python", file, *rest] if "/" not in file:
+            name = file.removesuffix(".py")
+            check_command(importlib.import_module(name).Arguments, rest)
+        case ["python", file, *rest]:
+            text = (ROOT / file).read_text("utf-8")
+            assert [w for w in rest if w[:2] == "--" and w not in text] == []
+        case ["make", *targets]:
+            there = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+            assert {t for t in targets if "=" not in t} <= set(there)
+        case ["pip", "install", name]:
+            assert re.fullmatch(r"(\.|jlora)(\[[a-z,]+\])?", name)
+        case [program, *_]:
+            assert program in OTHERS
 
 
 def after_launcher(words: list[str]) -> list[str]:
@@ -165,6 +174,10 @@ def after_launcher(words: list[str]) -> list[str]:
     return words[:-1] if words[-1] == "&" else words
 
 
+class Incomplete(Exception):
+    """A command lacks a flag that it needs, as one inside a sentence may."""
+
+
 def only_parse(_: Any, arguments: type, *, argv: list[str], program: str) -> int:
     """Stands for `run_command`: everything but the command itself."""
     if not {"--help", "--schema"} & set(argv):
@@ -174,7 +187,10 @@ def only_parse(_: Any, arguments: type, *, argv: list[str], program: str) -> int
 
 def check_command(arguments: type, words: list[str]) -> None:
     """Raises what the command would say before it opens the model."""
-    args: Any = parse(arguments, words)
+    try:
+        args: Any = parse(arguments, words)
+    except UsageError as error:
+        raise Incomplete if str(error).startswith("missing: ") else error from error
     if hasattr(args, "sweep"):
         check_run(args)
 
