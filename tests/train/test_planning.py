@@ -52,7 +52,7 @@ def cpu() -> Any:
     return make_mesh(MeshConfig(1))
 
 
-# Peak resident memory of `train.py` after two steps, in GiB: model, rows, length, dtype,
+# Peak resident memory of `train.py` after one or two steps, in GiB: model, rows, length, dtype,
 # adapter. See docs/performance.md.
 ON_CPU = [
     ("SMALLEST", 8, 64, "float32", QV, 0.334),
