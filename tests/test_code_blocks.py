@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -146,6 +147,8 @@ def understand(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         case ["jlora", *rest]:
             monkeypatch.setattr(jlora_command, "run_command", only_parse)
             assert jlora_command.main(rest) == 0
+        case ["python", "-m", "jlora.serving.lm_harness" as module, *_]:
+            assert importlib.util.find_spec(module)  # the flags are the harness's
         case ["python", "-m", module, *rest]:
             check_command(importlib.import_module(module).Arguments, rest)
         case ["python", file, *rest] if "/" not in file:

@@ -44,6 +44,7 @@ OWNERS = {
     "sacrebleu": ("jlora.serving",),
     **dict.fromkeys(("wandb", "tensorboardX", "trackio"), ("jlora.report.trackers",)),
     "starlette": ("jlora.serving",),
+    "lm_eval": ("jlora.serving.lm_harness",),
     "uvicorn": ("jlora.serving", "serve"),
     "torch": (),
     "transformers": (),

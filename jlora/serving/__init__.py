@@ -5,4 +5,5 @@ Read `completions` first: prompts to texts, with stop strings and figures of spe
 `slots` is the batch of a server, with an adapter for each row (`adapter_rows`);
 `openai_server` answers requests, which `openai_requests` checks. `held_out` compares answers
 with references, and `sampler` answers a few prompts for a run in training.
+`scoring` says how likely texts are, for `lm_harness`.
 """
