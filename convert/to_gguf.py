@@ -65,7 +65,14 @@ def main(arguments: Arguments) -> None:
     print(f"ollama create NAME -f {out / 'Modelfile'}")
     if arguments.push is not None:
         print(
-            push_export(out, arguments.push, arguments.adapter, arguments.model, "gguf")
+            push_export(
+                out,
+                arguments.push,
+                arguments.adapter,
+                arguments.step,
+                arguments.model,
+                "gguf",
+            )
         )
 
 

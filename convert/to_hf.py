@@ -67,7 +67,12 @@ def main(arguments: Arguments) -> None:
     if arguments.push is not None:
         print(
             push_export(
-                out, arguments.push, arguments.adapter, arguments.model, "merged"
+                out,
+                arguments.push,
+                arguments.adapter,
+                arguments.step,
+                arguments.model,
+                "merged",
             )
         )
 

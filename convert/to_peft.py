@@ -50,7 +50,11 @@ def main(arguments: Arguments) -> None:
     if hint:
         print(hint)
     if arguments.push is not None:
-        print(push_export(out, arguments.push, arguments.adapter, None, "adapter"))
+        print(
+            push_export(
+                out, arguments.push, arguments.adapter, arguments.step, None, "adapter"
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from typing import Any
 import yaml
 
 from jlora.config.lora_config import LoraConfig
+from jlora.data.read.hub_data import is_data_id
+from jlora.hub import is_hub_id
 from jlora.report.run_folder import RunFolder
 
 _KINDS = {
@@ -40,7 +42,7 @@ def model_card(
     """
     what, relation, library = _KINDS[form]
     head: dict[str, Any] = {"library_name": library, "tags": ["jlora", "lora"]}
-    if base.count("/") == 1:
+    if is_hub_id(base):
         head |= {"base_model": base, "base_model_relation": relation}
     if license is not None:
         head["license"] = license
@@ -71,9 +73,8 @@ def _adapter_rows(lora: LoraConfig) -> dict[str, Any]:
 def _run_lines(run: RunFolder) -> list[str]:
     data = run.settings.get("data") or {}
     given = data.get("train")
-    # Names and not paths, which belong to the machine.
     paths = given if isinstance(given, list | dict) else [given] if given else []
-    rows = {"data": ", ".join(Path(str(path)).name for path in paths)}
+    rows = {"data": ", ".join(_data_name(str(path)) for path in paths)}
     for key in _SETTINGS:
         group, _, field = key.rpartition(".")
         place = run.settings.get(group) or {} if group else run.settings
@@ -83,6 +84,14 @@ def _run_lines(run: RunFolder) -> list[str]:
         *_table("Training", rows),
         *_table("Result", _result_rows(run)),
     ]
+
+
+def _data_name(given: str) -> str:
+    """Returns a data set of the hub as it was given, and only the name of a file or folder.
+
+    Paths belong to the machine.
+    """
+    return given if is_data_id(given) else Path(given).absolute().name
 
 
 def _result_rows(run: RunFolder) -> dict[str, str]:

@@ -1,17 +1,19 @@
 """Exports on a hub: a small one on this machine, which takes what huggingface_hub sends."""
 
 import base64
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from helpers.adapters import changed_copy, files
-from helpers.commands import call, succeed
+from helpers.commands import call, succeed, train_flags
 from helpers.hub_server import answer_at
 
 TOKEN = "hf_of_the_tests"
@@ -173,3 +175,24 @@ def test_a_name_of_no_repository_is_refused_before_the_export(name, hub, tmp_pat
 def test_without_push_nothing_is_asked(hub, tmp_path):
     succeed("convert.to_peft", "run", tmp_path / "out")
     assert hub.asked == []
+
+
+@pytest.mark.usefixtures("in_workdir")
+@pytest.mark.parametrize("asked", [("", "--step", 2), ("/checkpoints/2",), ("",)])
+def test_a_card_tells_the_run_up_to_the_step_that_is_exported(
+    asked, hub, tmp_path, two_steps
+):
+    end, *more = asked
+    out = tmp_path / "out"
+    succeed("convert.to_peft", f"{two_steps}{end}", out, *more, "--push", "me/mine")
+    card = hub.repositories["me/mine"]["README.md"].decode()
+    assert f"| steps | {2 if end or more else 4} |" in card
+
+
+@pytest.fixture(scope="module")
+def two_steps(workdir) -> Path:
+    """A run with checkpoints of steps 2 and 4."""
+    flags = train_flags("two_steps", "--train.save_every", 2, "--train.max_steps", 4)
+    with contextlib.chdir(workdir):
+        succeed("train", *flags)
+    return Path("two_steps")
