@@ -105,6 +105,8 @@ def train_runs(
             if evaluating:
                 _evaluate(runs, trainer, state, step, evaluator, pauses)
             is_over = _patience_is_over(runs)
+            for run in runs if is_over else ():
+                run.flush(is_last=True)
             saving = is_due(step, config.save_every, total_steps) and not stopping
             if evaluating:  # what it found is saved with it
                 saving |= stopping or any(run.has_new_best for run in runs)

@@ -214,12 +214,12 @@ class Run:
         if not self.error:
             self._log.add(step, metrics, waited_s)
 
-    def flush(self) -> None:
-        """Logs the pending step; sets `error` when training has diverged."""
+    def flush(self, *, is_last: bool = False) -> None:
+        """Logs the pending step, `is_last`: in any case; sets `error` if it diverged."""
         if self.error:
             return
         try:
-            self._log.flush()
+            (self._log.end if is_last else self._log.flush)()
         except DivergedError as error:
             self.error = error
             if self.name:  # the others go on

@@ -61,6 +61,7 @@ class StepLog:
         self._flops, self._steps_per_epoch = flops_per_token, steps_per_epoch
         self._peak = peak_flops(devices)
         self._pending: tuple[int, dict[str, Any], float, float | None] | None = None
+        self._newest: tuple[int, dict[str, Any], int, float] | None = None
         self._zero_gradients = 0
         self._reasons: set[str] = set()  # why the latest steps in a row were skipped
         self._clock = time.perf_counter()  # where the time of the next step begins
@@ -98,12 +99,24 @@ class StepLog:
         skipped, in_a_row = metrics.pop("skipped"), metrics.pop("in_a_row")
         ended = ended or time.perf_counter()
         self._seconds += ended - self._clock
+        self.training_s += ended - self._clock
         self._clock = ended
         self._tokens, self._steps = self._tokens + metrics["tokens"], self._steps + 1
         self._progress.add_loss(metrics["loss"], metrics["supervised_tokens"])
         self._report_trouble(step, metrics, skipped, in_a_row)
+        self._newest = step, metrics, skipped, waited_s
         if is_due(step, self._log_every, self._total_steps):
-            self._write_line(step, metrics, skipped, waited_s)
+            self._write_line(*self._newest)
+
+    def end(self) -> None:
+        """Writes a line of the steps since the last one, as no more will come.
+
+        Raises:
+            DivergedError: as `flush`.
+        """
+        self.flush()
+        if self._steps and self._newest:
+            self._write_line(*self._newest)
 
     def _report_trouble(
         self, step: int, metrics: dict[str, Any], skipped: int, in_a_row: int
@@ -151,7 +164,6 @@ class StepLog:
         rate = self._tokens / max(self._seconds, 1e-9)
         step_time_s = self._seconds / self._steps
         data_wait_s = (waited_s - self._waited_s) / self._steps
-        self.training_s += self._seconds
         self._tokens, self._steps, self._seconds = 0, 0, 0.0
         self._waited_s = waited_s
         metrics["step_loss"] = metrics.pop("loss")

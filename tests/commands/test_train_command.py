@@ -136,6 +136,16 @@ def test_a_run_ends_early_and_exports_its_best_step(best, tmp_path):
     )
 
 
+def test_a_run_that_ends_early_logs_its_last_steps(workdir, tmp_path):
+    flags = [*train_flags(tmp_path / "run", *BEST), "--train.log_every", 50]
+    with contextlib.chdir(workdir):
+        out = succeed("train", *flags)
+    *_, last = metrics(tmp_path / "run")
+    evaluated = [m["step"] for m in metrics(tmp_path / "run") if "eval_loss" in m]
+    assert (last["step"], "loss" in last) == (evaluated[-1], True)
+    assert "training 0.0 s" not in out
+
+
 def test_a_run_that_ended_early_goes_on_only_with_more_patience(best, tmp_path):
     folder = shutil.copytree(best[0], tmp_path / "run")
     before = metrics(folder)

@@ -119,6 +119,30 @@ def test_log_every_leaves_steps_out():
     assert [line["step"] for line in listener.lines] == [2, 4]
 
 
+def test_the_steps_since_the_last_line_are_logged_where_training_ends_early():
+    listener = Listener()
+    log = make_log(listener, log_every=3)
+    for step, loss in enumerate((1.0, 2.0, 3.0, 4.0, 6.0), 1):
+        log.add(step, arrays(loss=loss), 0.0)
+    log.end()
+    assert [line["step"] for line in listener.lines] == [3, 5]
+    assert listener.lines[1]["loss"] == pytest.approx(5.0)
+    assert listener.lines[1]["step_loss"] == pytest.approx(6.0)
+    log.end()
+    assert len(listener.lines) == 2
+
+
+def test_the_time_of_training_is_that_of_all_steps_also_without_a_line():
+    log = make_log(Listener(), log_every=9)
+    log.add(1, arrays(), 0.0)
+    log.flush()
+    first = log.training_s
+    assert first > 0
+    log.add(2, arrays(), 0.0)
+    log.flush()
+    assert log.training_s > first
+
+
 def test_waiting_for_data_is_a_mean_over_the_steps_of_a_line():
     listener = Listener()
     log = make_log(listener, log_every=2)
