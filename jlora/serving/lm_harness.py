@@ -25,6 +25,8 @@ except ImportError as error:
         "lm-evaluation-harness is not installed: pip install 'jlora[harness]'"
     ) from error
 _windows: Any = import_module("lm_eval.utils")
+# The harness registers its own models only if no other is registered yet.
+import_module("lm_eval.models")
 _registry: Any = import_module("lm_eval.api.registry")
 Request = tuple[Any, list[int], list[int]]
 # Settings of a task's generation that have the same meaning here.
@@ -121,7 +123,7 @@ class JloraLM(_api.TemplateLM):
             cut = max(0, len(before) + len(after) - self.max_length - 1)
             pairs.append((before[cut:], after))
         found = score(self._loaded, pairs, batch_size=self._batch_size)
-        return [tuple(each) for each in found]
+        return [(each.log_likelihood, each.is_greedy) for each in found]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False

@@ -77,6 +77,7 @@ def results(model: str, args: dict[str, Any], tasks: Path) -> Any:
         tasks=list(TASKS),
         task_manager=lm_eval.tasks.TaskManager(include_path=str(tasks)),
         batch_size=3,
+        device="cpu",
         bootstrap_iters=0,
     )
 

@@ -39,6 +39,7 @@ def harness(monkeypatch) -> Any:
         "lm_eval.api": {},
         "lm_eval.api.model": {"TemplateLM": type("TemplateLM", (), {})},
         "lm_eval.api.registry": {"register_model": register_model},
+        "lm_eval.models": {},
         "lm_eval.utils": {
             "get_rolling_token_windows": windows,
             "make_disjoint_window": lambda pair: pair,
