@@ -117,7 +117,7 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
     compute = sweep_file.compute_for_adapters(
         args.compute, len(args_of), packed=args.data.packing
     )
-    planner = Planner.of(config, shapes_of, compute, args.train, data_config.row_length)
+    planner = Planner.of(config, shapes_of, compute, args, data_config.row_length)
     mesh = planner.mesh(args.mesh, args.device)
     keep_compiled()
 

@@ -14,7 +14,7 @@ DECAY_GROUPS: tuple[str, ...] = (
 )
 
 # Settings that only some schedules or optimizers have.
-_WITH_ADAM = ("optimizer", ("adamw", "muon"))
+_WITH_ADAM = ("optimizer", ("adamw", "adamw_8bit", "muon"))
 _USERS = {
     "min_lr_ratio": ("lr_schedule", ("cosine", "wsd")),
     "decay_ratio": ("lr_schedule", ("wsd",)),
@@ -26,8 +26,9 @@ _USERS = {
 class OptimConfig:
     """The optimizer of the adapter, and its learning rate."""
 
-    optimizer: Literal["adamw", "lion", "muon", "adafactor"] = "adamw"
-    """Rule of the updates; muon: of lora_A and lora_B, AdamW of what else is trained."""
+    optimizer: Literal["adamw", "adamw_8bit", "lion", "muon", "adafactor"] = "adamw"
+    """Rule of the updates; adamw_8bit: moments in a quarter of the memory; muon: of lora_A and
+    lora_B, AdamW of what else is trained."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lr_schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = (

@@ -21,7 +21,7 @@ from jlora.lora.adapter_tree import (
 )
 from jlora.ops.attention_cpu import mean_keys
 from jlora.ops.quantize import kernel_shape, stored_format
-from jlora.train.memory_estimate import Workload
+from jlora.train.memory_estimate import Workload, moments_bytes
 
 # Measured with two models (docs/performance.md): Python, its libraries and the compiler; and for
 # each layer the compiled code and what the compiler needs for it.
@@ -61,7 +61,7 @@ def cpu_memory_bytes(params: Params, work: Workload) -> dict[str, int]:
         "process, compiled code": int(_PROCESS + layers * _PROGRAM_OF_LAYER),
         "frozen weights": _bytes(frozen),
         "adapter": trained,
-        "optimizer and gradients": 3 * trained,
+        "optimizer and gradients": trained + moments_bytes(trainable, work),
         "saved activations": int(saved),
         "one layer and logits": int(logits + 6 * tokens * c.hidden_size * size),
     }

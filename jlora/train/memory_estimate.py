@@ -29,6 +29,7 @@ from jlora.ops.quantize import is_quantized, kernel_shape
 from jlora.ops.quantized_matmul import multiplies_codes
 from jlora.parallel.own_program import own_config, runs_own_program
 from jlora.parallel.sharding import check_length
+from jlora.train.adam_8bit import moment_bytes
 from jlora.train.optimizer import stack_layers
 
 # Room left for the compiler's temporary buffers and fragmentation.
@@ -55,6 +56,8 @@ class Workload:
     compute: Compute
     adapters: int = 1
     """Adapters that are trained at once, each with its own rows."""
+    optimizer: str = "adamw"
+    """Its rule, see `OptimConfig`."""
     hint: str = ""
     """What would be faster, for the user; empty if nothing is known."""
 
@@ -69,6 +72,7 @@ def plan_workload(
     length: int,
     max_segments: int = 0,
     adapters: int = 1,
+    optimizer: str = "adamw",
 ) -> Workload:
     """Returns the workload of one device, and with it the choice of remat.
 
@@ -84,6 +88,7 @@ def plan_workload(
         length: tokens per row.
         max_segments: most documents in a row.
         adapters: trained at once.
+        optimizer: its rule.
 
     Raises:
         UsageError: an attention implementation or kernels that cannot run here, or the mesh
@@ -132,6 +137,7 @@ def plan_workload(
         devices=mesh.size // jax.process_count(),
         compute=replace(chosen, remat=compute.remat),
         adapters=adapters,
+        optimizer=optimizer,
         hint=hint,
     )
     if compute.remat != "auto":
@@ -151,8 +157,7 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
     """Returns the estimated bytes per GPU or TPU of each part of a training step."""
     weights = adapter = trained = 0
     trainable, _ = split(params, trainable_mask(params))
-    moments = jax.tree.leaves(jax.eval_shape(stack_layers, trainable))
-    stacked = sum(math.prod(x.shape) * x.dtype.itemsize for x in moments)
+    moments = moments_bytes(trainable, work)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         size = math.prod(leaf.shape) * leaf.dtype.itemsize
         if is_adapter(path[-1].key):
@@ -174,10 +179,20 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
     return {
         "frozen weights": weights // (work.fsdp * work.tensor),
         "adapter": adapter,
-        "optimizer and gradients": work.adapters * (trained + 2 * stacked),
+        "optimizer and gradients": work.adapters * (trained + moments),
         "saved activations": _activation_bytes(work) + _dora_bytes(params, work),
         "one layer, or logits": max(layer, logits),
     }
+
+
+def moments_bytes(trainable: Params, work: Workload) -> int:
+    """Returns the bytes of both moments of AdamW; other rules need no more."""
+    if work.optimizer != "adamw_8bit":
+        leaves = jax.tree.leaves(jax.eval_shape(stack_layers, trainable))
+        return 2 * sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(trainable)]
+    # An update has both moments of an array in float32.
+    return 2 * (sum(map(moment_bytes, sizes)) + 4 * max(sizes))
 
 
 def _frozen_bytes(layer: Params) -> int:

@@ -24,6 +24,7 @@ from jaxtyping import Array
 from jlora.config.optim_config import DECAY_GROUPS, OptimConfig
 from jlora.errors import UsageError, listing
 from jlora.lora.adapter_tree import Params, map_leaves, trainable_mask
+from jlora.train.adam_8bit import scale_by_adam_8bit
 
 # Optimizers that look at one number at a time: layers may be stacked, and padded.
 ELEMENTWISE = ("adamw", "lion")
@@ -186,6 +187,8 @@ def _rule(config: OptimConfig) -> optax.GradientTransformation:
             ),
         )
         return optax.partition({True: muon, False: adam}, _is_pair)
+    if config.optimizer == "adamw_8bit":
+        return scale_by_adam_8bit(config.adam_b1, config.adam_b2, config.adam_eps)
     return optax.scale_by_lion(0.9, 0.99) if config.optimizer == "lion" else adam
 
 

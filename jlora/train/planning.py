@@ -7,7 +7,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jlora.config.llama_config import LlamaConfig
-from jlora.config.run_config import ComputeConfig, MeshConfig, TrainConfig
+from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import Params, count_parameters
 from jlora.parallel.described_devices import described_devices
@@ -36,6 +36,7 @@ class Planner:
         length: tokens per row.
         max_segments: most documents in a row.
         adapters: trained at once.
+        optimizer: its rule.
     """
 
     config: LlamaConfig
@@ -46,6 +47,7 @@ class Planner:
     length: int
     max_segments: int = 0
     adapters: int = 1
+    optimizer: str = "adamw"
 
     @classmethod
     def of(
@@ -53,18 +55,19 @@ class Planner:
         config: LlamaConfig,
         trees: Mapping[str, Params],
         compute: ComputeConfig,
-        train: TrainConfig,
+        args: Any,
         length: int,
     ) -> "Planner":
-        """Returns the planner of adapters that are trained at once, by name."""
+        """Returns the planner of adapters that are trained at once, by name; args: of train.py."""
         return cls(
             config,
             max(trees.values(), key=lambda tree: count_parameters(tree)[0]),
             compute,
-            train.batch_size,
-            train.grad_accum_steps,
+            args.train.batch_size,
+            args.train.grad_accum_steps,
             length,
             adapters=len(trees),
+            optimizer=args.optim.optimizer,
         )
 
     def on(self, mesh: Mesh, **changes: Any) -> Workload:
@@ -80,6 +83,7 @@ class Planner:
             mesh,
             max_segments=self.max_segments,
             adapters=self.adapters,
+            optimizer=self.optimizer,
             **(wanted | changes),
         )
 

@@ -70,8 +70,9 @@ def read_sweep(args: A) -> dict[str, A]:
     file = Path(args.sweep)
     if args.optim.optimizer not in ELEMENTWISE:
         raise UsageError(
-            f"{file}: optim.optimizer={args.optim.optimizer} looks at whole matrices, which "
-            f"a sweep pads to one rank; use {' or '.join(ELEMENTWISE)}"
+            f"{file}: optim.optimizer={args.optim.optimizer} looks at whole matrices or at "
+            f"blocks of values, which change where a sweep pads ranks; use "
+            f"{' or '.join(ELEMENTWISE)}"
         )
     args_of = {
         name: _changed(args, name, changes or {}, file)

@@ -13,6 +13,7 @@ from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.parallel.sharding import make_mesh
+from jlora.train import adam_8bit
 from jlora.train.checkpoint import save_checkpoint
 from jlora.train.memory_estimate import memory_bytes, plan_workload
 from jlora.train.optimizer import (
@@ -171,6 +172,28 @@ def test_the_plan_counts_the_gradient_and_the_moments_of_every_adapter():
     )
     found = memory_bytes(params, work)["optimizer and gradients"]
     assert found == 3 * (sum(sizes) + sum(moments))
+
+
+def test_the_plan_counts_moments_of_8_bits(monkeypatch):
+    monkeypatch.setattr(adam_8bit, "SMALLEST", 200)
+    params, _ = adapted()
+    trainable, _ = split(params, trainable_mask(params))
+    config = OptimConfig(optimizer="adamw_8bit")
+    state = make_optimizer(config, make_schedule(config, STEPS)).init(params)
+    sizes = [x.size for x in jax.tree.leaves(trainable)]
+    moments = sum(x.nbytes for x in jax.tree.leaves(state) if x.ndim)
+    assert moments < 8 * sum(sizes)
+    work = plan_workload(
+        llama_config(num_hidden_layers=3),
+        params,
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        compute=ComputeConfig(),
+        rows=1,
+        length=8,
+        optimizer="adamw_8bit",
+    )
+    found = memory_bytes(params, work)["optimizer and gradients"]
+    assert found == 4 * sum(sizes) + moments + 8 * max(sizes)
 
 
 def test_lora_plus_gives_pefts_rates_to_the_groups():
@@ -335,8 +358,9 @@ def test_muon_moves_pairs_by_orthogonal_matrices_as_large_as_adams_updates():
         assert 0.6 < ones.min() <= ones.max() < 1.3, name
 
 
-@pytest.mark.parametrize("name", ["lion", "muon", "adafactor"])
-def test_every_optimizer_trains_on_every_mesh_and_resumes(name, tmp_path):
+@pytest.mark.parametrize("name", ["lion", "muon", "adafactor", "adamw_8bit"])
+def test_every_optimizer_trains_on_every_mesh_and_resumes(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(adam_8bit, "SMALLEST", 1)
     optim = OptimConfig(optimizer=name, learning_rate=1e-3, warmup_ratio=0)
     runs = [Run(mesh, optim=optim) for mesh in (ONE_DEVICE, MeshConfig(2, 2, 2))]
     one, many = (run.train(3) for run in runs)
