@@ -269,7 +269,8 @@ COSINE = [0.5 + 0.5 * np.cos(np.pi * i / 8) for i in range(8)]
     ],
 )
 def test_a_schedule_rises_over_the_warm_up_then_falls(settings, expected):
-    config = OptimConfig(learning_rate=1.0, warmup_ratio=0.2, **settings)
+    warmup = {} if "warmup_steps" in settings else {"warmup_ratio": 0.2}
+    config = OptimConfig(learning_rate=1.0, **warmup, **settings)
     schedule = make_schedule(config, 10)
     found = np.array([np.asarray(schedule(i)) for i in range(10)])
     np.testing.assert_allclose(found, expected, atol=1e-6)
