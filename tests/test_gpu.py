@@ -194,10 +194,11 @@ def first_step(
 
 
 @pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor"])
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "context"])
 @pytest.mark.parametrize("remat", ["minimal", "offload"])
 def test_two_gpus_err_no_more_than_one(remat: str, axis: str) -> None:
-    mesh = MeshConfig(**({"data": 1} | {axis: 2}))
+    sizes: dict[str, Any] = {"data": 1} | {axis: 2}
+    mesh = MeshConfig(**sizes)
     one = MeshConfig(data=1)
     exact, wanted = first_step(one, "minimal", "xla", jnp.float32)
     _, near = first_step(one, "minimal", "xla", jnp.bfloat16)

@@ -194,7 +194,7 @@ def trained_with_nf4(mesh: MeshConfig, remat: str) -> Any:
     ],
 )
 def test_devices_that_split_quantised_weights_train_as_one(
-    remat: str, sizes: tuple[int, ...]
+    remat: str, sizes: Any
 ) -> None:
     metrics, moments = trained_with_nf4(MeshConfig(*sizes), remat)
     expected, same = trained_with_nf4(MeshConfig(1), "none")
@@ -208,7 +208,7 @@ def test_devices_that_split_quantised_weights_train_as_one(
 
 @pytest.mark.usefixtures("plain_kernels")
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (1, 2, 4), (2, 1, 1, 2)])
-def test_devices_with_own_rows_evaluate_as_one(sizes: tuple[int, ...]) -> None:
+def test_devices_with_own_rows_evaluate_as_one(sizes: Any) -> None:
     params, batch, found = moved(adapted_params(ONE_LAYER)), ragged_batch(), []
     for config, kernels in ((MeshConfig(*sizes), "hopper"), (MeshConfig(1), "xla")):
         devices = config.data * config.fsdp * config.tensor * config.context
