@@ -84,9 +84,10 @@ def evaluate_all(args: Arguments) -> None:
     from jlora.data.read.splits import TO_EVALUATE
     from jlora.data.tokenize.tokenizer import Tokenizer
     from jlora.formats.peft.adapter_placement import adapted_config
-    from jlora.loading import Base, TextModel, open_adapter
+    from jlora.loading import Base, TextModel, model_for_text, open_adapter
     from jlora.model.llama import Llama
     from jlora.ops.compute_choices import choose_compute
+    from jlora.parallel.processes import check_agreement
     from jlora.parallel.sharding import check_divisible, check_length, make_mesh
     from jlora.report.samples import show_samples
     from jlora.serving import held_out
@@ -117,6 +118,7 @@ def evaluate_all(args: Arguments) -> None:
         shuffle=False,
         splits=TO_EVALUATE,
     )
+    check_agreement(data.fingerprint)
     if args.show:
         summary = in_own_flags("\n".join(data.summary), Arguments)
         print("\n".join([summary, *preview_lines(data), ""]))
@@ -149,7 +151,8 @@ def evaluate_all(args: Arguments) -> None:
         step = make_eval_step(model, mesh, params=params, packed=rows.packing)
         figures[name] = loss_figures(*evaluate(step, params, data, mesh))
         if questions:
-            loaded = TextModel(model, params, tokenizer)
+            answering = model_for_text(own_config, args.dtype, mesh)
+            loaded = TextModel(answering, params, tokenizer)
             answers[name] = held_out.answers_to(
                 questions, loaded, max_new_tokens=args.max_new_tokens
             )

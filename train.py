@@ -85,6 +85,7 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
     from jlora.formats.peft.named_base import name_for_peft
     from jlora.loading import Base, open_adapter
     from jlora.model.llama import Llama
+    from jlora.parallel.sharding import check_length
     from jlora.serving.sampler import make_sampler
     from jlora.train import sweep_file
     from jlora.train.export import export_adapter
@@ -118,7 +119,8 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
         args.compute, len(args_of), packed=args.data.packing
     )
     planner = Planner.of(config, shapes_of, compute, args, data_config.row_length)
-    mesh = planner.mesh(args.mesh, args.device)
+    if not args.mesh.auto:  # which depends on the rows that there are
+        planner.mesh(args.mesh, args.device)
     keep_compiled()
 
     # Data, before the weights are read: `splits_of` each seed, which decides their order.
@@ -129,7 +131,6 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
         splits_of = {s: load(seed=s, batch_size=args.train.batch_size) for s in seeds}
     data, held_out = next(iter(splits_of.values()))
     args.train.check_evaluation(has_data=held_out is not None)
-    sampler = make_sampler(args, held_out, tokenizer, config, mesh)
     datasets = [split[0] for split in splits_of.values()]
     sweep_file.check_members(datasets, shapes_of, args_of)
     total_steps = args.train.total_steps(data.steps_per_epoch)
@@ -137,6 +138,10 @@ def train(args: Arguments, stop: "StopRequest", base: "Base | None" = None) -> N
     # Plan: what `auto` means here, and whether the adapter with the most to train fits.
     segments = max(d.max_segments for d in (data, held_out) if d)
     planner = replace(planner, length=data.row_length, max_segments=segments)
+    mesh = planner.mesh(args.mesh, args.device)
+    if held_out:
+        check_length(mesh, held_out.row_length)
+    sampler = make_sampler(args, held_out, tokenizer, config, mesh)
     work = planner.on(mesh)
     lines = print_summary(shapes_of, data, held_out, total_steps, mesh, work)
     if args.plan:

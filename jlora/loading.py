@@ -208,17 +208,22 @@ def load_for_text(args: ModelConfig, *, tensor: int = 1) -> TextModel:
         params = decoding_weights(params)
     if mesh is not None:
         params = jax.device_put(params, tree_shardings(mesh, params))
-    model = model_for_text(config, args.dtype)
+    model = model_for_text(config, args.dtype, mesh)
     return TextModel(model, params, Tokenizer(base.source.files, config))
 
 
-def model_for_text(config: LlamaConfig, dtype: str) -> Llama:
-    """Returns the model that generates on these devices; dtype: of `ComputeConfig`."""
+def model_for_text(config: LlamaConfig, dtype: str, mesh: Mesh | None = None) -> Llama:
+    """Returns the model that generates on these devices; dtype: of `ComputeConfig`.
+
+    On a mesh the compiler partitions it, which it cannot do to a TPU's kernel of attention.
+    """
     platform = default_platform()
     chosen = choose_dtype(dtype, platform)
     attention = choose_attention(
         "auto", platform=platform, dtype=chosen, head_dim=config.head_dim
     )
+    if attention == "splash" and mesh is not None and mesh.size > 1:
+        attention = "xla"
     return Llama(config, chosen, attention)
 
 

@@ -13,7 +13,7 @@ from jlora.config.run_config import MeshConfig
 from jlora.errors import UsageError
 from jlora.formats.peft.adapter_reader import read_adapter
 from jlora.formats.peft.adapter_writer import save_adapter
-from jlora.loading import open_adapter
+from jlora.loading import model_for_text, open_adapter
 from jlora.lora.adapter_tree import split, trainable_mask
 from jlora.parallel.sharding import make_mesh
 from jlora.train.checkpoint import save_checkpoint
@@ -117,3 +117,13 @@ def test_a_model_prints_its_path_and_text_needs_a_tokenizer(tmp_path):
     assert loaded.params["embed_tokens"]["embedding"].dtype == jnp.bfloat16
     with pytest.raises(UsageError, match="no tokenizer"):
         jlora.generate(*loaded, "a")
+
+
+def test_text_on_several_tpus_has_attention_that_the_compiler_partitions(monkeypatch):
+    monkeypatch.setattr("jlora.loading.default_platform", lambda: "tpu")
+    config = jlora.LlamaConfig.from_hf(CONFIG)
+    meshes = {1: "splash", 2: "xla"}
+    for size, expected in meshes.items():
+        mesh = make_mesh(MeshConfig(size))
+        assert model_for_text(config, "bfloat16", mesh).attention == expected
+    assert model_for_text(config, "bfloat16").attention == "splash"

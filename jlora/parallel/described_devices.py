@@ -86,6 +86,12 @@ KINDS = {
     "v5p": _tpu("TPU v5p", 95, 2765, (459, 918), 180, 8960),
     "v6e": _tpu("TPU v6 lite", 32, 1640, (918, 1836), 180, 256),
 }
+# JAX has two names for some TPUs; a v5p is always "TPU v5".
+_OTHER_NAMES = {
+    "TPU v5": "TPU v5p",
+    "TPU v5e": "TPU v5 lite",
+    "TPU v6e": "TPU v6 lite",
+}
 # To devices of other hosts: an adapter of 400 Gb/s for each GPU, as hosts of eight have.
 NETWORK = 50e9
 
@@ -146,7 +152,8 @@ def described_devices(text: str) -> list[DescribedDevice]:
 
 def kind_of(device: Any) -> DeviceKind | None:
     """Returns what is known of a device, or None."""
+    name = _OTHER_NAMES.get(device.device_kind, device.device_kind)
     for kind in KINDS.values():  # whole words: an L40 is no L4
-        if re.search(rf"\b{kind.device_kind}\b", device.device_kind):
+        if re.search(rf"\b{kind.device_kind}\b", name):
             return kind
     return None

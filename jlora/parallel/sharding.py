@@ -14,7 +14,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jlora.config.llama_config import LlamaConfig
 from jlora.config.run_config import MeshSizes
@@ -104,12 +105,9 @@ def make_mesh(config: MeshSizes, devices: list[Any] | None = None) -> Mesh:
     shape = tuple(sizes[axis] for axis in MESH_AXES)
     if isinstance(devices[0], DescribedDevice):
         return Mesh(np.array(devices).reshape(shape), MESH_AXES)
-    return jax.make_mesh(
-        shape,
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(MESH_AXES),
-        devices=devices,
-    )
+    # An axis need not be one of the torus of a TPU slice.
+    placed = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES)
 
 
 def check_divisible(

@@ -37,7 +37,8 @@ class Sampler:
     def __call__(self, params: Params) -> list[GeneratedText]:
         """Returns the prompts with the answers of a model with these parameters."""
         params = unstacked(params)
-        # So that what is compiled before training also serves after it.
+        # Placed alike, so that what is compiled before training also serves after it; but in a
+        # sweep of several ranks, whose adapters have one size before and their own after.
         params = jax.device_put(params, tree_shardings(self.mesh, params))
         loaded = TextModel(self.model, params, self.tokenizer)
         texts = answers_to(self.questions, loaded, max_new_tokens=_NEW_TOKENS)

@@ -30,6 +30,7 @@ from jlora.ops.quantized_matmul import multiplies_codes
 from jlora.parallel.own_program import own_config, runs_own_program
 from jlora.parallel.sharding import check_length
 from jlora.train.adam_8bit import moment_bytes
+from jlora.train.device_model import LOOPING_PLATFORMS
 from jlora.train.optimizer import stack_layers
 
 # Room left for the compiler's temporary buffers and fragmentation.
@@ -176,13 +177,20 @@ def memory_bytes(params: Params, work: Workload) -> dict[str, int]:
         head = found.get(HEAD, {}).get("kernel", found[EMBEDDING]["embedding"])
         layer += 2 * gathered if work.fsdp > 1 else 0
         logits += gathered + head.size * head.dtype.itemsize
-    return {
+    parts = {
         "frozen weights": weights // (work.fsdp * work.tensor),
         "adapter": adapter,
         "optimizer and gradients": work.adapters * (trained + moments),
         "saved activations": _activation_bytes(work) + _dora_bytes(params, work),
         "one layer, or logits": max(layer, logits),
     }
+    if work.compute.platform in LOOPING_PLATFORMS:
+        # Before step 1 the layers are there twice, but nothing of a step is.
+        twice = sum(map(_frozen_bytes, params["layers"].values()))
+        twice //= work.fsdp * work.tensor
+        of_step = parts["saved activations"] + parts["one layer, or logits"]
+        parts["layers, while stacked"] = max(0, twice - of_step)
+    return parts
 
 
 def moments_bytes(trainable: Params, work: Workload) -> int:
@@ -248,8 +256,12 @@ def host_bytes(work: Workload) -> int:
     if work.compute.remat != "offload" or work.compute.platform == "cpu":
         return 0
     per_token = work.config.hidden_size * jnp.dtype(work.compute.dtype).itemsize
-    # The last layer's input stays on the device: the backward pass begins with it.
-    return work.rows * work.length * (work.config.num_hidden_layers - 1) * per_token
+    # The last layer's input stays on the device, as the backward pass begins with it; but
+    # not in a loop over layers.
+    kept = work.config.num_hidden_layers - (
+        work.compute.platform not in LOOPING_PLATFORMS
+    )
+    return work.rows * work.length * kept * per_token
 
 
 def _dequantised_bytes(params: Params, work: Workload) -> int:

@@ -1,5 +1,6 @@
 """The lines of `--plan`: memory and speed of a run, and what else would fit."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -43,11 +44,12 @@ def _advice(planner: Planner, work: Workload, mesh: Mesh) -> list[str]:
         return []
     savers = []
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    least = planner.on(mesh, rows=shards, length=min(planner.length, _LENGTH_STEP))
+    unit = _length_step(mesh)
+    least = _any_size(planner).on(mesh, rows=shards, length=min(planner.length, unit))
     if sum(planned_bytes(planner.params, least).values()) <= usable_bytes(mesh):
         if planner.batch_size // planner.parts > shards:
             savers.append("fewer rows at a time (train.grad_accum_steps)")
-        if planner.length > _LENGTH_STEP:
+        if planner.length > unit:
             savers.append("a shorter data.seq_len")
     if work.compute.platform != "cpu":
         if more := _LESS_MEMORY.get(work.compute.remat):
@@ -72,11 +74,13 @@ def _speed(planner: Planner, work: Workload, mesh: Mesh, total_steps: int) -> li
         "waiting for collectives": expected.exposed,
     }
     named = ", ".join(f"{name} {1e3 * s:,.0f}" for name, s in parts.items() if s)
-    measured = kind.device_kind in ("H100", "H200") and mesh.size <= 2
+    is_hopper = kind.device_kind in ("H100", "H200")
+    data_of_two = kind.device_kind == "H200" and mesh.shape["data"] == mesh.size == 2
+    measured = (is_hopper and mesh.size == 1) or data_of_two
     lines = [
         f"expected: {rate:,.0f} tokens/s, {1e3 * expected.total:,.0f} ms a step "
         f"({named}), {duration(total_steps * expected.total)} for {total_steps:,} "
-        "steps" + ("" if measured else "; not measured on such devices: an expectation")
+        "steps" + ("" if measured else "; not measured on such a mesh: an expectation")
     ]
     if mesh.size > 1:
         received = expected.wire_bytes / 2**30
@@ -89,6 +93,7 @@ def _largest_sizes(planner: Planner, work: Workload, mesh: Mesh) -> list[str]:
     if not planned_bytes(planner.params, work):
         return []
 
+    planner, unit = _any_size(planner), _length_step(mesh)
     # With auto the largest that fits takes the least memory, so only that is looked at.
     is_auto = planner.compute.remat == "auto" and work.compute.platform != "cpu"
     least = replace(planner.compute, remat="offload") if is_auto else planner.compute
@@ -103,17 +108,29 @@ def _largest_sizes(planner: Planner, work: Workload, mesh: Mesh) -> list[str]:
 
     step = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = step * _largest(lambda n: fits(rows=n * step), 2**16)
-    most = planner.config.longest // _LENGTH_STEP
-    length = _LENGTH_STEP * _largest(lambda n: fits(length=n * _LENGTH_STEP), most)
+    most = planner.config.longest // unit
+    length = unit * _largest(lambda n: fits(length=n * unit), most)
     sizes = []
     if rows:
         batch = f"train.batch_size {rows * planner.parts:,} at this length"
         sizes.append(batch + with_remat(rows=rows))
     if length:
-        limit = ", the model's longest" if length == most * _LENGTH_STEP else ""
+        limit = ", the model's longest" if length == most * unit else ""
         size = f"data.seq_len {length:,} at this batch{limit}"
         sizes.append(size + with_remat(length=length))
     return [f"largest that fits: {'; '.join(sizes)}"] if sizes else []
+
+
+def _length_step(mesh: Mesh) -> int:
+    """Returns what lengths that are looked at are multiples of, so that the mesh divides them."""
+    return math.lcm(_LENGTH_STEP, mesh.shape["context"])
+
+
+def _any_size(planner: Planner) -> Planner:
+    """Returns a planner that refuses no size because of the fused kernels."""
+    if planner.compute.kernels != "hopper":
+        return planner
+    return replace(planner, compute=replace(planner.compute, kernels="auto"))
 
 
 def _better_mesh(planner: Planner, mesh: Mesh) -> list[str]:

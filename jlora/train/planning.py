@@ -11,6 +11,7 @@ from jlora.config.run_config import ComputeConfig, MeshConfig
 from jlora.errors import UsageError
 from jlora.lora.adapter_tree import Params, count_parameters
 from jlora.parallel.described_devices import described_devices
+from jlora.parallel.processes import check_agreement
 from jlora.parallel.sharding import check_divisible, make_mesh
 from jlora.train.cpu_memory import cpu_memory_bytes
 from jlora.train.memory_estimate import (
@@ -96,7 +97,9 @@ class Planner:
         devices = described_devices(device) if device else None
         mesh = make_mesh(replace(config, auto=False), devices)
         if config.auto:
-            return self.best_mesh(list(mesh.devices.flat))
+            best = self.best_mesh(list(mesh.devices.flat))
+            check_agreement({"mesh.auto": dict(best.shape)})
+            return best
         self._check(mesh)
         return mesh
 

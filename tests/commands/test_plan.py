@@ -97,3 +97,12 @@ def test_a_run_on_the_mesh_that_auto_chooses(tmp_path):
 def test_auto_and_sizes_of_a_mesh_contradict(tmp_path):
     flags = train_flags(tmp_path / "run", "--mesh", "auto", "--mesh.fsdp", 2)
     assert "mesh.auto chooses all sizes" in call("train", *flags).err
+
+
+def test_held_out_rows_that_the_mesh_does_not_divide_are_refused_at_once(tmp_path):
+    long = write_rows(tmp_path / "long.jsonl", [{"text": "What is a? " * 100}] * 8)
+    flags = train_flags(tmp_path / "run", "--plan", "--mesh.context", 4)
+    flags += ["--mesh.data", 1, "--data.eval", long, "--data.seq_len", 66]
+    done = call("train", *flags)
+    assert done.status == 2
+    assert "mesh.context=4 does not divide rows of 66 tokens" in done.err

@@ -44,6 +44,9 @@ def test_every_kind_is_found_by_its_own_name(name):
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("TPU v5 lite", "v5e"),
+        ("TPU v5e", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6e", "v6e"),
         ("cpu", None),
     ],
 )

@@ -1,4 +1,5 @@
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -219,3 +220,29 @@ def test_arrays_of_one_element_beside_vectors_are_on_every_device():
     found = tree_shardings(mesh, tree)
     assert found["q_proj"]["lora_magnitude"].spec == PartitionSpec("tensor")
     assert found["v"]["q_proj"]["lora_magnitude"].spec == PartitionSpec()
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip of a TPU slice, with what JAX places a mesh by."""
+
+    coords: tuple[int, int, int]
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+    @property
+    def id(self) -> int:
+        return hash(self.coords)
+
+
+@pytest.mark.parametrize(
+    ("kind", "torus"), [("TPU v6 lite", (4, 4, 1)), ("TPU v5", (2, 2, 4))]
+)
+def test_a_mesh_may_cut_the_axes_of_a_slice(kind, torus):
+    chips = [Chip(place, kind) for place in np.ndindex(torus)]
+    for sizes in (MeshConfig(2, 8), MeshConfig(1, 16), MeshConfig(2, 2, 2, 2)):
+        mesh = make_mesh(sizes, list(chips))
+        assert set(mesh.devices.flat) == set(chips)

@@ -169,3 +169,46 @@ def test_choices_follow_the_described_device(planner):
         "v6e": ("splash", "xla"),
     }
     assert ["fp8" in c.code_products for c in found.values()] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "sizes", "rows", "length", "kernels"),
+    [
+        ("LLAMA_3_8B", "h200", MeshConfig(1), 4, 192, "hopper"),
+        ("SMOLLM2", "h200:3", MeshConfig(1, context=3), 1, 768, "auto"),
+    ],
+)
+def test_other_sizes_are_looked_at_where_the_run_would_refuse_them(
+    planner, model, device, sizes, rows, length, kernels
+):
+    settings = {"base_dtype": "bfloat16", "layers": 1, "kernels": kernels}
+    mesh = make_mesh(sizes, described_devices(device))
+    assert "largest that fits" in lines_of(
+        planner(model, rows, length, **settings), mesh
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes", "is_measured"),
+    [
+        ("h200", MeshConfig(1), True),
+        ("h200:2", MeshConfig(2), True),
+        ("h200:2", MeshConfig(1, 2), False),
+        ("l4", MeshConfig(1), False),
+    ],
+)
+def test_speed_says_where_it_was_not_measured(planner, device, sizes, is_measured):
+    made = planner("LLAMA_3_8B", 2, 512, base_dtype="bfloat16", layers=1)
+    text = lines_of(made, make_mesh(sizes, described_devices(device)))
+    assert "tokens/s" in text
+    assert ("an expectation" not in text) is is_measured
+
+
+def test_a_tpu_has_the_layers_twice_before_its_first_step(planner):
+    made = planner("LLAMA_3_70B", 8, 512, base_dtype="bfloat16")
+    mesh = make_mesh(MeshConfig(1, 8), described_devices("v6e:8"))
+    parts = planned_bytes(made.params, made.on(mesh))
+    of_step = parts["saved activations"] + parts["one layer, or logits"]
+    layers = 80 * 2 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672) / 8
+    assert parts["layers, while stacked"] + of_step == pytest.approx(layers, rel=1e-3)
+    assert sum(parts.values()) > usable_bytes(mesh)

@@ -10,6 +10,9 @@ the layer below is copied back.
 This is one custom gradient over all layers and not `jax.checkpoint` with a policy, because
 XLA starts a copy as early and ends it as late as possible: all inputs, or weights, would
 be on the device at once. Barriers tie each copy to the layer beside which it runs.
+
+`run_loops` does the same in a program with loops, which is short: there each turn fetches
+what its own layer needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -135,8 +138,9 @@ def run_loops(
 ) -> Float[Array, "B T D"]:
     """Returns what `run_stack` does, computed in a loop over each run of equal layers.
 
-    A loop's program is that of one layer. A layer's weights are gathered inside, in both passes,
-    and beside its own products: those of one layer are on the device at a time.
+    A loop's program is that of one layer. Each turn gathers the weights of its own layer, in
+    both passes, so those of one layer are on the device at a time; nothing but that layer's
+    products can hide it.
 
     Args:
         parts: as for `run_stack`, and so is what gets gradients.
