@@ -152,7 +152,8 @@ def described_devices(text: str) -> list[DescribedDevice]:
 
 def kind_of(device: Any) -> DeviceKind | None:
     """Returns what is known of a device, or None."""
-    name = _OTHER_NAMES.get(device.device_kind, device.device_kind)
+    name: str = device.device_kind
+    name = _OTHER_NAMES.get(name, name)
     for kind in KINDS.values():  # whole words: an L40 is no L4
         if re.search(rf"\b{kind.device_kind}\b", name):
             return kind
