@@ -34,7 +34,7 @@ class Arguments(ModelConfig):
     batch_size: int = 8
     """Rows at a time, over all devices."""
     adapters: list[str] = field(default_factory=list, metadata=REPEATED)
-    """Adapters to compare in one table, the base included: [run1,run2], or several times."""
+    """Adapters to compare in one table, the base included: '[run1,run2]', or several times."""
     generate: int = 0
     """Records whose answers are also generated and compared with their own (exact, chrF)."""
     max_new_tokens: int | None = None

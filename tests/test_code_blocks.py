@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shlex
 import shutil
@@ -29,6 +30,7 @@ from jlora.data.read.row_formats import detect_format
 from jlora.errors import UsageError
 from jlora.formats.tensor_names import all_names
 from jlora.lora.target_modules import select_trainable
+from jlora.parallel.described_devices import described_devices
 from jlora.train.sweep_file import read_sweep
 
 # Programs that are not ours: their flags are not checked.
@@ -76,7 +78,8 @@ def workdir(tmp_path_factory) -> Path:
     shutil.copy(folder / "eval.jsonl", folder / "held_out.jsonl")
     (folder / "hf").rename(folder / "base")
     (folder / "examples").symlink_to(ROOT / "examples")
-    (folder / "run.yaml").write_text("{model: base, output_dir: run}")
+    settings = "{model: base, output_dir: run, train: {batch_size: 16}}"
+    (folder / "run.yaml").write_text(settings)
     config = jlora.LoraConfig()
     _, params, _ = jlora.load(folder / "base")
     params = jlora.add_lora(params, config, jax.random.key(0))
@@ -107,6 +110,12 @@ def test_python_of_a_page_runs(page, workdir, tmp_path):
             if block.page == page:
                 code = "\n" * block.line + block.text
                 exec(compile(code, FILES[page], "exec"), names)
+
+
+def test_lists_are_quoted_for_every_shell():
+    codes = [block.text for block in blocks("bash")] + SPANS
+    examples = [file.read_text() for file in ROOT.glob("examples/*.yaml")]
+    assert re.findall(r"--[a-z_.]+[ =]\[.*", "\n".join(codes + examples)) == []
 
 
 def test_python_that_is_not_run_is_python():
@@ -202,9 +211,20 @@ def check_run(args: Any) -> None:
     """Raises what a training would say of its settings, on a deep Llama."""
     has_data = args.data.eval is not None or args.data.eval_fraction > 0
     args.train.check_evaluation(has_data=has_data)
+    parts = rows_of_a_mesh(args) * args.train.grad_accum_steps
+    assert args.train.batch_size % parts == 0, f"a batch is cut into {parts} parts"
     names = [name.key.rpartition(".")[0] for name in all_names(DEEP)]
     for own in read_sweep(args).values():
         select_trainable(own.lora, names, tied=False, vocab_size=64, strict=True)
+
+
+def rows_of_a_mesh(args: Any) -> int:
+    """Into how many parts the mesh of a training cuts a batch, as far as it is given."""
+    sizes = [args.mesh.data, args.mesh.fsdp, args.mesh.tensor, args.mesh.context]
+    given = math.prod(size for size in sizes if size)
+    devices = len(described_devices(args.device)) if args.device else given
+    rest = 1 if args.mesh.auto else devices // given
+    return (sizes[0] or rest) * (sizes[1] or rest)
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)

@@ -121,7 +121,8 @@ def check_divisible(
         problems.append(
             f"mesh.data*mesh.fsdp={shards} does not divide the {rows} rows of a part of "
             f"the batch (train.batch_size={batch_size} / "
-            f"train.grad_accum_steps={grad_accum_steps})"
+            f"train.grad_accum_steps={grad_accum_steps}); give train.batch_size a multiple "
+            f"of {shards * grad_accum_steps}"
         )
     for axes, sizes in _divided(config).items():
         cuts = math.prod(mesh.shape[axis] for axis in axes)

@@ -164,6 +164,7 @@ def test_rows_are_counted_per_accumulated_part():
     message = problems((8, 1, 1), batch_size=32, grad_accum_steps=8)
     assert "does not divide the 4 rows" in message
     assert "train.batch_size=32 / train.grad_accum_steps=8" in message
+    assert message.endswith("give train.batch_size a multiple of 64")
 
 
 @pytest.mark.parametrize("mesh", MESHES)
