@@ -56,7 +56,7 @@ class Arguments(ModelConfig):
         if not 0 <= self.generate <= MAX_SIZE:
             raise UsageError(f"generate={self.generate}; expected at least 0 records")
         if self.show and (self.generate or self.adapters):
-            raise UsageError("--generate and --adapters have no effect with --show")
+            raise UsageError("--show prints data alone: no --generate, --adapters")
         for name in ("max_new_tokens", "answers"):
             if getattr(self, name) is not None and not self.generate:
                 raise UsageError(f"--{name} has no effect without --generate")
@@ -97,6 +97,7 @@ def evaluate_all(args: Arguments) -> None:
         if jax.process_count() > 1:
             raise UsageError("--generate works in one process; leave it out")
         held_out.import_chrf()
+        held_out.check_answers(args.answers)
     base = Base.open(args.model, args.base_dtype)
     source = base.source
     adapters = {name: open_adapter(name) for name in args.adapters}
@@ -156,12 +157,7 @@ def evaluate_all(args: Arguments) -> None:
             answers[name] = held_out.answers_to(
                 questions, loaded, max_new_tokens=args.max_new_tokens
             )
-            scores = held_out.scores_of(answers[name], questions)
-            figures[name] |= {
-                "exact match": f"{scores.exact_match:.3f}",
-                "chrF": f"{scores.chrf:.2f}",
-                "answers": f"{len(questions):,}",
-            }
+            figures[name] |= held_out.figures_of(answers[name], questions)
     for revision in data.revisions:
         print(f"data: {revision}")
     if args.adapters:

@@ -31,6 +31,10 @@ class ReportConfig:
         if self.samples is not None:
             check_at_least("report", self, "samples", 0)
         for name in self.trackers:
+            if name.lower() == "none":
+                raise UsageError(
+                    "report.to=none; leave report.to out to have no tracker"
+                )
             if name not in TRACKER_PACKAGES:
                 raise UsageError(
                     f"report.to={name!r}; there are {listing(list(TRACKER_PACKAGES))}"

@@ -83,9 +83,10 @@ class TextConfig(SamplingConfig):
             )
         unused = [name for name in _OFF if getattr(self, name) != _OFF[name]]
         if unused and not self.temperature:
+            verb = "has" if len(unused) == 1 else "have"
             raise UsageError(
-                f"{' and '.join(unused)} have no effect with temperature=0, which takes "
-                "the most likely token; give a temperature, or leave them out"
+                f"{' and '.join(unused)} {verb} no effect with temperature=0, which takes "
+                "the most likely token; give a temperature to sample"
             )
 
     def count(self, used: int, longest: int) -> int:

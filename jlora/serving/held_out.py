@@ -1,6 +1,7 @@
 """Answers to held-out records, generated and compared with the references."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +21,6 @@ class Question(NamedTuple):
     ids: list[int]
     prompt: str
     reference: str
-
-
-class Scores(NamedTuple):
-    """How close the answers are to the references."""
-
-    exact_match: float
-    """Share of the answers that are the reference, but for space around them."""
-    chrf: float
-    """chrF of all of them, from 0 to 100: character n-grams that agree."""
 
 
 def questions_of(
@@ -100,13 +92,36 @@ def import_chrf() -> type:
     return CHRF
 
 
-def scores_of(answers: Sequence[str], questions: Sequence[Question]) -> Scores:
-    """Returns how close the answers are to the references."""
+def figures_of(answers: Sequence[str], questions: Sequence[Question]) -> dict[str, str]:
+    """Returns {name: figure} of how close the answers are to the references.
+
+    `exact match` is the share of answers that are the reference, but for space around them;
+    `chrF` of all of them, from 0 to 100, counts character n-grams that agree.
+    """
     texts = [text.strip() for text in answers]
     references = [question.reference.strip() for question in questions]
     same = sum(a == b for a, b in zip(texts, references, strict=True))
     chrf = import_chrf()().corpus_score(texts, [references]).score
-    return Scores(same / len(texts), chrf)
+    return {
+        "exact match": f"{same / len(texts):.3f}",
+        "chrF": f"{chrf:.2f}",
+        "answers": f"{len(texts):,}",
+    }
+
+
+def check_answers(path: str | None) -> None:
+    """Checks, before anything is computed, that `write_answers` can write to a file.
+
+    Raises:
+        UsageError: its folder is not there or cannot be written to, or it is a folder.
+    """
+    if path is None:
+        return
+    file, folder = Path(path), Path(path).absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"answers={path}: there is no folder {folder}; make it first")
+    if file.is_dir() or not os.access(file if file.exists() else folder, os.W_OK):
+        raise UsageError(f"answers={path}: cannot be written; name another file")
 
 
 def write_answers(

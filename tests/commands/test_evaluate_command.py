@@ -159,8 +159,13 @@ def test_the_last_answer_of_a_conversation_is_the_reference(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--adapter", "a", "--adapters", "b"], "give --adapter or --adapters"),
+        (["--adapter", "a", "--adapters", "b"], "give --adapter, or --adapters with"),
         (["--answers", "a"], "--answers has no effect without --generate"),
+        (
+            ["--generate", 1, "--answers", "no/a.jsonl"],
+            "answers=no/a.jsonl: there is no",
+        ),
+        (["--generate", 1, "--answers", "."], "answers=.: cannot be written"),
         (["--generate", -1], "generate=-1; expected at least 0"),
         (
             ["--generate", 1, "--data.format", "text"],

@@ -46,6 +46,8 @@ NAN = float("nan")
         (TrainConfig, {"keep": 0}, "train.keep=0"),
         (MeshConfig, {"tensor": -1}, "mesh.tensor=-1"),
         (ReportConfig, {"samples": -1}, "report.samples=-1"),
+        (TextConfig, {"top_p": 0.9}, "^top_p has no effect with temperature=0"),
+        (ReportConfig, {"to": "none"}, "leave report.to out to have no tracker"),
         (ReportConfig, {"to": "wandbb"}, "report.to='wandbb'.*did you mean 'wandb'"),
     ],
 )
