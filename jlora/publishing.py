@@ -60,7 +60,7 @@ def _run_until(adapter: str, step: int | None) -> RunFolder | None:
     run = next((p for p in places if (p / "metrics.jsonl").is_file()), None)
     if run is None:
         return None
-    if step is None and run == path.parent.parent:  # RUN/checkpoints/30
+    if step is None and run_of(adapter) != path:  # RUN/checkpoints/30
         step = int(path.name)
     if step is None and (run != path or exported_adapter(run) is not None):
         step = exported_step(run)

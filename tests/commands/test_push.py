@@ -189,6 +189,16 @@ def test_a_card_tells_the_run_up_to_the_step_that_is_exported(
     assert f"| steps | {2 if end or more else 4} |" in card
 
 
+def test_an_adapter_named_from_inside_its_run_has_the_run_s_card(
+    hub, tmp_path, two_steps, workdir, monkeypatch
+):
+    monkeypatch.chdir(workdir / two_steps)
+    for name in ("adapter", "."):
+        succeed("convert.to_peft", name, tmp_path / f"out{name}", "--push", "me/mine")
+        card = hub.repositories["me/mine"]["README.md"].decode()
+        assert "| steps | 4 |" in card
+
+
 @pytest.fixture(scope="module")
 def two_steps(workdir) -> Path:
     """A run with checkpoints of steps 2 and 4."""
