@@ -45,12 +45,12 @@ def parse(cls: type[T], words: Sequence[str]) -> T:
     values = _read_config([texts[0] for flag, texts in given if flag is _CONFIG], named)
     added: dict[str, Any] = {}
     for flag, texts in given:
-        values.pop(flag.instead_of, None)
         if flag is not _CONFIG:
             before = added.get(flag.key, []) if flag.is_repeated else None
             value = _value_of(flag, texts)
             added[flag.key] = value if before is None else [*before, *value]
-    values |= added
+    replaced = {key for name in added for key in flags[name].replaces(added[name])}
+    values = {k: v for k, v in values.items() if k not in replaced} | added
     missing = [f for f in flags.values() if f.is_required and f.key not in values]
     if missing:
         names = [f"{flag.name} ({flag.help.rstrip('.')})" for flag in missing]

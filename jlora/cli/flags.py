@@ -7,7 +7,7 @@ import inspect
 import itertools
 import textwrap
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jlora.errors import closest
@@ -34,8 +34,8 @@ class Flag:
     """Given by its place among the words, not by name."""
     is_repeated: bool = False
     """A list that every flag of this name adds to."""
-    instead_of: str = ""
-    """Key of the flag that says the same in another way, if there is one."""
+    replaces: Callable[[Any], Iterable[str]] = lambda value: ()
+    """Keys whose values in a file have no effect beside a value of this flag."""
     is_hidden: bool = False
     """Left out of --help: the dataclass checks the value and does not keep it."""
 
@@ -78,14 +78,16 @@ def flags_of(cls: type, prefix: str = "") -> dict[str, Flag]:
             summary_of(cls),
             "is_positional" in item.metadata,
             "is_repeated" in item.metadata,
-            _sibling(prefix, item.metadata.get("instead_of", "")),
+            functools.partial(_replaced, prefix, item.metadata.get("replaces")),
             is_hidden,
         )
     return flags | groups
 
 
-def _sibling(prefix: str, name: str) -> str:
-    return prefix + name if name else ""
+def _replaced(
+    prefix: str, names: Callable[[Any], Iterable[str]] | None, value: Any
+) -> list[str]:
+    return [prefix + name for name in names(value)] if names else []
 
 
 def summary_of(cls: type) -> str:

@@ -2,6 +2,7 @@
 
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from jlora.config.json_fields import MAX_FLOAT, MAX_SIZE, is_int
@@ -21,12 +22,18 @@ _PLURALS: dict[Any, str] = {
 }
 
 
-def given_instead_of(other: str) -> dict[str, Any]:
-    """Returns the metadata of a field that says what another of its class says, too.
+def replaces(
+    *others: str, when: Callable[[Any], object] = lambda value: True
+) -> dict[str, Any]:
+    """Returns the metadata of a field with which others of its class have no effect.
 
-    On a command line such a flag also replaces the other one's value in a file.
+    On a command line such a flag also drops what a file says of the others.
+
+    Args:
+        others: names of the fields.
+        when: whether a value of this field has that consequence; by default any has.
     """
-    return {"instead_of": other}
+    return {"replaces": lambda value: others if when(value) else ()}
 
 
 def has_type(value: Any, kind: Any) -> bool:

@@ -1,9 +1,9 @@
 """The flags of the optimizer."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from jlora.config.field_types import check_at_least, given_instead_of
+from jlora.config.field_types import check_at_least, replaces
 from jlora.config.json_fields import MAX_FLOAT
 from jlora.errors import UsageError, listing, nearest
 
@@ -22,22 +22,35 @@ _USERS = {
 }
 
 
+def _replaces_unused(field_name: str) -> dict[str, Any]:
+    """Returns the metadata of a choice that drops the settings of other choices."""
+    return {
+        "replaces": lambda value: [
+            name
+            for name, (choice, users) in _USERS.items()
+            if choice == field_name and value not in users
+        ]
+    }
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """The optimizer of the adapter, and its learning rate."""
 
-    optimizer: Literal["adamw", "adamw_8bit", "lion", "muon", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "lion", "muon", "adafactor"] = field(
+        default="adamw", metadata=_replaces_unused("optimizer")
+    )
     """Rule of the updates; adamw_8bit: moments in a quarter of the memory; muon: of lora_A and
     lora_B, AdamW of what else is trained."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
-    lr_schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = (
-        "linear"
+    lr_schedule: Literal["linear", "cosine", "constant", "wsd", "inverse_sqrt"] = field(
+        default="linear", metadata=_replaces_unused("lr_schedule")
     )
     """Shape after warm-up, as in Transformers; wsd: constant, then a cosine at the end."""
-    warmup_ratio: float = field(default=0.03, metadata=given_instead_of("warmup_steps"))
+    warmup_ratio: float = field(default=0.03, metadata=replaces("warmup_steps"))
     """Share of the steps in which the learning rate rises linearly from 0 to its peak."""
-    warmup_steps: int = field(default=0, metadata=given_instead_of("warmup_ratio"))
+    warmup_steps: int = field(default=0, metadata=replaces("warmup_ratio", when=bool))
     """Number of these steps, at most all but the last; 0: warmup_ratio decides."""
     min_lr_ratio: float = 0.0
     """Of cosine and wsd: rate at the end, as a share of the peak."""
@@ -47,7 +60,10 @@ class OptimConfig:
     """Decoupled weight decay of all trained parameters except norms and biases."""
     group_weight_decay: dict[str, float] = field(default_factory=dict)
     """Weight decay by group: lora_A, lora_B, embedding, magnitude, whole, norm."""
-    loraplus_lr_ratio: float | None = None
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata=replaces("loraplus_lr_embedding", when=lambda ratio: ratio is None),
+    )
     """LoRA+: learning rate of lora_B as a multiple of lora_A's; null: the same."""
     loraplus_lr_embedding: float = 1e-6
     """LoRA+: learning rate of the adapter on the embedding."""

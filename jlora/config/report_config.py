@@ -1,9 +1,10 @@
 """The flags that say where a run reports to."""
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import not_
 
-from jlora.config.field_types import check_at_least
+from jlora.config.field_types import check_at_least, replaces
 from jlora.errors import UsageError, listing, nearest
 
 DEFAULT_SAMPLES = 2
@@ -19,7 +20,7 @@ TRACKER_PACKAGES = {
 class ReportConfig:
     """Where a run reports to, besides the terminal and its folder."""
 
-    to: list[str] | str = ""
+    to: list[str] | str = field(default="", metadata=replaces("project", when=not_))
     """Trackers that also get the run: wandb, tensorboard, trackio, or several: wandb,trackio."""
     project: str = "jlora"
     """Name of the project in wandb and trackio."""

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from operator import not_
 from typing import Literal, TypeVar
 
-from jlora.config.field_types import check_at_least, given_instead_of
+from jlora.config.field_types import check_at_least, replaces
 from jlora.config.json_fields import MAX_SIZE
 from jlora.errors import UsageError, listing
 
@@ -54,7 +55,9 @@ class RowConfig:
     """Format of the records; auto: recognised by the keys of the first one."""
     fields: dict[str, str] | None = None
     """Names of the format's columns in the data, such as {prompt: question}."""
-    on_bad_row: Literal["fail", "skip"] = "fail"
+    on_bad_row: Literal["fail", "skip"] = field(
+        default="fail", metadata=replaces("max_bad_rows", when="fail".__eq__)
+    )
     """Rows that cannot be used: fail lists them and stops, skip leaves them out."""
     max_bad_rows: int = 100
     """Stop the run if on_bad_row=skip leaves out more rows than this."""
@@ -105,11 +108,11 @@ class _DataFiles:
     """File, folder, glob or hub id (owner/name:config/split) to train on, a list of them, or
     {path: passes per epoch}."""
     eval: list[str] | dict[str, float] | str | None = field(
-        default=None, metadata=given_instead_of("eval_fraction")
+        default=None, metadata=replaces("eval_fraction", when=bool)
     )
     """Held-out records, in the same forms, evaluated every train.eval_every steps; null:
     the validation split of data.train, if it is a folder with one."""
-    eval_fraction: float = field(default=0.0, metadata=given_instead_of("eval"))
+    eval_fraction: float = field(default=0.0, metadata=replaces("eval", when=bool))
     """Share of data.train that is held out for evaluation, instead of data.eval."""
 
 
@@ -135,9 +138,9 @@ class DataConfig(RowConfig, _DataFiles):
 class TrainConfig:
     """Length of the training, batch size, and when to log, evaluate and save."""
 
-    max_steps: int = field(default=0, metadata=given_instead_of("num_epochs"))
+    max_steps: int = field(default=0, metadata=replaces("num_epochs", when=bool))
     """Optimizer steps; 0: num_epochs decides."""
-    num_epochs: float = field(default=1.0, metadata=given_instead_of("max_steps"))
+    num_epochs: float = field(default=1.0, metadata=replaces("max_steps"))
     """Passes over the data, unless max_steps is given."""
     batch_size: int = 8
     """Rows per optimizer step, over all devices and accumulation steps."""
@@ -145,7 +148,9 @@ class TrainConfig:
     """Parts that each batch is computed in, to save memory; the result is the same."""
     save_every: int = 100
     """Steps between checkpoints; 0 saves at the end only."""
-    eval_every: int = 0
+    eval_every: int = field(
+        default=0, metadata=replaces("early_stopping_patience", "keep_best", when=not_)
+    )
     """Steps between evaluations on data.eval; 0 evaluates at the end only."""
     eval_at_start: bool = True
     """Also evaluate before the first step, if there is held-out data."""
@@ -200,17 +205,20 @@ class TrainConfig:
             )
 
 
+_SIZE = replaces("auto")
+
+
 @dataclass(frozen=True)
 class MeshSizes:
     """Devices along each mesh axis; one may be 0, which takes all remaining devices."""
 
-    data: int = 0
+    data: int = field(default=0, metadata=_SIZE)
     """Devices that split the batch and copy the weights."""
-    fsdp: int = 1
+    fsdp: int = field(default=1, metadata=_SIZE)
     """Devices that split the batch and the weights."""
-    tensor: int = 1
+    tensor: int = field(default=1, metadata=_SIZE)
     """Devices that split the heads and the MLP."""
-    context: int = 1
+    context: int = field(default=1, metadata=_SIZE)
     """Devices that split the tokens of each row, for long rows; weights are copied."""
 
     def __post_init__(self) -> None:
@@ -223,7 +231,10 @@ class MeshSizes:
 class MeshConfig(MeshSizes):
     """Devices along each mesh axis; one may be 0, which takes all remaining devices."""
 
-    auto: bool = False
+    auto: bool = field(
+        default=False,
+        metadata=replaces(*(item.name for item in fields(MeshSizes)), when=bool),
+    )
     """Take the sizes with which a step fits and is expected to be fastest, over all devices;
     also written --mesh auto."""
 

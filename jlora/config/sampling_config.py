@@ -1,7 +1,9 @@
 """How the next token is chosen: the flags that generate, chat and serve share."""
 
 from dataclasses import dataclass, field
+from operator import not_
 
+from jlora.config.field_types import replaces
 from jlora.config.json_fields import MAX_SIZE
 from jlora.config.run_config import check_seed
 from jlora.errors import UsageError
@@ -17,7 +19,7 @@ class SamplingConfig:
 
     repetition_penalty: float = 1.0
     """Divides the score of tokens that have occurred, prompt included; 1: off."""
-    temperature: float = 0.0
+    temperature: float = field(default=0.0, metadata=replaces(*_OFF, when=not_))
     """0 takes the most likely token; higher is more random."""
     top_k: int = 0
     """Draw from this many of the most likely tokens; 0: all."""

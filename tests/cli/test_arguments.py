@@ -1,10 +1,12 @@
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pytest
 from helpers.flag_cases import Arguments, Group, Placed
 
 import train
 from jlora.cli.arguments import parse, with_changes
+from jlora.config.sampling_config import TextConfig
 from jlora.errors import UnsupportedError, UsageError
 
 
@@ -358,6 +360,101 @@ def test_a_flag_replaces_what_a_file_says_in_another_way(config):
     assert got.group == Group(share=0.5, rate=0.1)
     both = config("group: {rank: 4, share: 0.5}")
     assert read("--config", both).group == Group(rank=4, share=0.5)
+
+
+def changed(config, group: str, text: str, *words: str) -> dict[str, Any]:
+    """Returns what a file and flags of `train` say of a group and is not the default."""
+    required = ["--model", "m", "--output_dir", "o"]
+    args = parse(train.Arguments, [*required, "--config", config(text), *words])
+    found = asdict(getattr(args, group))
+    usual = asdict(type(getattr(args, group))())
+    return {name: value for name, value in found.items() if value != usual[name]}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "off", "partner", "other"),
+    [
+        ("train.max_steps", "5", "0", "train.num_epochs", 3.0),
+        ("optim.warmup_steps", "5", "0", "optim.warmup_ratio", 0.1),
+        ("data.eval", "e.jsonl", "null", "data.eval_fraction", 0.2),
+        ("data.eval_fraction", "0.3", "0", "data.eval", "f.jsonl"),
+    ],
+)
+def test_a_flag_that_is_off_keeps_what_the_file_says_instead(
+    config, key, value, off, partner, other
+):
+    group, _, name = partner.partition(".")
+    text = f"{partner}: {other}"
+    assert changed(config, group, text, f"--{key}", off) == {name: other}
+    assert name not in changed(config, group, text, f"--{key}", value)
+    last_is_off = (f"--{key}", value, f"--{key}", off)
+    assert changed(config, group, text, *last_is_off) == {name: other}
+
+
+@pytest.mark.parametrize(
+    ("text", "flag", "value", "expected"),
+    [
+        ("max_steps: 9", "train.num_epochs", "1", {}),
+        ("max_steps: 9", "train.num_epochs", "2", {"num_epochs": 2.0}),
+        ("warmup_steps: 9", "optim.warmup_ratio", "0", {"warmup_ratio": 0.0}),
+        ("warmup_steps: 9", "optim.warmup_ratio", "0.03", {}),
+        ("{data: 1, fsdp: 2, tensor: 2}", "mesh", "auto", {"auto": True}),
+        ("{data: 1, fsdp: 2}", "mesh.auto", "false", {"data": 1, "fsdp": 2}),
+        ("auto", "mesh.fsdp", "2", {"fsdp": 2}),
+        ("auto", "mesh.data", "0", {}),
+        ("{to: trackio, project: p}", "report.to", "", {}),
+        (
+            "{eval_every: 2, keep_best: true, early_stopping_patience: 3}",
+            *("train.eval_every", "0", {}),
+        ),
+        ("{on_bad_row: skip, max_bad_rows: 3}", "data.on_bad_row", "fail", {}),
+        (
+            "{lr_schedule: wsd, min_lr_ratio: 0.1, decay_ratio: 0.2}",
+            *("optim.lr_schedule", "linear", {}),
+        ),
+        (
+            "{lr_schedule: wsd, min_lr_ratio: 0.1, decay_ratio: 0.2}",
+            *("optim.lr_schedule", "cosine"),
+            {"lr_schedule": "cosine", "min_lr_ratio": 0.1},
+        ),
+        ("{adam_b1: 0.8}", "optim.optimizer", "lion", {"optimizer": "lion"}),
+        (
+            "{loraplus_lr_ratio: 4, loraplus_lr_embedding: 0.1}",
+            *("optim.loraplus_lr_ratio", "null", {}),
+        ),
+    ],
+)
+def test_a_flag_drops_what_has_no_effect_beside_it(config, text, flag, value, expected):
+    group = flag.partition(".")[0]
+    text = f"{group}: {text}" if text[0] in "{a" else f"{group}.{text}"
+    words = [f"--{flag}", value] if value else [f"--{flag}="]
+    assert changed(config, group, text, *words) == expected
+
+
+def test_a_greedy_choice_drops_what_the_file_says_of_drawing(config):
+    file = config("{temperature: 0.5, top_p: 0.9, top_k: 3, seed: 2}")
+    words = ["--config", file, "--temperature", "0"]
+    assert parse(TextConfig, words) == TextConfig(seed=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "said"),
+    [
+        ("seed: 1", ["--mesh", "auto", "--mesh.data", "1"], "mesh.auto chooses"),
+        ("mesh: {auto: true, data: 1}", [], "mesh.auto chooses"),
+        ("train: {max_steps: 2, num_epochs: 3}", [], "num_epochs=3.0 has no effect"),
+        ("train.keep_best: true", [], "keep_best has no effect"),
+        ("optim.min_lr_ratio: 0.1", [], "min_lr_ratio has no effect"),
+        (
+            "optim.lr_schedule: cosine",
+            ["--optim.lr_schedule", "linear", "--optim.min_lr_ratio", "0.1"],
+            "min_lr_ratio has no effect",
+        ),
+    ],
+)
+def test_two_values_of_one_source_are_refused_as_before(config, text, words, said):
+    given = ["--model", "m", "--output_dir", "o", "--config", config(text), *words]
+    assert said in message(*given, cls=train.Arguments)
 
 
 @dataclass(frozen=True)

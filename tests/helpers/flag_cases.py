@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from jlora.cli.flags import POSITIONAL
-from jlora.config.field_types import given_instead_of
+from jlora.config.field_types import replaces
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Group:
     """Whether fast."""
     names: list[str] | str | None = None
     """Which names."""
-    share: float = field(default=0.0, metadata=given_instead_of("rank"))
+    share: float = field(default=0.0, metadata=replaces("rank", when=bool))
     """Rank as a share."""
     ranks: dict[str, int] = field(default_factory=dict)
     """Name -> rank."""
