@@ -28,9 +28,14 @@ def json_schema(cls: type) -> dict[str, Any]:
     for flag in flags:
         group, _, name = flag.key.rpartition(".")
         if group:
-            inside = groups.setdefault(group, _group(flag))["properties"]
-            inside[name] = {"$ref": f"#/properties/{flag.key}"}
-    for name, group in groups.items():  # of evaluate, data is a file or a group
+            found = groups.setdefault(group, _group(flag))
+            found["properties"][name] = {"$ref": f"#/properties/{flag.key}"}
+    for name, group in groups.items():
+        inside = [flag for flag in flags if flag.key.startswith(f"{name}.")]
+        if switches := [f.key.removeprefix(f"{name}.") for f in inside if f.is_switch]:
+            group["type"].append("string")  # `mesh: auto`
+            group["pattern"] = f"^({'|'.join(switches)})$"
+        # Of evaluate, data is a file or a group.
         own = properties.pop(name, None)
         properties[name] = {"anyOf": [own, group]} if own else group
     return {

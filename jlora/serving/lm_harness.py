@@ -6,24 +6,35 @@
 The harness finds a model by name when its class has been imported: this module does both.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn, get_args
 
+from jlora.cli.unread_output import say_error
 from jlora.config.run_config import ModelConfig
 from jlora.config.sampling_config import TextConfig
-from jlora.errors import UsageError, listing
+from jlora.errors import JloraError, UsageError, listing
 from jlora.loading import load_for_text
 from jlora.serving.completions import complete
 from jlora.serving.prompt_files import batches
 from jlora.serving.scoring import score
 
+
+def _end(error: JloraError) -> NoReturn:
+    say_error(str(error), error.label)
+    sys.exit(error.exit_status)
+
+
 try:
     _api: Any = import_module("lm_eval.api.model")
 except ImportError as error:
-    raise UsageError(
+    missing = UsageError(
         "lm-evaluation-harness is not installed: pip install 'jlora[harness]'"
-    ) from error
+    )
+    if __name__ == "__main__":
+        _end(missing)
+    raise missing from error
 _windows: Any = import_module("lm_eval.utils")
 # The harness registers its own models only if no other is registered yet.
 import_module("lm_eval.models")
@@ -62,13 +73,19 @@ class JloraLM(_api.TemplateLM):
             others: of the harness; `device` and `max_batch_size` are not used.
 
         Raises:
-            UsageError: an unknown argument, or as `load_for_text`.
+            UsageError: an unknown argument or dtype, or as `load_for_text`.
             UnsupportedError, CorruptError: as `load_for_text`.
         """
         super().__init__()
         unknown = sorted(others.keys() - {"device", "max_batch_size"})
         if unknown:
             raise UsageError(f"model_args: {listing(unknown)} is not known to jlora")
+        for name, value in (("dtype", dtype), ("base_dtype", base_dtype)):
+            known = get_args(ModelConfig.__annotations__[name])
+            if value not in known:
+                raise UsageError(
+                    f"model_args: {name}={value}; expected one of {listing(known)}"
+                )
         self._path = pretrained if adapter is None else f"{pretrained} with {adapter}"
         self._loaded = load_for_text(
             ModelConfig(str(pretrained), adapter, step, dtype, base_dtype)
@@ -197,4 +214,7 @@ def text_config(given: Mapping[str, Any], max_gen_toks: int) -> TextConfig:
 _registry.register_model("jlora")(JloraLM)
 
 if __name__ == "__main__":
-    import_module("lm_eval.__main__").cli_evaluate()
+    try:
+        import_module("lm_eval.__main__").cli_evaluate()
+    except JloraError as error:
+        _end(error)

@@ -43,6 +43,7 @@ def test_it_is_a_schema_with_the_meaning_and_default_of_every_flag():
         {"lora": {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}}},
         {"data": {"train": {"a.jsonl": 2.0}, "eval": "b.jsonl"}},
         {"compute": {"base_dtype": "nf4"}, "lora": {"task_type": "CAUSAL_LM"}},
+        {"mesh": "auto", "data": "packing"},
     ],
 )
 def test_what_a_file_may_say_is_valid(document):
@@ -59,6 +60,9 @@ def test_what_a_file_may_say_is_valid(document):
         {"compute": {"base_dtype": "nf3"}},
         {"lora": {"r": 1.5}},
         {"lora": 8},
+        {"mesh": "automatic"},
+        {"mesh": "fsdp"},
+        {"compute": "auto"},
         {"train": {"keep_best": "yes"}},
         {"data": {"train": [1.5]}},
     ],

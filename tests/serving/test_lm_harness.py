@@ -1,6 +1,7 @@
 """The class beside a harness of a few lines, as the real one is too large for CI."""
 
 import importlib
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -53,7 +54,7 @@ def harness(monkeypatch) -> Any:
     module = importlib.import_module("jlora.serving.lm_harness")
     assert registered == {"jlora": module.JloraLM}
     yield module
-    sys.modules.pop("jlora.serving.lm_harness")
+    sys.modules.pop("jlora.serving.lm_harness", None)
 
 
 def requests(*args: Any) -> list[Any]:
@@ -65,6 +66,25 @@ def test_without_the_harness_its_extra_is_named(monkeypatch):
     monkeypatch.delitem(sys.modules, "jlora.serving.lm_harness", raising=False)
     with pytest.raises(UsageError, match=r"'jlora\[harness\]'"):
         importlib.import_module("jlora.serving.lm_harness")
+
+
+def test_the_command_ends_in_one_line(harness, monkeypatch, capsys):
+    def cli_evaluate() -> None:
+        harness.JloraLM("hf", base_dtype="nf3")
+
+    command = ModuleType("lm_eval.__main__")
+    vars(command)["cli_evaluate"] = cli_evaluate
+    monkeypatch.setitem(sys.modules, command.__name__, command)
+    for said in (
+        "model_args: base_dtype=nf3; expected one of keep,",
+        "'jlora[harness]'",
+    ):
+        sys.modules.pop(harness.__name__, None)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(harness.__name__, run_name="__main__")
+        found = capsys.readouterr().err
+        assert (end.value.code, found.count("\n"), said in found) == (2, 1, True)
+        monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
 
 
 def test_rolling_windows_add_up_to_the_whole_text(harness, workdir):
@@ -126,3 +146,5 @@ def test_a_setting_that_is_not_known_is_refused(harness, workdir):
         harness.text_config({"num_beams": 4}, 9)
     with pytest.raises(UsageError, match="trust_remote_code"):
         harness.JloraLM(str(workdir / "hf"), trust_remote_code=True)
+    with pytest.raises(UsageError, match=r"dtype=float; expected .* bfloat16"):
+        harness.JloraLM(str(workdir / "hf"), dtype="float")
