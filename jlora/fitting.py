@@ -85,6 +85,10 @@ def fit(
         ResourceError, DivergedError: no memory or disk; numbers that are not finite.
         StopRequested: stopped before the first step, or by SIGTERM.
     """
+    _check_kind(
+        "model", model, str | Path | Loaded, "a path or what jlora.load returned"
+    )
+    _check_kind("output_dir", output_dir, str | Path, "a path")
     command = load_command("train")
     base = _base_of(model) if isinstance(model, Loaded) else None
     path = base.path if base else str(model)
@@ -92,11 +96,15 @@ def fit(
     args = _with_settings(args, settings, base)
     folder = Path(output_dir)
     check_run(folder, args.resume)
-    kept = {"train": _kept(records, folder, "train")}
+    files: dict[Path, bytes] = {}
+    data = {"train": _source("records", records, folder / "data" / "train", files)}
     if eval_records is not None:
-        kept["eval"] = _kept(eval_records, folder, "eval")
-    args = with_changes(args, {"data": kept}, _WHERE)
+        eval_file = folder / "data" / "eval"
+        data["eval"] = _source("eval_records", eval_records, eval_file, files)
+    args = with_changes(args, {"data": data}, _WHERE)
     base = base or Base.open(path, args.compute.base_dtype)
+    while files:  # not kept in memory during the training
+        _write(*files.popitem())
     is_finished = True
     with _stop_requests() as stop:
         try:
@@ -107,6 +115,13 @@ def fit(
             is_finished = False
             print(f"{error.label}: {error}", flush=True)
     return _fitted(base, args, folder, is_finished=is_finished)
+
+
+def _check_kind(name: str, value: Any, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise UsageError(
+            f"{_WHERE}: {name} is of type {type(value).__name__}; expected {expected}"
+        )
 
 
 def _base_of(loaded: Loaded) -> Base:
@@ -150,39 +165,54 @@ def _plain(value: Any) -> Any:
     """Returns a value as a YAML file would have it."""
     if isinstance(value, Path):
         return str(value)
-    return list(value) if isinstance(value, tuple | set) else value
+    if hasattr(value, "tolist"):  # a scalar or an array of NumPy or JAX
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(each) for key, each in value.items()}
+    return [*map(_plain, value)] if isinstance(value, list | tuple | set) else value
 
 
-def _kept(records: Records, folder: Path, name: str) -> Any:
-    """Returns paths as they are; records as the file in the run folder that holds them.
+def _source(name: str, records: Records, path: Path, files: dict[Path, bytes]) -> Any:
+    """Returns paths as they are; records as the file that is to hold them.
 
     The file's name has a digest of what it holds, so that no run loses its data.
+
+    Args:
+        name: of the parameter.
+        records: its value.
+        path: of the file, without digest and suffix.
+        files: takes the file and what is to be written to it.
     """
     if isinstance(records, str | Path | Mapping):
         return _plain(records)
+    _check_kind(name, records, Iterable, "dicts, a path, or {path: passes per epoch}")
     items = list(records)
     if items and all(isinstance(item, str | Path) for item in items):
         return [str(item) for item in items]
     if not items:
-        raise UsageError(f"{_WHERE}: no records to {name}")
-    lines = b"".join(_line(item, i) for i, item in enumerate(items))
+        raise UsageError(f"{_WHERE}: {name} is empty")
+    lines = b"".join(_line(name, item, i) for i, item in enumerate(items))
     digest = hashlib.sha256(lines).hexdigest()[:16]
-    file = folder / "data" / f"{name}-{digest}.jsonl"
+    file = path.with_name(f"{path.name}-{digest}.jsonl")
+    files[file] = lines
+    return str(file)
+
+
+def _write(file: Path, lines: bytes) -> None:
     with about_file(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")
         temporary.write_bytes(lines)
         temporary.replace(file)
-    return str(file)
 
 
-def _line(item: Any, index: int) -> bytes:
+def _line(name: str, item: Any, index: int) -> bytes:
     if not isinstance(item, Mapping):
-        raise UsageError(f"{_WHERE}: record {index} is {item!r:.80}; expected a dict")
+        raise UsageError(f"{_WHERE}: {name}[{index}] is {item!r:.80}; expected a dict")
     try:
         return json.dumps(dict(item), allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{_WHERE}: record {index} is no JSON: {error}") from error
+        raise UsageError(f"{_WHERE}: {name}[{index}] is no JSON: {error}") from error
 
 
 def _stop_requests() -> AbstractContextManager[StopRequest]:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from helpers.commands import adapter_bytes, losses, make_workdir, succeed, train_flags
@@ -12,6 +14,7 @@ from helpers.commands import adapter_bytes, losses, make_workdir, succeed, train
 import jlora
 from jlora.cli.flags import flags_of
 from jlora.cli.jlora_command import load_command
+from jlora.cli.strict_yaml import read_yaml
 from jlora.errors import StopRequested, UsageError
 from jlora.fitting import Fitted
 from jlora.train.run import Run
@@ -136,10 +139,14 @@ def test_a_run_that_is_interrupted_returns_and_goes_on(
         (ROWS, {"max_steps": 4, "num_epochs": 2.0}, "num_epochs=2.0 has no effect"),
         (ROWS, {"sweep": "a.yaml"}, "sweep is not a setting here"),
         (ROWS, {"train": "a.jsonl"}, "train is 'a.jsonl'; expected keys below it"),
-        ([], {}, "no records to train"),
-        ([{"text": "a"}, ["b"]], {}, r"record 1 is \['b'\]; expected a dict"),
-        ([{"text": {1}}], {}, "record 0 is no JSON: Object of type set"),
-        ([{"text": float("nan")}], {}, "record 0 is no JSON"),
+        (ROWS, {"learning_rate": object()}, "optim.learning_rate is '\"<object"),
+        (ROWS, {"learning_rate": np.ones(2)}, r"optim.learning_rate is '\[1.0, 1.0\]'"),
+        (ROWS, {"eval_records": [{"text": {1}}]}, r"eval_records\[0\] is no JSON"),
+        (ROWS, {"eval_records": ROWS, "eval_fraction": 0.5}, "are both given"),
+        ([], {}, "records is empty"),
+        ([{"text": "a"}, ["b"]], {}, r"records\[1\] is \['b'\]; expected a dict"),
+        ([{"text": {1}}], {}, r"records\[0\] is no JSON: Object of type set"),
+        ([{"text": float("nan")}], {}, r"records\[0\] is no JSON"),
         ("missing.jsonl", {}, "missing.jsonl: no such file"),
     ],
 )
@@ -149,6 +156,50 @@ def test_a_mistake_is_told_and_leaves_no_run(
     with pytest.raises(UsageError, match=message):
         jlora.fit("hf", records, "mistake", **settings)
     assert not (workdir / "mistake").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"records": None}, "records is of type NoneType; expected dicts, a path"),
+        ({"eval_records": 3}, "eval_records is of type int; expected dicts, a path"),
+        ({"output_dir": None}, "output_dir is of type NoneType; expected a path"),
+        ({"model": (1, 2, 3)}, "model is of type tuple; expected a path or what jlora"),
+    ],
+)
+def test_an_argument_of_another_type_is_told(
+    changes, message, workdir, in_workdir, monkeypatch
+):
+    # Outside of the tests nothing else checks types.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    given: Any = {"model": "hf", "records": ROWS, "output_dir": "mistake", **changes}
+    with pytest.raises(UsageError, match=message):
+        jlora.fit(**given)
+    assert not (workdir / "mistake").exists()
+
+
+def test_a_missing_base_leaves_no_run(workdir, in_workdir):
+    with pytest.raises(UsageError, match="no_base"):
+        jlora.fit("./no_base", ROWS, "mistake")
+    assert not (workdir / "mistake").exists()
+
+
+def test_scalars_of_numpy_and_jax_are_settings(fitted, workdir, in_workdir):
+    settings = {
+        **SETTINGS,
+        "max_steps": np.int64(4),
+        "optim": {"learning_rate": np.float64(0.02)},
+        "lora": {"r": jnp.asarray(8), "use_rslora": np.bool_(False)},
+        "adam_b1": np.float32(0.9),
+        "adam_b2": np.array(0.999),
+    }
+    del settings["learning_rate"]
+    jlora.fit("hf", ROWS, "scalars", **settings)
+    written = read_yaml(workdir / "scalars" / "config.yaml")
+    assert written["optim"]["adam_b1"] == np.float32(0.9).item()
+    assert written["optim"]["learning_rate"] == 0.02
+    assert written["train"]["max_steps"] == 4
+    assert written["lora"]["r"] == 8
 
 
 def test_a_base_of_another_dtype_than_asked_for_is_refused(in_workdir):

@@ -119,4 +119,4 @@ def describe(kind: Any) -> str:
 
 def as_text(value: Any) -> str:
     """Returns a value as it is written after a flag."""
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=repr)

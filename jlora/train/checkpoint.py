@@ -199,7 +199,7 @@ def _read_meta(path: Path, schemas: Sequence[int]) -> dict[str, Any]:
         raise UnsupportedError(
             f"{path}: written with checkpoint schema {schema}; this jlora reads schema "
             f"{max(schemas)}; use the jlora that wrote it, or another output_dir, where "
-            "--init_adapter RUN continues the adapter of a run"
+            "init_adapter=RUN continues the adapter of a run"
         )
     groups = [meta.get(name, {}) for name in ("identity", "settings", "versions")]
     if not all(isinstance(group, dict) for group in (meta.get("sha256"), *groups)):

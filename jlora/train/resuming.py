@@ -137,7 +137,7 @@ def _check_mode(runs: Sequence[Path], mode: str) -> list[Path]:
     if mode == "never" and begun:
         raise UsageError(
             f"{begun[0].parent}: holds a run already; choose another output_dir, "
-            "or continue it with --resume auto"
+            "or continue it with resume=auto"
         )
     return begun
 
@@ -266,7 +266,7 @@ def check_identity(saved: Saved, identity: dict[str, Any], run: Path) -> None:
         raise UsageError(
             f"{run}: cannot resume from step {saved.step}: {listing(differing)}; give what "
             "the run began with, or another output_dir, where "
-            f"--init_adapter {run} continues its adapter"
+            f"init_adapter={run} continues its adapter"
         )
 
 

@@ -323,7 +323,7 @@ def test_a_run_whose_model_has_another_configuration_is_not_resumed(
         done = call("train", *flags)
         assert done.status == 2
         assert message in done.err
-        assert f"--init_adapter {finished} continues its adapter" in done.err
+        assert f"init_adapter={finished} continues its adapter" in done.err
 
 
 def test_a_run_whose_model_has_other_heads_is_not_resumed(finished, workdir, tmp_path):
@@ -393,7 +393,7 @@ def test_a_run_that_recorded_no_configuration_is_refused_with_a_way_out(
         file.write_text(json.dumps(meta | {"schema": 2}))
     done = call("train", *train_flags(finished))
     assert done.status == 3
-    assert "another output_dir, where --init_adapter RUN continues" in done.err
+    assert "another output_dir, where init_adapter=RUN continues" in done.err
     flags = train_flags(tmp_path / "new", "--init_adapter", finished)
     succeed("train", *flags, "--train.max_steps", 1)
 
