@@ -31,6 +31,7 @@ class Tracking:
     def __init__(self) -> None:
         """Has no tracker yet."""
         self._threads: list[_TrackerThread] = []
+        self._deadline = 0.0
 
     def start(
         self,
@@ -78,14 +79,22 @@ class Tracking:
         """Sends the figures of the whole run."""
         self._send(lambda tracker: tracker.summarise(figures, step))
 
+    def end(self, *, failed: bool) -> None:
+        """Asks the trackers to send what they still have, and to end; waits for nothing.
+
+        Of runs that end together all are asked before one is waited for.
+        """
+        if not self._deadline:
+            self._deadline = time.monotonic() + PATIENCE_S
+            self._send(lambda tracker: tracker.close(failed=failed))
+            for thread in self._threads:
+                thread.calls.put(None)
+
     def close(self, *, failed: bool) -> None:
-        """Ends the trackers; waits a while for what they still have to send."""
-        self._send(lambda tracker: tracker.close(failed=failed))
+        """Ends the trackers, and waits until a while after they were asked to end."""
+        self.end(failed=failed)
         for thread in self._threads:
-            thread.calls.put(None)
-        deadline = time.monotonic() + PATIENCE_S
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            thread.join(max(0.0, self._deadline - time.monotonic()))
             if thread.is_alive():
                 warn(
                     f"{thread.tracker} did not take all of this run in {PATIENCE_S:.0f} s, "

@@ -6,6 +6,7 @@ A sweep trains several adapters at once, so the loop takes a list of runs: one p
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -78,6 +79,7 @@ def train_runs(
         evaluator = Evaluator(model, mesh, packed=packed, compiling=pauses.compiling)
         for run in runs:
             stack.enter_context(run.open(config, steps_done, total_steps, runs))
+        stack.push(partial(_end_trackers, runs))
         is_asked = stop_vote(stop)
         if config.eval_at_start and not steps_done:
             stop.check()
@@ -132,7 +134,7 @@ def train_runs(
                     record_export(run.folder, step, held)
             figures = {**run.progress.figures, "training_s": run.training_s}
             run.report.tracking.summarise(figures, step)
-    _write_reports(runs)
+        _write_reports(runs)  # before trackers are waited for
     pauses.seconds["training"] = runs[0].training_s
     conclude(runs, pauses.seconds, ended_early=step < total_steps)
     _raise_diverged(runs)
@@ -269,6 +271,14 @@ def _write_reports(runs: Sequence[Run]) -> None:
             write_report([folder], folder / TARGET)
         if runs[0].name:
             write_report(folders, folders[0].parent / TARGET)
+
+
+def _end_trackers(
+    runs: Sequence[Run], kind: type[BaseException] | None, *_: object
+) -> None:
+    """Asks the trackers of all runs to end, so that they have the same time for it."""
+    for run in runs:
+        run.report.tracking.end(failed=kind is not None)
 
 
 def _raise_diverged(runs: Sequence[Run]) -> None:

@@ -1,8 +1,10 @@
 import contextlib
 import shutil
 import signal
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from helpers.commands import HF_CONFIG, Done, adapter_bytes, call, metrics, succ
 from helpers.data_cases import make_files, write_rows
 from helpers.tiny import tensors, write_hf
 
+from jlora.report.trackers import TRACKERS
 from jlora.train.run import Run
 
 STEPS = 6
@@ -115,6 +118,22 @@ def test_lines_say_which_adapter_they_are_about(sweep):
     assert "wide: trainable params: " in printed
     assert f"hot: step {STEPS}/{STEPS}  loss " in printed
     assert f"{STEPS} steps of 8 x 64 tokens for each of 4 adapters" in printed
+
+
+def test_trackers_of_a_sweep_end_at_the_same_time_after_the_reports(monkeypatch):
+    all_end = threading.Barrier(2)
+    found: list[bool] = []
+
+    class Tracker(MagicMock):
+        def close(self, *, failed: bool) -> None:
+            all_end.wait(20)  # fails if one is waited for before the other is asked
+            found.extend(Path(f"tracked/{x}report.html").exists() for x in ("", "a/"))
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", lambda run: Tracker())
+    Path("two.yaml").write_text("{a: {}, b: {}}")
+    more = ("--report.to", "tensorboard", "--report.samples", 0, "--train.max_steps", 1)
+    succeed("train", *words("tracked", "--sweep", "two.yaml", *more))
+    assert found == [True] * 4
 
 
 def test_a_sweep_ends_with_a_ranking_which_its_report_has_too(sweep):

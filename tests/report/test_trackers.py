@@ -1,6 +1,7 @@
 import struct
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -63,9 +64,10 @@ def fake(monkeypatch):
 
 def report(run: Path, name: str, *steps: int, start_step: int = 0, **more: Any) -> None:
     """Writes the log of a run with one tracker, as a run does."""
+    project = {} if name == "tensorboard" else {"project": "mine"}
     settings = {
         "output_dir": str(run),
-        "report": {"to": [name], "project": "mine"},
+        "report": {"to": [name]} | project,
         "lora": {"r": 8},
     }
     with Report(run, total_steps=9, start_step=start_step) as log:
@@ -218,6 +220,26 @@ def test_a_tracker_that_hangs_is_waited_for_only_so_long(tmp_path, monkeypatch, 
     monkeypatch.setattr(tracking, "PATIENCE_S", 0.1)
     report(tmp_path, "trackio", 1)
     assert "trackio did not take all of this run in 0 s" in capsys.readouterr().err
+    ended.set()
+
+
+def test_trackers_of_several_runs_that_hang_share_one_wait(
+    tmp_path, monkeypatch, capsys
+):
+    ended = threading.Event()
+    monkeypatch.setitem(TRACKERS, "trackio", lambda run: ended.wait(60))
+    monkeypatch.setattr(tracking, "PATIENCE_S", 1.0)
+    runs = [tracking.Tracking() for _ in range(5)]
+    settings = {"output_dir": str(tmp_path), "report": {"to": "trackio"}}
+    for run in runs:
+        run.start(settings, start_step=0, in_sweep=True, say=print)
+    began = time.monotonic()
+    for run in runs:
+        run.end(failed=False)
+    for run in runs:
+        run.close(failed=False)
+    assert 1 <= time.monotonic() - began < 3
+    assert capsys.readouterr().err.count("did not take all of this run") == 5
     ended.set()
 
 
