@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from tensorboardX.proto import event_pb2
@@ -216,7 +217,7 @@ def test_a_tracker_that_fails_is_warned_of_once_and_the_log_goes_on(
 
 def test_a_tracker_that_hangs_is_waited_for_only_so_long(tmp_path, monkeypatch, capsys):
     ended = threading.Event()
-    monkeypatch.setitem(TRACKERS, "trackio", lambda run: ended.wait(60))
+    monkeypatch.setitem(TRACKERS, "trackio", lambda run: ended.wait(60) and MagicMock())
     monkeypatch.setattr(tracking, "PATIENCE_S", 0.1)
     report(tmp_path, "trackio", 1)
     assert "trackio did not take all of this run in 0 s" in capsys.readouterr().err
@@ -227,7 +228,7 @@ def test_trackers_of_several_runs_that_hang_share_one_wait(
     tmp_path, monkeypatch, capsys
 ):
     ended = threading.Event()
-    monkeypatch.setitem(TRACKERS, "trackio", lambda run: ended.wait(60))
+    monkeypatch.setitem(TRACKERS, "trackio", lambda run: ended.wait(60) and MagicMock())
     monkeypatch.setattr(tracking, "PATIENCE_S", 1.0)
     runs = [tracking.Tracking() for _ in range(5)]
     settings = {"output_dir": str(tmp_path), "report": {"to": "trackio"}}
