@@ -56,7 +56,9 @@ class Arguments(ModelConfig):
         if not 0 <= self.generate <= MAX_SIZE:
             raise UsageError(f"generate={self.generate}; expected at least 0 records")
         if self.show and (self.generate or self.adapters):
-            raise UsageError("--show prints data alone: no --generate, --adapters")
+            raise UsageError(
+                "--show prints data alone; leave out --generate, --adapters"
+            )
         for name in ("max_new_tokens", "answers"):
             if getattr(self, name) is not None and not self.generate:
                 raise UsageError(f"--{name} has no effect without --generate")

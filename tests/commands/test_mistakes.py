@@ -122,7 +122,7 @@ EVALUATE_MISTAKES = [
     ("--model hf", 2, "missing: --data"),
     ("--model hf --data eval.jsonl --data.seq_len 512", 2, "seq_len=512 exceeds"),
     ("--model hf --data eval.jsonl --batch_size 0", 2, "batch_size=0"),
-    ("--model hf --data eval.jsonl --show --generate 2", 2, "no effect with --show"),
+    ("--model hf --data eval.jsonl --show --generate 2", 2, "prints data alone"),
     ("--model hf --data eval.jsonl --data.seq_len 0", 2, "seq_len=0"),
     ("--model hf --data broken.jsonl --data.seq_len 64", 4, "line 2, column 31"),
     (
