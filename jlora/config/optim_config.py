@@ -90,7 +90,7 @@ class OptimConfig:
             if not 0 <= getattr(self, name) <= 1:
                 value = getattr(self, name)
                 raise UsageError(f"optim.{name}={value}; expected a number in [0, 1]")
-        if self.warmup_steps and self.warmup_ratio != OptimConfig.warmup_ratio:
+        if self.warmup_steps and self.warmup_ratio not in (0, OptimConfig.warmup_ratio):
             raise UsageError(
                 f"optim.warmup_ratio={self.warmup_ratio} has no effect with "
                 f"optim.warmup_steps={self.warmup_steps}; leave one of them out"

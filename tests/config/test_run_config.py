@@ -114,5 +114,9 @@ def test_a_setting_without_effect_is_refused(make, without):
         make()
 
 
+def test_a_warm_up_in_steps_may_say_that_it_has_no_ratio():
+    assert OptimConfig(warmup_steps=9, warmup_ratio=0).warmup_steps == 9
+
+
 def test_a_server_takes_what_clients_send_beside_a_temperature_of_0():
     assert SamplingConfig(top_p=0.9).steps == set()
