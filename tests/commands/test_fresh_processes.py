@@ -16,7 +16,9 @@ import convert, jlora, train, generate, evaluate
 from jlora.cli.command import run_command
 for package in (convert, jlora):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        importlib.import_module(module.name)
+        # The harness is an extra of its own.
+        if module.name != "jlora.serving.lm_harness":
+            importlib.import_module(module.name)
 for module, flags in (
     (train, sys.argv[1:]),
     (evaluate, "--model hf --data eval.jsonl --data.seq_len 64 --adapter pure".split()),
