@@ -73,7 +73,8 @@ def main(args: Arguments) -> None:
     from jlora.parallel.processes import check_agreement, joined_processes
 
     with joined_processes():
-        check_agreement(asdict(args))
+        keep_freed_memory()
+        check_agreement(asdict(args))  # before they compute anything together
         evaluate_all(args)
 
 
@@ -132,7 +133,6 @@ def evaluate_all(args: Arguments) -> None:
         questions = held_out.questions_of(
             data, tokenizer, args.generate, config.longest
         )
-    keep_freed_memory()
     mesh = make_mesh(args.mesh)
     keep_compiled()
     check_divisible(mesh, config, args.batch_size)
