@@ -26,7 +26,7 @@ from jlora.train.stopping import StopRequest, stop_requests
 _WHERE = "jlora.fit"
 # What the other parameters say, or what is for the command alone.
 _NOT_SETTINGS = ("model", "output_dir", "sweep", "plan", "device")
-# Dicts, paths, or {path: weight}; what else they hold is told in one message.
+# Dicts, paths, or {path: weight}; anything else is one UsageError, not a type checker's.
 Records = Iterable[Any] | Path
 
 

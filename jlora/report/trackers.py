@@ -36,7 +36,7 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told of a run when it begins.
+    """What a tracker gets when a run begins.
 
     Attributes:
         folder: of the run.
